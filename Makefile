@@ -1,0 +1,68 @@
+# `make` alone lists the targets. On a GPU machine where nothing can be installed, gpu-test and gpu-train run the
+# checkout with the Python that is there: `make gpu-test PYTHON=/path/to/python3`.
+
+PYTHON ?= python3
+VENV ?= .venv
+# processes of one test run
+JOBS ?= 2
+# where gpu-test and gpu-train write what they measured
+RESULTS ?= bench/results
+
+BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALLED := $(VENV)/.installed
+RUNGS := reference interpret compile
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test $(RUNGS:%=test-%) check format gpu-test gpu-train clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## install into .venv, then train a model and its torch.nn twin on handwritten digits
+	$(BIN)/tritorch train
+
+test: $(INSTALLED) ## every rung that needs no GPU; one alone: make test-reference, test-interpret, test-compile
+	@$(MAKE) --no-print-directory --keep-going $(RUNGS:%=test-%)
+
+# a process either interprets kernels or compiles them, so each rung is a pytest run of its own
+$(RUNGS:%=test-%): test-%: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung $* -n $(JOBS)
+
+check: $(INSTALLED) ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## rewrite what `make check` would refuse and a tool can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu-test: ## on a GPU machine, nothing installed: the whole suite on the GPU, results to bench/results
+	$(call on_gpu,pytest tests,tests)
+
+gpu-train: ## on a GPU machine, nothing installed: the demo on the GPU, results to bench/results
+	$(call on_gpu,tritorch train,train)
+
+# $(1): module and arguments; $(2): what the result file is of. The time in the name keeps earlier results.
+define on_gpu
+@export PYTHONPATH=. && \
+gpu=$$($(PYTHON) -m tritorch.bench.environment --gpu) && \
+mkdir -p "$(RESULTS)/$$gpu" && \
+set -x && \
+$(PYTHON) -m $(1) --device cuda --json "$(RESULTS)/$$gpu/$$(date -u +%Y-%m-%dT%H%M%SZ)-$(2).json"
+endef
+
+clean: ## remove what the targets above made, results excepted
+	rm -rf $(VENV) build dist *.egg-info tritorch-report
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel torch
+	@# a CUDA build of torch has brought its own triton by now, the CPU build none
+	$(BIN)/python -m pip show --quiet triton 2>/dev/null || $(PIP) 'triton==3.6.0; platform_system == "Linux"'
+	$(PIP) --no-build-isolation --editable '.[plot,test]'
+	@touch $@
