@@ -1,7 +1,8 @@
 """The package map; metadata and tool settings are in pyproject.toml.
 
-`kernels/` and `bench/` stand at the top of the repository and are installed as `tritorch.kernels` and
-`tritorch.bench`. In a checkout two symbolic links show them at the same place; the map does not rely on the links.
+`kernels/` and `bench/` stand at the top of the repository and are installed as `tritorch.kernels`
+and `tritorch.bench`. In a checkout two symbolic links show them at the same place; the map does not
+rely on the links.
 """
 
 from setuptools import find_packages, setup
