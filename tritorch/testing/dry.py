@@ -1,0 +1,391 @@
+"""Compiles every kernel that a piece of host code launches, for a GPU that is not there, and reads the result.
+
+Inside `compiling_for("sm_90")` the call `kernel[grid](*cpu_tensors)` compiles for that target, launches nothing
+and leaves a record.  `resources` reads registers, spills and instructions off a record; `problems` says in
+sentences what would stop or slow it on the real device.  Only a process that is not interpreting can do this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for.
+
+    `backend`, `arch` and `warp_size` are the fields of Triton's GPUTarget.  `shared_memory`: the most one block
+    may use, in bytes.  `multiprocessors`: of the product named in `product`.  `registers`: the most one thread
+    may use, in 32-bit registers.  Sources: tables "Technical Specifications per Compute Capability" of the CUDA
+    programming guide, and the CDNA 3 instruction set reference.
+    """
+
+    name: str
+    backend: Literal["cuda", "hip"]
+    arch: int | str
+    warp_size: int
+    shared_memory: int
+    multiprocessors: int
+    registers: int
+    product: str
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("sm_80", "cuda", 80, 32, 163 * 1024, 108, 255, "A100"),
+        Target("sm_90", "cuda", 90, 32, 227 * 1024, 132, 255, "H100 SXM"),
+        Target("sm_100", "cuda", 100, 32, 227 * 1024, 148, 255, "B200"),
+        Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 304, 512, "MI300X"),
+    )
+}
+
+
+class CompileError(RuntimeError):
+    """A kernel did not compile; the message names kernel, target and configuration, the cause is Triton's error."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that did not happen: what would have run, and on which grid.
+
+    `constexprs`: the kernel's `tl.constexpr` parameters by name.  `pointers`: the element type of each tensor
+    and descriptor in Triton's spelling (`fp16`, `tensordesc<fp16[64,64]>`); a pointer that is None is absent.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    compiled: Any = field(repr=False)
+    constexprs: dict[str, Any]
+    pointers: dict[str, str]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def config(self) -> str:
+        """Constexprs, warps, stages and pointer types on one line."""
+        return _describe(self.constexprs, self.num_warps, self.num_stages, self.pointers)
+
+
+@dataclass
+class Recorder:
+    """What `compiling_for` saw: `launches`, in order."""
+
+    target: Target
+    launches: list[Launch] = field(default_factory=list)
+
+    @property
+    def kernels(self) -> list[Launch]:
+        """The first launch of each distinct compiled kernel."""
+        first: dict[str, Launch] = {}
+        for launch in self.launches:
+            first.setdefault(launch.compiled.hash, launch)
+        return list(first.values())
+
+
+# kept outside Triton, so that every launch can ask `active` without importing it
+_recorder: Recorder | None = None
+
+_compiled: dict[str, Any] = {}
+
+
+def active() -> Target | None:
+    """The target that launches compile for, or None outside `compiling_for`."""
+    return None if _recorder is None else _recorder.target
+
+
+@contextlib.contextmanager
+def compiling_for(target: str) -> Iterator[Recorder]:
+    """Inside the block launches of kernels on CPU tensors compile for `target`, run nothing and are recorded.
+
+    A kernel that asks for more shared memory than the target has is recorded as well: `problems` reports it.
+    Blocks may be nested.  Triton's autotuner remembers its choice across targets: give it one configuration.
+    Raises ValueError for an unknown target, RuntimeError where Triton interprets, and, from the launch,
+    `CompileError`.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"dry.compiling_for: expects one of {', '.join(TARGETS)}, received {target!r}")
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "dry.compiling_for: this process interprets kernels and cannot compile them; start Python without TRITON_INTERPRET"
+        )
+    global _recorder
+    drivers = triton.runtime.driver
+    # the public property would build a default driver, which fails without a GPU
+    previous = _recorder, drivers._active, JITFunction._do_compile
+    _recorder = Recorder(TARGETS[target])
+    drivers.set_active(_Driver(_recorder.target))
+    JITFunction._do_compile = _remembered(JITFunction._do_compile)
+    try:
+        yield _recorder
+    finally:
+        _recorder, drivers._active, JITFunction._do_compile = previous
+
+
+class _Driver:
+    """What Triton asks of a driver, answered for a device that is not there."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.utils = self
+        self.launcher_cls = _Launcher
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.target.backend, self.target.arch, self.target.warp_size)
+
+    def get_current_device(self) -> int:
+        # Triton keys its in-process caches by device, so each target is a device of its own
+        return int(re.sub(r"\D", "", self.target.name))
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        def once(call: Callable[[], object], **options: object) -> list[float]:
+            call()
+            return [1.0, 1.0, 1.0]
+
+        return once
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        # Triton refuses to load a kernel above `max_shared_mem`; here it is to be recorded and reported
+        return {
+            "max_shared_mem": 1 << 30,
+            "multiprocessor_count": self.target.multiprocessors,
+            "warpSize": self.target.warp_size,
+        }
+
+    def load_binary(
+        self, name: str, binary: bytes, shared: int, device: int
+    ) -> tuple[int, int, int, int, int]:
+        # module, function, registers, spills (Triton only passes these two on), threads in a block
+        return 1, 1, 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+
+class _Launcher:
+    """Records a launch with whichever recorder is active at that moment: Triton keeps the launcher."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.source, self.metadata = source, metadata
+
+    def __call__(self, grid_x: int, grid_y: int, grid_z: int, *rest: object) -> None:
+        name, target = self.source.fn.__name__, self.metadata.target
+        if _recorder is None or _recorder.target.arch != target.arch:
+            here = "without a dry driver" if _recorder is None else f"for {_recorder.target.name}"
+            raise RuntimeError(f"dry: {name} was compiled for {target.arch} and launched {here}")
+        _recorder.launches.append(
+            Launch(
+                kernel=name,
+                grid=(grid_x, grid_y, grid_z),
+                compiled=_compiled[self.metadata.hash],
+                constexprs=_constexprs(self.source.fn, self.source.constants),
+                pointers=_pointers(self.source.signature),
+                num_warps=self.metadata.num_warps,
+                num_stages=self.metadata.num_stages,
+            )
+        )
+
+
+def _remembered(compile: Callable[..., Any]) -> Callable[..., Any]:
+    """`JITFunction._do_compile` that keeps what it compiled and says what it could not compile."""
+    signature = inspect.signature(compile)
+
+    @functools.wraps(compile)
+    def remembered(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            compiled = compile(kernel, *args, **kwargs)
+        except Exception as error:
+            given = signature.bind(kernel, *args, **kwargs).arguments
+            options = given["options"]
+            config = _describe(
+                _constexprs(kernel, given["constexprs"]),
+                options.num_warps,
+                options.num_stages,
+                _pointers(given["signature"]),
+            )
+            target = active()
+            name = "another target" if target is None else target.name
+            raise CompileError(
+                f"{kernel.__name__} does not compile for {name} with {config}: {error}"
+            ) from error
+        _compiled[compiled.hash] = compiled
+        return compiled
+
+    return remembered
+
+
+def _constexprs(kernel: Any, constants: dict[tuple[int, ...], Any]) -> dict[str, Any]:
+    # Triton also makes constants of None and of the integer one; those are not the kernel's configuration
+    return {
+        kernel.arg_names[path[0]]: getattr(value, "value", value)
+        for path, value in constants.items()
+        if kernel.params[path[0]].is_constexpr
+    }
+
+
+def _pointers(signature: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, kind in signature.items():
+        if isinstance(kind, tuple):
+            found |= _pointers({f"{name}[{i}]": element for i, element in enumerate(kind)})
+        elif kind.startswith(("*", "tensordesc")):
+            found[name] = kind.removeprefix("*")
+    return found
+
+
+def _describe(
+    constexprs: dict[str, Any], num_warps: int, num_stages: int, pointers: dict[str, str]
+) -> str:
+    settings = constexprs | {"num_warps": num_warps, "num_stages": num_stages}
+    shown = ", ".join(f"{name}={value}" for name, value in settings.items())
+    return f"{shown} on ({', '.join(f'{name} {kind}' for name, kind in pointers.items())})"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes on the device.
+
+    `registers`: 32-bit registers per thread.  `stack`: bytes of local memory per thread, which is where spilled
+    registers live.  `shared`: bytes of shared memory per block.  The rest is read off the machine code, which
+    is disassembled when first asked for.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    num_warps: int
+    _spilled: int | None = field(repr=False, compare=False)
+    _code: bytes | str = field(repr=False, compare=False)
+
+    @property
+    def opcodes(self) -> Counter[str]:
+        """How often each instruction occurs, modifiers included: `LDG.E.128`, `v_mfma_f32_32x32x8_f16`."""
+        return _opcodes(self._code)
+
+    def count(self, *names: str) -> int:
+        """Instructions whose opcode without modifiers is one of `names`."""
+        return sum(n for opcode, n in self.opcodes.items() if opcode.split(".")[0] in names)
+
+    @property
+    def spills(self) -> int:
+        """CUDA: instructions that access local memory (LDL, STL); AMD: registers spilled."""
+        return self.count("LDL", "STL") if self._spilled is None else self._spilled
+
+    @property
+    def tensor_core_instructions(self) -> int:
+        """HMMA, HGMMA, UTCHMMA, QGMMA, DMMA and the like; mfma on AMD."""
+        return sum(n for opcode, n in self.opcodes.items() if _TENSOR_CORE.match(opcode))
+
+    @property
+    def wide_loads(self) -> int:
+        """Global loads of 128 bits or more per thread, asynchronous copies included."""
+        return sum(n for opcode, n in self.opcodes.items() if _WIDE_LOAD.match(opcode))
+
+    @property
+    def wide_stores(self) -> int:
+        """Global stores of 128 bits or more per thread."""
+        return sum(n for opcode, n in self.opcodes.items() if _WIDE_STORE.match(opcode))
+
+
+_TENSOR_CORE = re.compile(r"[A-Z]+MMA(\.|$)|v_(s?mfma|wmma|smfmac)")
+_WIDE_LOAD = re.compile(r"(LDG|LDGSTS)\..*(128|256)|(global|buffer)_load_(dwordx4|b128)")
+_WIDE_STORE = re.compile(r"STG\..*(128|256)|(global|buffer)_store_(dwordx4|b128)")
+# a 16-bit product in Triton's own intermediate language, before any target has had its say
+_SIXTEEN_BIT_DOT = re.compile(r"\btt\.dot\b[^\n]*: tensor<[0-9x]+x(?:bf16|f16)")
+
+
+def resources(kernel: Any) -> Resources:
+    """The resources of a `Launch`, or of Triton's own CompiledKernel."""
+    compiled = kernel.compiled if isinstance(kernel, Launch) else kernel
+    metadata = compiled.metadata
+    if metadata.target.backend == "cuda":
+        cubin = compiled.asm["cubin"]
+        registers, stack = _usage(cubin)
+        return Resources(registers, stack, metadata.shared, metadata.num_warps, None, cubin)
+    text = compiled.asm["amdgcn"]
+
+    def directive(name: str) -> int:
+        found = re.search(rf"^\s+\.{name}:\s+(\d+)", text, re.MULTILINE)
+        if found is None:
+            raise RuntimeError(f"dry.resources: {metadata.name} has no .{name} in its assembly")
+        return int(found[1])
+
+    return Resources(
+        registers=directive("vgpr_count"),
+        stack=directive("private_segment_fixed_size"),
+        shared=metadata.shared,
+        num_warps=metadata.num_warps,
+        _spilled=directive("vgpr_spill_count") + directive("sgpr_spill_count"),
+        _code=text,
+    )
+
+
+def problems(launch: Launch, target: str | Target) -> list[str]:
+    """What would stop or cripple this kernel on `target`, one sentence each; an empty list if nothing."""
+    limits = TARGETS[target] if isinstance(target, str) else target
+    used = resources(launch)
+    found = []
+    if used.shared > limits.shared_memory:
+        found.append(f"needs {used.shared} bytes of shared memory of {limits.shared_memory}")
+    if used.registers > limits.registers:
+        found.append(f"needs {used.registers} registers per thread of {limits.registers}")
+    if used.stack or used._spilled:
+        kind = "local-memory instructions" if limits.backend == "cuda" else "spilled registers"
+        found.append(f"spills: {used.stack} bytes of stack per thread, {used.spills} {kind}")
+    dots = len(_SIXTEEN_BIT_DOT.findall(launch.compiled.asm["ttir"]))
+    if dots and not used.tensor_core_instructions:
+        found.append(f"has {dots} 16-bit dot products and no tensor-core instruction")
+    return [f"{launch.kernel} on {limits.name} {text} ({launch.config})" for text in found]
+
+
+@functools.cache
+def _usage(cubin: bytes) -> tuple[int, int]:
+    text = _cuobjdump(cubin, "-res-usage")
+    # a kernel and the functions it does not inline each have a line
+    used = re.findall(r"REG:(\d+) STACK:(\d+)", text)
+    if not used:
+        raise RuntimeError(f"dry: cuobjdump printed no resource usage: {text}")
+    return max(int(r) for r, _ in used), max(int(s) for _, s in used)
+
+
+@functools.cache
+def _opcodes(code: bytes | str) -> Counter[str]:
+    if isinstance(code, str):
+        return Counter(re.findall(r"^\t([a-z]\w*_\w+)", code, re.MULTILINE))
+    text = _cuobjdump(code, "-sass")
+    return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text))
+
+
+def _cuobjdump(cubin: bytes, *flags: str) -> str:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, *flags, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
