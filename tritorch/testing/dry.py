@@ -1,8 +1,9 @@
-"""Compiles every kernel that a piece of host code launches, for a GPU that is not there, and reads the result.
+"""Compiles every kernel that a piece of host code launches, for a GPU that is not there.
 
-Inside `compiling_for("sm_90")` the call `kernel[grid](*cpu_tensors)` compiles for that target, launches nothing
-and leaves a record.  `resources` reads registers, spills and instructions off a record; `problems` says in
-sentences what would stop or slow it on the real device.  Only a process that is not interpreting can do this.
+Inside `compiling_for("sm_90")` the call `kernel[grid](*cpu_tensors)` compiles for that target,
+launches nothing and leaves a record.  `resources` reads registers, spills and instructions off a
+record; `problems` says in sentences what would stop or slow it on the real device.  A process that
+interprets kernels cannot compile them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ import torch
 class Target:
     """A GPU to compile for.
 
-    `backend`, `arch` and `warp_size` are the fields of Triton's GPUTarget.  `shared_memory`: the most one block
-    may use, in bytes.  `multiprocessors`: of the product named in `product`.  `registers`: the most one thread
-    may use, in 32-bit registers.  Sources: tables "Technical Specifications per Compute Capability" of the CUDA
-    programming guide, and the CDNA 3 instruction set reference.
+    `backend`, `arch` and `warp_size` are the fields of Triton's GPUTarget.  `shared_memory`: the
+    most one block may use, in bytes.  `registers`: the most one thread may use, 32-bit registers.
+    `multiprocessors`: those of `product`.  Sources: the table "Technical Specifications per Compute
+    Capability" of the CUDA programming guide, the CDNA 3 instruction set reference.
     """
 
     name: str
@@ -53,15 +54,16 @@ TARGETS: dict[str, Target] = {
 
 
 class CompileError(RuntimeError):
-    """A kernel did not compile; the message names kernel, target and configuration, the cause is Triton's error."""
+    """A kernel did not compile: names kernel, target and configuration; its cause is Triton's."""
 
 
 @dataclass(frozen=True)
 class Launch:
     """One launch that did not happen: what would have run, and on which grid.
 
-    `constexprs`: the kernel's `tl.constexpr` parameters by name.  `pointers`: the element type of each tensor
-    and descriptor in Triton's spelling (`fp16`, `tensordesc<fp16[64,64]>`); a pointer that is None is absent.
+    `constexprs`: the kernel's `tl.constexpr` parameters by name.  `pointers`: the element type of
+    each tensor and descriptor in Triton's spelling (`fp16`, `tensordesc<fp16[64, 64]>`), by name; a
+    pointer that is None is absent.  `compiled`: Triton's CompiledKernel, with its `asm`.
     """
 
     kernel: str
@@ -107,21 +109,23 @@ def active() -> Target | None:
 
 @contextlib.contextmanager
 def compiling_for(target: str) -> Iterator[Recorder]:
-    """Inside the block launches of kernels on CPU tensors compile for `target`, run nothing and are recorded.
+    """Inside the block a launch on CPU tensors compiles for `target`, runs nothing, is recorded.
 
-    A kernel that asks for more shared memory than the target has is recorded as well: `problems` reports it.
-    Blocks may be nested.  Triton's autotuner remembers its choice across targets: give it one configuration.
-    Raises ValueError for an unknown target, RuntimeError where Triton interprets, and, from the launch,
-    `CompileError`.
+    A kernel that asks for more shared memory than the target has is recorded as well: `problems`
+    reports it.  Blocks nest.  Triton's autotuner compiles every configuration, but remembers its
+    choice across targets, and then compiles that one alone.  Raises ValueError for an unknown
+    target, RuntimeError where Triton interprets and, from the launch, `CompileError`.
     """
     if target not in TARGETS:
-        raise ValueError(f"dry.compiling_for: expects one of {', '.join(TARGETS)}, received {target!r}")
+        known = ", ".join(TARGETS)
+        raise ValueError(f"dry.compiling_for: expects one of {known}, received {target!r}")
     import triton
     from triton.runtime.jit import JITFunction
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError(
-            "dry.compiling_for: this process interprets kernels and cannot compile them; start Python without TRITON_INTERPRET"
+            "dry.compiling_for: this process interprets kernels and cannot compile them; "
+            "start Python without TRITON_INTERPRET"
         )
     global _recorder
     drivers = triton.runtime.driver
@@ -170,7 +174,7 @@ class _Driver:
         return once
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        # Triton refuses to load a kernel above `max_shared_mem`; here it is to be recorded and reported
+        # Triton refuses to load a kernel above `max_shared_mem`, which here is to be recorded
         return {
             "max_shared_mem": 1 << 30,
             "multiprocessor_count": self.target.multiprocessors,
@@ -188,7 +192,7 @@ class _Driver:
 
 
 class _Launcher:
-    """Records a launch with whichever recorder is active at that moment: Triton keeps the launcher."""
+    """Records with the recorder active at the launch: Triton keeps launchers longer than that."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.source, self.metadata = source, metadata
@@ -240,7 +244,7 @@ def _remembered(compile: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _constexprs(kernel: Any, constants: dict[tuple[int, ...], Any]) -> dict[str, Any]:
-    # Triton also makes constants of None and of the integer one; those are not the kernel's configuration
+    # Triton also makes constants of None and of the integer one, which configure nothing
     return {
         kernel.arg_names[path[0]]: getattr(value, "value", value)
         for path, value in constants.items()
@@ -270,9 +274,9 @@ def _describe(
 class Resources:
     """What one compiled kernel takes on the device.
 
-    `registers`: 32-bit registers per thread.  `stack`: bytes of local memory per thread, which is where spilled
-    registers live.  `shared`: bytes of shared memory per block.  The rest is read off the machine code, which
-    is disassembled when first asked for.
+    `registers`: 32-bit registers per thread.  `stack`: bytes of local memory per thread, which is
+    where spilled registers live.  `shared`: bytes of shared memory per block.  The rest is read off
+    the machine code, which is disassembled when first asked for.
     """
 
     registers: int
@@ -284,7 +288,7 @@ class Resources:
 
     @property
     def opcodes(self) -> Counter[str]:
-        """How often each instruction occurs, modifiers included: `LDG.E.128`, `v_mfma_f32_32x32x8_f16`."""
+        """How often each instruction occurs, by its name with modifiers (`LDG.E.128`)."""
         return _opcodes(self._code)
 
     def count(self, *names: str) -> int:
@@ -346,7 +350,7 @@ def resources(kernel: Any) -> Resources:
 
 
 def problems(launch: Launch, target: str | Target) -> list[str]:
-    """What would stop or cripple this kernel on `target`, one sentence each; an empty list if nothing."""
+    """What would stop or cripple this kernel on `target`, one sentence each; empty if nothing."""
     limits = TARGETS[target] if isinstance(target, str) else target
     used = resources(launch)
     found = []
