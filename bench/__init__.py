@@ -1,0 +1,1 @@
+"""Measurements, and what is written down beside them; installed as `tritorch.bench`."""

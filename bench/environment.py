@@ -1,0 +1,151 @@
+"""Where a result comes from: hardware, versions, settings, commit; and the file it is kept in.
+
+`python -m tritorch.bench.environment` prints the environment, with `--gpu` only the folder name
+under which this machine's results are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+__all__ = ["SCHEMA", "environment", "gpu_slug", "write_result"]
+
+# raised when a reader of older files would misread a newer one
+SCHEMA = 1
+
+Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+
+# bench/environment.py of a checkout; resolved, because a checkout may show it by a link
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment() -> dict[str, Json]:
+    """Everything that a result depends on besides the code that was timed, ready for JSON.
+
+    `gpu`, `capability` (such as "9.0"), `multiprocessors` and `gpu_memory` (bytes) are None without
+    a GPU; `triton` is None where it is not installed. `commit` and `dirty` (tracked files differ
+    from it) describe the checkout that this file is in. Both are None outside one; a copy of the
+    tree that lacks its history can be told its commit in the variable TRITORCH_COMMIT. `date` is
+    UTC, ISO 8601, seconds. `tf32` holds torch's two switches, `triton_env` the TRITON_* variables.
+    """
+    commit, dirty = _commit()
+    return {
+        **_gpu(),
+        "cuda": torch.version.cuda,
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": commit,
+        "dirty": dirty,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "tf32": {
+            "matmul": torch.backends.cuda.matmul.allow_tf32,
+            "cudnn": torch.backends.cudnn.allow_tf32,
+        },
+        "triton_env": {k: v for k, v in sorted(os.environ.items()) if k.startswith("TRITON_")},
+    }
+
+
+def gpu_slug() -> str:
+    """The GPU's name as a folder name ("nvidia-h100-80gb-hbm3"), "cpu" where there is none."""
+    name = _gpu()["gpu"]
+    return "cpu" if name is None else re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
+
+
+def write_result(
+    path: str | os.PathLike[str],
+    kind: str,
+    rows: Sequence[Json],
+    *,
+    overwrite: bool = False,
+    **more: Json,
+) -> None:
+    """Write one result file: {"schema", "kind", "environment", "rows"} and `more`, as JSON.
+
+    `kind` says what the rows are ("train", "tests", "bench"). The file appears whole or not at all,
+    and its folder is made. Raises FileExistsError where another result has the name already and
+    `overwrite` is false (the same result, taken at another time, is left as it is), and ValueError
+    for a NaN or an infinity, which JSON cannot hold.
+    """
+    path = Path(path)
+    result = {"schema": SCHEMA, "kind": kind, "environment": environment(), "rows": rows, **more}
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    if not overwrite and path.exists():
+        if _undated(path.read_text(encoding="utf-8")) == _undated(text):
+            return
+        raise FileExistsError(f"{path} holds another result: name a new file, or overwrite it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target, so that the rename stays within one file system
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        # mkstemp's file is its owner's alone
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _gpu() -> dict[str, Json]:
+    if not torch.cuda.is_available():
+        return {"gpu": None, "capability": None, "multiprocessors": None, "gpu_memory": None}
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": device.name,
+        "capability": f"{device.major}.{device.minor}",
+        "multiprocessors": device.multi_processor_count,
+        "gpu_memory": device.total_memory,
+    }
+
+
+def _version(package: str) -> str | None:
+    # the metadata, because importing Triton fixes whether this process interprets kernels
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    top = _git("rev-parse", "--show-toplevel")
+    # an installed tritorch may lie inside a repository that is not its own
+    if top is None or Path(top).resolve() != _ROOT:
+        return os.environ.get("TRITORCH_COMMIT"), None
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return _git("rev-parse", "HEAD"), None if status is None else status != ""
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _undated(text: str) -> Json:
+    result: dict[str, dict[str, Json]] = json.loads(text)
+    result.get("environment", {}).pop("date", None)
+    return result
+
+
+if __name__ == "__main__":
+    print(gpu_slug() if "--gpu" in sys.argv[1:] else json.dumps(environment(), indent=1))
