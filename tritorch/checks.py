@@ -1,0 +1,89 @@
+"""Argument checks: every message names the op, the rule and what was received; classes are torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+
+def fail(exception: type[Exception], op: str, rule: str, **received: object) -> NoReturn:
+    """Raises `exception` with the message `op: rule (name value, ...)`."""
+    shown = ", ".join(f"{name} {describe(value)}" for name, value in received.items())
+    raise exception(f"{op}: {rule} ({shown})" if shown else f"{op}: {rule}")
+
+
+def describe(value: object) -> str:
+    """Shape, dtype and device of a tensor; the value of anything else."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    dtype = str(value.dtype).removeprefix("torch.")
+    place = "" if value.device.type == "cpu" else f" {value.device}"
+    return f"{tuple(value.shape)} {dtype}{place}"
+
+
+def tensor(op: str, **tensors: object) -> None:
+    """TypeError unless every argument is a tensor."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            fail(TypeError, op, f"{name} must be a Tensor, not {type(value).__name__}")
+
+
+def same_dtype_and_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+    """RuntimeError unless every tensor has the dtype and the device of `first`."""
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.dtype != first.dtype:
+            fail(
+                RuntimeError,
+                op,
+                f"expected {name} of the input's dtype",
+                input=first,
+                **{name: other},
+            )
+        if other.device != first.device:
+            fail(
+                RuntimeError,
+                op,
+                f"expected {name} on the input's device",
+                input=first,
+                **{name: other},
+            )
+
+
+def writable(op: str, tensor: Tensor) -> None:
+    """RuntimeError unless an in-place result can be written: not a leaf under autograd, no element twice."""
+    if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
+        fail(
+            RuntimeError,
+            op,
+            "a leaf that requires a gradient cannot be written in place",
+            input=tensor,
+        )
+    if any(
+        size > 1 and stride == 0
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        fail(
+            RuntimeError,
+            op,
+            "an expanded tensor cannot be written in place: clone it first",
+            input=tensor,
+        )
+
+
+def ints(op: str, name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """`value` as a tuple of `count` integers: one number stands for all of them, as in torch."""
+    if isinstance(value, (int, torch.SymInt)):
+        return (value,) * count
+    values = tuple(value)
+    if len(values) == 1:
+        return values * count
+    if len(values) != count:
+        fail(
+            RuntimeError, op, f"{name} must be one integer or {count} of them", received=values
+        )
+    return values
