@@ -1,0 +1,112 @@
+"""Binds kernel launches to PyTorch: the only file that names `torch.library`.
+
+A launch becomes a low-level library op (`library_op`), so that torch.compile, export, the profiler and the FLOP
+counter see one opaque node with known shapes.  Ops wrap those in a `torch.autograd.Function`, whose forward and
+backward call them, and enter it by `apply`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+_LIBRARY = torch.library.Library("tritorch", "DEF")
+
+# registered under the key of CPU tensors too: the interpreter and the dry driver launch on those
+_KEYS = ("CUDA", "CPU")
+
+
+def library_op(
+    schema: str, *, fake: Callable[..., Any], flops: Callable[..., int] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes the decorated launch function the library op `tritorch::<schema>` and returns the op.
+
+    `fake` makes the outputs without launching: the launch function allocates with the same helper, so that
+    shapes and layouts are written once.  `flops` counts floating-point operations from the arguments' shapes,
+    as `torch.utils.flop_counter` passes them.
+    """
+
+    def bind(launch: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema)
+        for key in _KEYS:
+            _LIBRARY.impl(name, launch, key)
+        torch.library.register_fake(f"tritorch::{name}", fake, lib=_LIBRARY)
+        op: Callable[..., Any] = getattr(torch.ops.tritorch, name).default
+        if flops is not None:
+            register_flop_formula(getattr(torch.ops.tritorch, name))(flops)
+        return op
+
+    return bind
+
+
+class NoContext:
+    """Stands for autograd's context where nothing needs a gradient: it keeps nothing."""
+
+    def __init__(self, arguments: int) -> None:
+        self.needs_input_grad = (False,) * arguments
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    def mark_dirty(self, *tensors: Tensor) -> None:
+        # autograd does this for a context of its own
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, without autograd's bookkeeping when no argument needs a gradient."""
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled()
+        and any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
+    ):
+        return function.apply(*arguments)
+    return function.forward(NoContext(len(arguments)), *arguments)
+
+
+def autocast_to_lower(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts to the autocast dtype where autocast is on for the first tensor's device: matmul, linear, conv."""
+    device = _autocast_device(tensors)
+    if device is None:
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(_cast(tensor, device, dtype) for tensor in tensors)
+
+
+def autocast_to_float32(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts to float32 where autocast is on for the first tensor's device: losses."""
+    device = _autocast_device(tensors)
+    if device is None:
+        return tensors
+    return tuple(_cast(tensor, device, torch.float32) for tensor in tensors)
+
+
+def _autocast_device(tensors: tuple[Tensor | None, ...]) -> str | None:
+    for tensor in tensors:
+        if tensor is not None:
+            device = tensor.device.type
+            return device if torch.is_autocast_enabled(device) else None
+    return None
+
+
+def _cast(tensor: Tensor | None, device: str, dtype: torch.dtype) -> Tensor | None:
+    # torch's autocast leaves float64 and integers as they are
+    if (
+        tensor is None
+        or tensor.device.type != device
+        or not tensor.is_floating_point()
+        or tensor.dtype == torch.float64
+    ):
+        return tensor
+    return tensor.to(dtype)
