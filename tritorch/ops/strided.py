@@ -1,0 +1,76 @@
+"""Views an elementwise call as one loop nest: merged dimensions, and strides of every tensor along them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# dimensions that `strided_offsets` of kernels/tiles.py walks
+RANK = 5
+_INT32_MAX = 2**31 - 1
+
+
+class Nest(NamedTuple):
+    """Sizes and strides (elements) of tensors of one shape, outermost first; padded with size 1 at the end."""
+
+    numel: int
+    sizes: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    # an index or an offset passes int32
+    wide: bool
+
+
+def nest(op: str, *tensors: Tensor) -> Nest:
+    """The loop nest over tensors of one shape; ordered and merged so that the first one is walked along memory.
+
+    Raises:
+        NotImplementedError: more than `RANK` dimensions are left after merging.
+    """
+    first = tensors[0]
+    # outermost = largest stride of the tensors, in their order: the last ones are written, and decide ties
+    order = sorted(
+        (dim for dim in range(first.dim()) if first.shape[dim] != 1),
+        key=lambda dim: tuple(-tensor.stride(dim) for tensor in reversed(tensors)),
+    )
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in tensors]
+    for dim in order:
+        size = first.shape[dim]
+        here = [tensor.stride(dim) for tensor in tensors]
+        if sizes and all(
+            merged[-1] == stride * size for merged, stride in zip(strides, here, strict=True)
+        ):
+            sizes[-1] *= size
+            for merged, stride in zip(strides, here, strict=True):
+                merged[-1] = stride
+        else:
+            sizes.append(size)
+            for merged, stride in zip(strides, here, strict=True):
+                merged.append(stride)
+    if len(sizes) > RANK:
+        raise NotImplementedError(
+            f"{op}: tensors of shape {tuple(first.shape)} walk {len(sizes)} separate strides, "
+            f"the kernels take {RANK}"
+        )
+    numel = first.numel()
+    extent = max(
+        (
+            sum((size - 1) * stride for size, stride in zip(sizes, merged, strict=True))
+            for merged in strides
+        ),
+        default=0,
+    )
+    padding = RANK - len(sizes)
+    return Nest(
+        numel,
+        tuple(sizes) + (1,) * padding,
+        tuple(tuple(merged) + (0,) * padding for merged in strides),
+        max(extent, numel) > _INT32_MAX,
+    )
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """An uninitialised result of an elementwise op: dense, in the tensor's order of dimensions, as torch makes it."""
+    return torch.empty_like(tensor, memory_format=torch.preserve_format)
