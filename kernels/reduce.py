@@ -1,0 +1,77 @@
+"""Sums: over everything but the channels, and over the partial results of a split reduction, in a fixed order."""
+
+import triton
+import triton.language as tl
+from triton import Config
+
+from tritorch.kernels.tiles import activate, strided_offsets
+
+# elements of the result per program of the split sum
+BLOCK = 1024
+
+CHANNEL_SUM_CONFIGS = (
+    # channels along memory: a row of 64 channels is one to four 128-byte lines
+    Config({"BLOCK_R": 64, "BLOCK_C": 64}, num_warps=4, num_stages=3),
+    # pixels along memory: few channels per program, long rows
+    Config({"BLOCK_R": 512, "BLOCK_C": 8}, num_warps=4, num_stages=3),
+)
+# programs wanted: about two per multiprocessor of a large GPU, one constant so that sums repeat across GPUs
+PROGRAMS = 256
+
+
+def channel_sum_config(channels_last):
+    """Tile of the channel sum: along the channels when they are contiguous, else along the pixels."""
+    return CHANNEL_SUM_CONFIGS[0 if channels_last else 1]
+
+
+def num_splits(tiles, steps, min_steps):
+    """Slices of a reduction of `steps` steps so that `tiles` output tiles fill a GPU, each of min_steps at least."""
+    return max(1, min(PROGRAMS // max(tiles, 1), steps // min_steps))
+
+
+@triton.jit
+def channel_sum_kernel(
+    x_ptr, y_ptr,
+    C, R, STEPS, size_1, size_2, size_3, size_4,
+    x_stride_c, x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
+    INDEX_64: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """One program sums STEPS tiles of BLOCK_R elements of each of its BLOCK_C channels into row `split` of y."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    split = tl.program_id(1)
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    offs_r = split * STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
+    if INDEX_64:
+        offs_r = offs_r.to(tl.int64)
+        x_ptrs = x_ptr + offs_c[None, :].to(tl.int64) * x_stride_c
+    else:
+        x_ptrs = x_ptr + offs_c[None, :] * x_stride_c
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=ACC)
+    for _ in range(0, STEPS):
+        offsets = strided_offsets(offs_r, size_1, size_2, size_3, size_4,
+                                  x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4)
+        mask = (offs_r < R)[:, None] & mask_c[None, :]
+        acc += tl.load(x_ptrs + offsets[:, None], mask=mask, other=0.0).to(ACC)
+        offs_r += BLOCK_R
+    y = tl.sum(acc, axis=0)
+    tl.store(y_ptr + split * C + offs_c, y.to(y_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def split_sum_kernel(
+    x_ptr, bias_ptr, y_ptr,
+    NUMEL, SPLITS, COLUMNS,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One program adds BLOCK elements of the SPLITS rows of x in order, then the bias of their column, and rounds once."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < NUMEL
+    acc = tl.zeros((BLOCK,), dtype=x_ptr.dtype.element_ty)
+    for _ in range(0, SPLITS):
+        acc += tl.load(x_ptr + index, mask=mask, other=0.0)
+        x_ptr += NUMEL
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + index % COLUMNS, mask=mask, other=0.0).to(acc.dtype)
+    acc = activate(acc, ACTIVATION)
+    tl.store(y_ptr + index, acc.to(y_ptr.dtype.element_ty), mask=mask)
