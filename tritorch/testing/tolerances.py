@@ -1,0 +1,373 @@
+"""Decides whether a result is right up to rounding: a bound from the data, never a fixed tolerance.
+
+`compare` measures a result against the truth, which is the same op in float64 on the same inputs.
+Write o for the result, t for the truth, r for the truth rounded to the result's dtype, u for the
+unit roundoff of that dtype, v for that of the accumulator (2^-24; 2^-53 for float64), and, for
+each element, K for the number of products summed, s1 for the sum of their magnitudes, s2 for the
+root of the sum of their squares (`derive_scales` finds all three).  A result is accepted if it has
+
+    C0  for an `exact` comparison: o = r everywhere; else NaN and infinity exactly where r has them,
+    C1  every element within   u |t| + 6 sqrt(2) ((sqrt(K) v + w) s2 + sqrt(K) v |t| / 3)
+                               + 2 v s1 + 2 w |t| + half the smallest subnormal,
+    C2  an RMS error of at most the larger of   2 rms(torch - t)   and
+                               rms(r - t) + (1 + 6 / sqrt(2 n)) rms(d),
+        where d = sqrt(K) v (s2 / 2 + |t| / 3) + w (s2 + 2 |t|) and n is the number of elements,
+    C3  a slope |<o - t, t>| / <t, t> of at most   6 sqrt(sum t^2 (d^2 + u^2 t^2 / 3)) / <t, t>
+                               + 2 max(torch's slope, r's slope) + 8 v + 2 w.
+
+C1 is the probabilistic bound of Higham and Mary (A new approach to probabilistic rounding error
+analysis, SIAM J. Sci. Comput. 41, 2019): rounding errors of K terms add up like a random walk, and
+partial sums of terms that agree in sign grow with |t|.  w is the unit roundoff to which the op may
+shorten its operands; hardware that truncates them shrinks the result by up to 2 w.  C2 asks for
+torch's accuracy, and neither a bad nor a lucky run of torch moves it far.  C3 sees a wrong factor
+far below the noise of one element: a divisor, an epsilon, a momentum.
+
+Composite ops (batch norm, losses) have no s1 and s2.  There both are |t| + rms(t), K is 16 unless
+given (a chain of elementwise steps), and C1 grows by 3 k (|t| + rms(t)), where k is the worst error
+of torch's own result beyond r's, in units of |t| + rms(t): where an op cancels, torch cancels too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+# one rounding error in 5e8 leaves six standard deviations
+_LAMBDA = 6.0
+_COMPOSITE_TERMS = 16.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `compare` found.
+
+    `headroom`: the largest share that any clause uses of its limit, so that `accepted` is headroom
+    <= 1; C1 counts the error beyond that of the rounded truth.  `ratio`: RMS error over torch's,
+    None without a baseline.  `failure`: one sentence per clause broken, which it names; empty if
+    accepted.  `index`: the element that comes worst under C1 (C0 where that fails), with its
+    `actual` and `truth`; None if there are no elements.
+    """
+
+    accepted: bool
+    headroom: float
+    ratio: float | None
+    failure: str
+    index: tuple[int, ...] | None = None
+    actual: float = math.nan
+    truth: float = math.nan
+
+
+class Scale(TypedDict):
+    """K, s1 and s2 of one tensor, each of its shape, float64; keyword arguments of `compare`."""
+
+    terms: Tensor
+    magnitude: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of a function's output and, argument by argument, of its gradients.
+
+    A gradient's is None for an argument that has none, and for all without a `grad_output`.
+    """
+
+    output: Scale
+    grads: tuple[Scale | None, ...]
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """The largest relative error of rounding to `dtype`: 2^-24 for float32, 2^-8 for bfloat16."""
+    return float(torch.finfo(dtype).eps) / 2
+
+
+def derive_scales(
+    function: Callable[..., Tensor], args: Sequence[Any], grad_output: Tensor | None = None
+) -> Scales:
+    """K, s1 and s2 of `function(*args)`, and of its gradients with respect to `args`.
+
+    `function` is linear in each floating-point tensor of `args`, with no negative coefficient of
+    its own (matmul, convolution, average pooling; an added bias is one more term).  Other
+    arguments, None included, pass through.  It runs in float64 on ones, on magnitudes and on
+    squares, and is differentiated by autograd with ones, |grad_output| and grad_output^2.  Of an
+    average over k elements K comes out as 1 and s2 as sqrt(k) times too large: their product
+    sqrt(K) s2, which is what the rule uses, comes out right.
+    """
+    terms, grad_terms = _evaluate(function, args, grad_output, torch.ones_like)
+    magnitude, grad_magnitudes = _evaluate(function, args, grad_output, torch.abs)
+    squares, grad_squares = _evaluate(function, args, grad_output, torch.square)
+    grads = (
+        None if k is None or s1 is None or s2 is None else _scale(k, s1, s2)
+        for k, s1, s2 in zip(grad_terms, grad_magnitudes, grad_squares, strict=True)
+    )
+    return Scales(_scale(terms, magnitude, squares), tuple(grads))
+
+
+def _scale(terms: Tensor, magnitude: Tensor, squares: Tensor) -> Scale:
+    return {"terms": terms, "magnitude": magnitude, "scale": squares.sqrt()}
+
+
+def _evaluate(
+    function: Callable[..., Tensor],
+    args: Sequence[Any],
+    grad_output: Tensor | None,
+    transform: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, list[Tensor | None]]:
+    leaves = [
+        transform(arg.detach().double()).requires_grad_()
+        if isinstance(arg, Tensor) and arg.is_floating_point()
+        else arg
+        for arg in args
+    ]
+    with torch.enable_grad():
+        output = function(*leaves)
+    grads: list[Tensor | None] = [None] * len(leaves)
+    if grad_output is not None:
+        places = [
+            i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad
+        ]
+        found = torch.autograd.grad(
+            output,
+            [leaves[i] for i in places],
+            transform(grad_output.detach().double()),
+            allow_unused=True,
+        )
+        for i, grad in zip(places, found, strict=True):
+            grads[i] = grad
+    return output.detach(), grads
+
+
+def compare(
+    actual: Tensor,
+    truth: Tensor,
+    *,
+    baseline: Tensor | None = None,
+    scale: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    terms: Tensor | float | None = None,
+    unit_in: float = 0.0,
+    exact: bool = False,
+) -> Verdict:
+    """Whether `actual` is `truth` up to the rounding that its dtype and the data excuse.
+
+    `truth`: float64, or any dtype for an `exact` comparison (integer and bool results are always
+    compared exactly).  `baseline`: torch's own result, of the dtype that `actual` must have.
+    `scale`, `magnitude`, `terms`: s2, s1 and K of the module's text, each a tensor that broadcasts
+    to `truth`; all optional.  s1 alone stands in for s2, s2 for s1 by way of sqrt(K) s2 >= s1.
+    `unit_in`: 2^-11 if the op may use TF32, 2^-8 if it may shorten operands to bfloat16.
+
+    Raises TypeError for a truth that is not float64 or a complex result, ValueError for a baseline
+    of another shape than the truth's.
+    """
+    actual, truth = actual.detach().to(truth.device), truth.detach()
+    if actual.is_complex():
+        raise TypeError(f"compare: expects a real result, received {actual.dtype}")
+    if actual.shape != truth.shape:
+        return _rejected(f"shape: {tuple(actual.shape)}, where the truth has {tuple(truth.shape)}")
+    if baseline is not None:
+        if baseline.shape != truth.shape:
+            raise ValueError(
+                f"compare: expects a baseline of shape {tuple(truth.shape)}, "
+                f"received {tuple(baseline.shape)}"
+            )
+        if baseline.dtype != actual.dtype:
+            return _rejected(f"dtype: {actual.dtype}, where torch gives {baseline.dtype}")
+        baseline = baseline.detach().to(truth.device)
+    if exact or not actual.is_floating_point():
+        return _compare_exactly(actual, truth)
+    if truth.dtype != torch.float64:
+        raise TypeError(f"compare: expects a truth in float64, received {truth.dtype}")
+    if truth.numel() == 0:
+        return Verdict(True, 0.0, None, "")
+
+    rounded = truth.to(actual.dtype)
+    budget = _budget(actual.dtype, truth, rounded, baseline, scale, magnitude, terms, unit_in)
+    # a truth this close to the largest number may overflow or not
+    borderline = (truth.abs() - torch.finfo(actual.dtype).max).abs() <= budget.bound
+    special = ~(actual.isfinite() & rounded.isfinite())
+    wrong = special & ~_same(actual, rounded) & ~borderline
+    if wrong.any():
+        return _different(actual, truth, wrong, "C0 NaN and infinity")
+    return _judge(actual, truth, rounded, baseline, budget, ~special)
+
+
+def _rejected(failure: str) -> Verdict:
+    return Verdict(False, math.inf, None, failure)
+
+
+def _same(actual: Tensor, expected: Tensor) -> Tensor:
+    return (actual == expected) | (actual.isnan() & expected.isnan())
+
+
+def _compare_exactly(actual: Tensor, truth: Tensor) -> Verdict:
+    wrong = ~_same(actual, truth.to(actual.dtype))
+    return (
+        _different(actual, truth, wrong, "C0 exact")
+        if wrong.any()
+        else Verdict(True, 0.0, None, "")
+    )
+
+
+def _different(actual: Tensor, truth: Tensor, wrong: Tensor, clause: str) -> Verdict:
+    index = tuple(wrong.nonzero()[0].tolist())
+    got, expected = actual[index].item(), truth[index].item()
+    failure = (
+        f"{clause}: {int(wrong.sum())} of {wrong.numel()} elements differ, "
+        f"at {index} {got} where the truth is {expected}"
+    )
+    return Verdict(False, math.inf, None, failure, index, float(got), float(expected))
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """Per element: `bound` is C1's, `noise` is d of C2 and C3; `slope` is C3's constant part."""
+
+    bound: Tensor
+    noise: Tensor
+    slope: float
+
+
+def _budget(
+    dtype: torch.dtype,
+    truth: Tensor,
+    rounded: Tensor,
+    baseline: Tensor | None,
+    scale: Tensor | None,
+    magnitude: Tensor | None,
+    terms: Tensor | float | None,
+    unit_in: float,
+) -> _Budget:
+    unit = unit_roundoff(dtype)
+    unit_acc = unit_roundoff(torch.float64 if dtype == torch.float64 else torch.float32)
+    size = truth.abs()
+    slack = torch.zeros_like(truth)
+    if scale is None and magnitude is None:
+        finite = rounded.isfinite()
+        scale = magnitude = size + _rms(truth[finite])
+        terms = _COMPOSITE_TERMS if terms is None else terms
+        if baseline is not None:
+            error = (baseline.double() - truth).abs()
+            excess = (error - (rounded.double() - truth).abs()) / scale
+            excess = excess[finite & excess.isfinite()]
+            if excess.numel():
+                slack = 3 * excess.max().clamp(min=0) * scale
+    root = torch.as_tensor(
+        1.0 if terms is None else terms, dtype=torch.float64, device=truth.device
+    ).sqrt()
+    if magnitude is None:
+        assert scale is not None
+        magnitude = root * scale.to(truth)
+    magnitude = magnitude.to(truth)
+    scale = magnitude if scale is None else scale.to(truth)
+    # torch does not name the smallest subnormal of every dtype
+    tiny = torch.finfo(dtype).tiny * unit
+    walk = root * unit_acc
+    bound = (
+        unit * size
+        + _LAMBDA * math.sqrt(2) * ((walk + unit_in) * scale + walk * size / 3)
+        + 2 * unit_acc * magnitude
+        + 2 * unit_in * size
+        + tiny
+        + slack
+    )
+    noise = walk * (scale / 2 + size / 3) + unit_in * (scale + 2 * size)
+    return _Budget(bound, noise, 8 * unit_acc + 2 * unit_in)
+
+
+def _judge(
+    actual: Tensor,
+    truth: Tensor,
+    rounded: Tensor,
+    baseline: Tensor | None,
+    budget: _Budget,
+    finite: Tensor,
+) -> Verdict:
+    """C1, C2 and C3 over the elements that are `finite`."""
+    t = truth[finite]
+    if t.numel() == 0:
+        return Verdict(True, 0.0, None, "")
+    error, unavoidable = actual[finite].double() - t, rounded[finite].double() - t
+    bound, noise = budget.bound[finite], budget.noise[finite]
+    of_torch = None
+    if baseline is not None:
+        of_torch = baseline[finite].double() - t
+        # where torch overflows it is no yardstick
+        of_torch = torch.where(of_torch.isfinite(), of_torch, torch.zeros_like(t))
+    failures = []
+
+    elements = _elements(error, unavoidable, bound)
+    worst = int(elements.argmax())
+    index = tuple(finite.nonzero()[worst].tolist())
+    if elements[worst] > 1:
+        failures.append(
+            f"C1 element: {int((elements > 1).sum())} of {t.numel()} out of bounds, worst at "
+            f"{index}: {actual[index].item()} where the truth is {t[worst].item()}, "
+            f"error {abs(float(error[worst])):.3g}, bound {float(bound[worst]):.3g}"
+        )
+    rms, rms_limit = _rms(error), _rms_limit(unavoidable, noise, of_torch)
+    if rms > rms_limit:
+        compared = "" if of_torch is None else f", torch's {_rms(of_torch):.3g}"
+        failures.append(f"C2 rms: error {rms:.3g}, limit {rms_limit:.3g}{compared}")
+    slope = _slope(error, t)
+    slope_limit = _slope_limit(unavoidable, noise, of_torch, t, unit_roundoff(actual.dtype))
+    slope_limit += budget.slope
+    if abs(slope) > slope_limit:
+        failures.append(f"C3 bias: scaled by 1 {slope:+.3g}, limit {slope_limit:.3g}")
+
+    return Verdict(
+        accepted=not failures,
+        headroom=max(
+            float(elements[worst]), _share(rms, rms_limit), _share(abs(slope), slope_limit)
+        ),
+        ratio=None if of_torch is None else _share(rms, _rms(of_torch)),
+        failure="; ".join(failures),
+        index=index,
+        actual=float(actual[index]),
+        truth=float(t[worst]),
+    )
+
+
+def _elements(error: Tensor, unavoidable: Tensor, bound: Tensor) -> Tensor:
+    used = (error.abs() - unavoidable.abs()) / (bound - unavoidable.abs())
+    # a bound of nothing is kept by using nothing of it
+    return torch.where(error.abs() <= unavoidable.abs(), torch.zeros_like(used), used)
+
+
+def _rms_limit(unavoidable: Tensor, noise: Tensor, of_torch: Tensor | None) -> float:
+    spread = 1 + _LAMBDA / math.sqrt(2 * noise.numel())
+    limit = _rms(unavoidable) + spread * _rms(noise)
+    return limit if of_torch is None else max(limit, 2 * _rms(of_torch))
+
+
+def _slope(error: Tensor, t: Tensor) -> float:
+    power = float(t.square().sum())
+    return float((error * t).sum()) / power if power > 0 else 0.0
+
+
+def _slope_limit(
+    unavoidable: Tensor, noise: Tensor, of_torch: Tensor | None, t: Tensor, unit: float
+) -> float:
+    power = float(t.square().sum())
+    if power == 0:
+        return 0.0
+    variance = (t.square() * (noise.square() + (unit * t).square() / 3)).sum()
+    chance = math.sqrt(float(variance)) / power
+    excused = abs(_slope(unavoidable, t))
+    if of_torch is not None:
+        excused = max(excused, abs(_slope(of_torch, t)))
+    return _LAMBDA * chance + 2 * excused
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt()) if values.numel() else 0.0
+
+
+def _share(used: float, limit: float) -> float:
+    if limit > 0:
+        return used / limit
+    return math.inf if used > 0 else 0.0
