@@ -6,10 +6,8 @@ Knows no op.  Kernels are imported when the first one is launched, so that the r
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import sys
+import importlib
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -22,19 +20,26 @@ _overrides: dict[str, Any] = {}
 _recorders: list[list[str]] = []
 
 
-def kernels(family: str) -> ModuleType:
-    """The module `tritorch.kernels.<family>`, imported at its first use."""
-    name = f"tritorch.kernels.{family}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.loader is None:
-        raise ModuleNotFoundError(f"launch.kernels: {name} is not installed", name=name)
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+class Family:
+    """The names of `tritorch.kernels.<family>`, imported when the first of them is asked for.
+
+    Not importlib's lazy module: `inspect` looks at every module that Python knows, and so would
+    import Triton.
+    """
+
+    def __init__(self, family: str) -> None:
+        self._module = f"tritorch.kernels.{family}"
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(importlib.import_module(self._module), name)
+        # later look-ups do not come here
+        setattr(self, name, value)
+        return value
+
+
+def kernels(family: str) -> Family:
+    """The device code of a family of ops, without importing it yet."""
+    return Family(family)
 
 
 def config(choose: Callable[..., Any], *sizes: int) -> Any:
