@@ -1,0 +1,360 @@
+"""What is wrong with Triton's interpreter, and what a GPU does instead.
+
+Each function replaces one of the interpreter's own inside `interpreter.corrected`.  All that
+tritorch knows of the interpreter's private parts is in this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+# set by `tritorch.testing.interpreter.corrected`
+tf32: bool = False
+
+# triton.runtime.interpreter, triton.language and the least tile of `tl.dot`: set by `_load`, so
+# that Triton is imported when it is first corrected
+_lib: Any = None
+_tl: Any = None
+_min_dot_size: Any = None
+
+_patches: list[tuple[Any, str, Any]] = []
+# what the patches replaced, by its name
+_originals: dict[str, Any] = {}
+# functions for which this launch has patched the language already
+_seen: set[Any] = set()
+
+_MISSING = object()
+
+
+def patch() -> None:
+    """Puts the corrections in place; raises RuntimeError where Triton lacks a part to correct."""
+    if not _patches:
+        _load()
+    for owner, name, replacement in _patches:
+        _originals[name] = getattr(owner, name, _MISSING)
+        setattr(owner, name, replacement)
+
+
+def restore() -> None:
+    """Puts back what `patch` replaced."""
+    _seen.clear()
+    for owner, name, _ in _patches:
+        if _originals[name] is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, _originals[name])
+
+
+def _load() -> None:
+    """Imports Triton and checks that it has the private parts that are replaced or used here."""
+    global _lib, _tl, _min_dot_size
+    lib = importlib.import_module("triton.runtime.interpreter")
+    nvidia = importlib.import_module("triton.backends.nvidia.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 80, 32)
+    for path in _USED:
+        _require(lib, path)
+    patches = [
+        (_require(lib, path) if path else lib, name, replacement)
+        for path, replacements in _REPLACEMENTS.items()
+        for name, replacement in replacements.items()
+    ]
+    for owner, name, _ in patches:
+        # 3.6 has no get_bf16: that it is missing is the defect
+        if name != "get_bf16":
+            _require(owner, name)
+    if hasattr(lib._interpreter, "fma_fp32"):
+        # this Triton rounds once
+        patches = [patch for patch in patches if patch[1] != "create_fma"]
+    _lib, _tl, _min_dot_size = lib, lib.tl, _require(nvidia, "min_dot_size")(target)
+    _patches.extend(patches)
+
+
+def _require(owner: Any, path: str) -> Any:
+    """The attribute at the dotted `path` below `owner`."""
+    for name in path.split("."):
+        if not hasattr(owner, name):
+            raise RuntimeError(
+                f"interpreter.corrected: triton {sys.modules['triton'].__version__} has no "
+                f"{getattr(owner, '__name__', owner)}.{name}, which the corrections need "
+                "(they know 3.6.0, 3.7.1 and 3.9.0)"
+            )
+        owner = getattr(owner, name)
+    return owner
+
+
+# bfloat16: numpy has no such type.  A corrected handle of bfloat16 holds float32 numbers that
+# bfloat16 can represent, and making a handle rounds to them: so every operation computes in float32
+# and rounds once, and only memory and bit casts see 16 bits.
+
+
+def _is_bf16(dtype: Any) -> bool:
+    return bool(dtype.scalar == _tl.bfloat16)
+
+
+def _round_to_bf16(values: Array) -> Array:
+    """The float32 numbers nearest to `values` that bfloat16 has, ties to even; NaN stays NaN."""
+    bits = np.asarray(values, dtype=np.float32).view(np.uint32)
+    if not (bits & 0xFFFF).any():
+        # also keeps the payload of a NaN that is only copied
+        return bits.view(np.float32)
+    rounded = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)
+    quiet_nan = bits | np.uint32(0x400000)
+    kept = np.where(np.isnan(values), quiet_nan, rounded) & np.uint32(0xFFFF0000)
+    return kept.view(np.float32)
+
+
+def _from_bits(bits: Array) -> Any:
+    return _lib.TensorHandle((bits.astype(np.uint32) << 16).view(np.float32), _tl.bfloat16)
+
+
+def _to_bits(handle: Any) -> Any:
+    """The handle itself, or the 16 bits of each element if it is of bfloat16."""
+    if not _is_bf16(handle.dtype) or handle.data.dtype == np.bool_:
+        return handle
+    return _lib.TensorHandle((handle.data.view(np.uint32) >> 16).astype(np.uint16), _tl.uint16)
+
+
+def _pointers_to_bits(ptrs: Any) -> Any:
+    return _lib.TensorHandle(ptrs.data, _tl.pointer_type(_tl.uint16))
+
+
+def _post_init(self: Any) -> None:
+    if not _is_bf16(self.dtype):
+        _originals["__post_init__"](self)
+    elif np.issubdtype(self.data.dtype, np.floating):
+        self.data = _round_to_bf16(self.data)
+    elif self.data.dtype != np.bool_:
+        # the interpreter gives the outcome of a comparison the type of its operands: bool passes
+        raise TypeError(f"interpreter.corrected: bfloat16 data of numpy type {self.data.dtype}")
+
+
+def _get_np_dtype(dtype: Any) -> Any:
+    if _is_bf16(dtype):
+        return np.dtype(np.float32)
+    return _originals["_get_np_dtype"](dtype)
+
+
+def _get_bf16(self: Any, value: float) -> Any:
+    return _lib.TensorHandle(np.array([value], dtype=np.float32), _tl.bfloat16)
+
+
+def _cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+    data = src.data.astype(_lib._get_np_dtype(dst_type))
+    return _lib.TensorHandle(data, dst_type.scalar)
+
+
+def _create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding: Any) -> Any:
+    original = _originals["create_fp_to_fp"]
+    if _is_bf16(src.dtype):
+        src = _lib.TensorHandle(src.data, _tl.float32)
+    if not _is_bf16(dst_type):
+        if src.dtype.scalar == dst_type.scalar:
+            return src
+        return original(self, src, dst_type, rounding)
+    if src.data.dtype == np.uint8:
+        src = original(self, src, _tl.float32, None)
+    values = src.data.astype(np.float32)
+    if rounding == _lib._ir.ROUNDING_MODE.RTZ:
+        values = (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    return _lib.TensorHandle(values, _tl.bfloat16)
+
+
+def _create_bitcast(self: Any, src: Any, dst_type: Any) -> Any:
+    src = _to_bits(src)
+    if _is_bf16(dst_type):
+        return _from_bits(src.data.view(np.uint16))
+    return _originals["create_bitcast"](self, src, dst_type)
+
+
+def _create_fabs(self: Any, arg: Any) -> Any:
+    if _is_bf16(arg.dtype):
+        return self.unary_op(arg, np.abs)
+    return _originals["create_fabs"](self, arg)
+
+
+def _create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    # a product of two float32 is exact in float64: the sum is then what rounds
+    wide = x.data.astype(np.float64) * y.data + z.data
+    return _lib.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+
+def _create_masked_load(
+    self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **named: Any
+) -> Any:
+    original = _originals["create_masked_load"]
+    element = ptrs.get_element_ty()
+    if other is None:
+        other = _lib.TensorHandle(_poison(ptrs.data.shape, _lib._get_np_dtype(element)), element)
+    if not _is_bf16(element):
+        return original(self, ptrs, mask, other, *rest, **named)
+    loaded = original(self, _pointers_to_bits(ptrs), mask, _to_bits(other), *rest, **named)
+    return _from_bits(loaded.data)
+
+
+def _poison(shape: tuple[int, ...], dtype: Any) -> Array:
+    """What a masked lane holds that is loaded without `other`: anything, so nothing harmless."""
+    if np.issubdtype(dtype, np.floating):
+        return np.full(shape, np.nan, dtype)
+    # large and odd, and neutral in no minimum, maximum or sum
+    return np.full(shape, int.from_bytes(b"\x5b" * dtype.itemsize, "little"), dtype)
+
+
+def _create_masked_store(self: Any, ptrs: Any, value: Any, *rest: Any, **named: Any) -> Any:
+    return _originals["create_masked_store"](self, ptrs, _to_bits(value), *rest, **named)
+
+
+def _create_atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
+    if not _is_bf16(val.dtype):
+        return _originals["create_atomic_rmw"](self, op, ptr, val, mask, *rest)
+    if op != _lib._ir.ATOMIC_OP.FADD:
+        raise NotImplementedError(f"interpreter.corrected: atomic {op} of bfloat16")
+    old = np.full(val.data.shape, np.nan, np.float32)
+    # lanes may share an address, so each one reads what the one before it wrote
+    for lane in zip(*np.nonzero(np.broadcast_to(mask.data, old.shape)), strict=True):
+        here = _lib.TensorHandle(ptr.data[lane].reshape(1), ptr.dtype)
+        one = _lib.TensorHandle(np.ones(1, np.bool_), _tl.int1)
+        before = self.create_masked_load(here, one, None, None, None, False)
+        after = _lib.TensorHandle(before.data + val.data[lane], _tl.bfloat16)
+        self.create_masked_store(here, after, one, None, None)
+        old[lane] = before.data[0]
+    return _lib.TensorHandle(old, _tl.bfloat16)
+
+
+def _create_atomic_cas(self: Any, ptr: Any, cmp: Any, val: Any, *rest: Any) -> Any:
+    old = _originals["create_atomic_cas"](self, ptr, _to_bits(cmp), _to_bits(val), *rest)
+    return _from_bits(old.data) if _is_bf16(val.dtype) else old
+
+
+# NaN: a GPU's maximum and minimum drop it unless asked to propagate
+
+
+def _create_maxnumf(self: Any, lhs: Any, rhs: Any) -> Any:
+    return self.binary_op(lhs, rhs, np.fmax)
+
+
+def _create_minnumf(self: Any, lhs: Any, rhs: Any) -> Any:
+    return self.binary_op(lhs, rhs, np.fmin)
+
+
+def _create_clampf(self: Any, arg: Any, lo: Any, hi: Any, propagate_nans: Any) -> Any:
+    if propagate_nans == _lib._ir.PROPAGATE_NAN.NONE:
+        return _create_minnumf(self, _create_maxnumf(self, arg, lo), hi)
+    return _originals["create_clampf"](self, arg, lo, hi, propagate_nans)
+
+
+def _min_max(self: Any, input: Any, val_reduce_op: Any, idx_reduce_op: Any = None) -> Any:
+    # the same values as numpy's nanmax, without its warning where all are NaN
+    quiet: dict[Any, Any] = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
+    val_reduce_op = quiet.get(val_reduce_op, val_reduce_op)
+    return _originals["min_max"](self, input, val_reduce_op, idx_reduce_op)
+
+
+def _apply_impl(self: Any, input: Any) -> Any:
+    standard = _tl.standard
+    with_index = (standard._argmax_combine_tie_break_left, standard._argmin_combine_tie_break_left)
+    if self.combine_fn in with_index and np.isnan(input[0].handle.data).any():
+        # of a pair with NaN a GPU keeps the second: what was the largest so far is lost
+        return self.generic_reduce(input)
+    return _originals["apply_impl"](self, input)
+
+
+# tiles and launches
+
+
+def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, *rest: Any) -> Any:
+    m, n, k = _min_dot_size(a.dtype, b.dtype)
+    if a.data.shape[-2] < m or b.data.shape[-1] < n or a.data.shape[-1] < k:
+        # the words of the compiler for CUDA, which has the largest least tile
+        raise AssertionError(f"Input shapes should have M >= {m}, N >= {n} and K >= {k}")
+    if tf32 and a.data.dtype == np.float32 and input_precision == _lib._ir.INPUT_PRECISION.TF32:
+        a, b = _to_tf32(a), _to_tf32(b)
+    return _originals["create_dot"](self, a, b, d, input_precision, *rest)
+
+
+def _to_tf32(handle: Any) -> Any:
+    # Triton emits no conversion before the product, and a tensor core does not read the low bits
+    bits = handle.data.view(np.uint32) & np.uint32(0xFFFFE000)
+    return _lib.TensorHandle(bits.view(np.float32), handle.dtype)
+
+
+def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+    _originals["_patch_lang_tensor"](tensor, scope)
+    # numpy 2.4 refuses int() of an array of one dimension: every loop bound known at run time alone
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def _patch_lang(fn: Any) -> Any:
+    # patching takes longer than the device function itself, and its caller has done it
+    if fn in _seen:
+        return _lib._LangPatchScope()
+    _seen.add(fn)
+    return _originals["_patch_lang"](fn)
+
+
+def _launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+    _seen.clear()
+    named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+    for name, value in named.items():
+        if type(value) is float and name not in self.constexprs:
+            named[name] = _float_argument(self.fn.__annotations__.get(name), value)
+    # a GPU knows no floating-point warnings
+    with np.errstate(all="ignore"):
+        return _originals["__call__"](self, **named)
+
+
+def _float_argument(annotation: Any, value: float) -> Any:
+    """What a launch passes: float32, or the dtype that the parameter is annotated with."""
+    normalize = importlib.import_module("triton.runtime.jit")._normalize_ty
+    dtype = _tl.str_to_ty(normalize(annotation), None) if annotation else _tl.float32
+    data = np.array([value]).astype(_lib._get_np_dtype(dtype))
+    return _tl.tensor(_lib.TensorHandle(data, dtype), dtype)
+
+
+# private parts that are used but not replaced
+_USED = (
+    "TensorHandle",
+    "_LangPatchScope",
+    "_interpreter",
+    "_ir.ATOMIC_OP.FADD",
+    "_ir.INPUT_PRECISION.TF32",
+    "_ir.PROPAGATE_NAN.NONE",
+    "_ir.ROUNDING_MODE.RTZ",
+    "tl.standard._argmax_combine_tie_break_left",
+    "tl.standard._argmin_combine_tie_break_left",
+    "tl.str_to_ty",
+)
+
+# by the path of their owner below triton.runtime.interpreter
+_REPLACEMENTS: dict[str, dict[str, Any]] = {
+    "": {
+        "_get_np_dtype": _get_np_dtype,
+        "_patch_lang": _patch_lang,
+        "_patch_lang_tensor": _patch_lang_tensor,
+    },
+    "TensorHandle": {"__post_init__": _post_init},
+    "GridExecutor": {"__call__": _launch},
+    "ReduceOps": {"apply_impl": _apply_impl, "min_max": _min_max},
+    "InterpreterBuilder": {
+        "cast_impl": _cast_impl,
+        "create_atomic_cas": _create_atomic_cas,
+        "create_atomic_rmw": _create_atomic_rmw,
+        "create_bitcast": _create_bitcast,
+        "create_clampf": _create_clampf,
+        "create_dot": _create_dot,
+        "create_fabs": _create_fabs,
+        "create_fma": _create_fma,
+        "create_fp_to_fp": _create_fp_to_fp,
+        "create_masked_load": _create_masked_load,
+        "create_masked_store": _create_masked_store,
+        "create_maxnumf": _create_maxnumf,
+        "create_minnumf": _create_minnumf,
+        "get_bf16": _get_bf16,
+    },
+}
