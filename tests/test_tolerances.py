@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch.testing.tolerances import compare, derive_scales, unit_roundoff
+from tritorch.testing.tolerances import compare, derive_conditions, derive_scales, unit_roundoff
 
 pytestmark = pytest.mark.reference
 
@@ -22,7 +22,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 def test_each_clause_is_named_by_what_it_alone_catches() -> None:
     truth = random(200, 200, seed=1).double()
-    given = {"scale": truth.abs() + 1, "terms": 100}
+    given = {"scale": truth.abs() + 1, "magnitude": truth.abs() + 1, "terms": 100}
     right = truth.float()
     noise = random(200, 200, seed=2).double()
 
@@ -166,15 +166,17 @@ def test_float64_results_are_held_to_float64() -> None:
     assert not compare((a.float() @ b.float()).double(), a @ b, baseline=a @ b, **given).accepted
 
 
-def test_scales_stand_in_for_each_other() -> None:
+def test_either_scale_serves_without_the_other() -> None:
     a, b = random(30, 200, seed=1), random(200, 30, seed=2)
     truth = a.double() @ b.double()
     given = derive_scales(torch.matmul, (a, b)).output
     right, wrong = a @ b, a @ b.half().float()
-    for left_out in ("magnitude", "scale"):
-        partial = {name: value for name, value in given.items() if name != left_out}
-        assert compare(right, truth, **partial).accepted
-        assert not compare(wrong, truth, **partial).accepted
+    for options in (
+        {"terms": given["terms"], "scale": given["scale"]},
+        {"terms": given["terms"], "magnitude": given["magnitude"]},
+    ):
+        assert compare(right, truth, **options).accepted
+        assert not compare(wrong, truth, **options).accepted
 
 
 def test_derived_scales_of_a_product() -> None:
@@ -216,3 +218,40 @@ def test_an_average_keeps_its_divisor_out_of_the_product_of_its_scales() -> None
     given = derive_scales(lambda x: F.avg_pool2d(x, 3), (x,)).output
     expected = 9**0.5 * (F.avg_pool2d(x.double() ** 2, 3) * 9 / 9**2).sqrt()
     torch.testing.assert_close(given["terms"].sqrt() * given["scale"], expected)
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, training=True)
+
+
+def test_derived_conditions_see_an_op_cancel() -> None:
+    x, grad = random(8, 4, 32, seed=1), random(8, 4, 32, seed=2)
+    near, far = (derive_conditions(norm, (x.double() + mean,), grad) for mean in (0.0, 1000.0))
+    assert 1 < near.output["scale"].mean() < 5
+    assert 500 < far.output["scale"].mean() < 2000
+    (near_grad,), (far_grad,) = near.grads, far.grads
+    assert near_grad is not None
+    assert far_grad is not None
+    assert far_grad["scale"].mean() > 10 * near_grad["scale"].mean()
+
+
+def test_cancellation_is_excused_and_a_formula_that_doubles_it_is_not() -> None:
+    x = random(8, 4, 32, seed=1) + 1000
+    mean = x.mean((0, 2), keepdim=True)
+    two_passes = (x - mean).square().mean((0, 2), keepdim=True)
+    one_pass = x.square().mean((0, 2), keepdim=True) - mean.square()
+    right, wrong = ((x - mean) * (v.clamp(min=0) + 1e-5).rsqrt() for v in (two_passes, one_pass))
+    given = derive_conditions(norm, (x,)).output
+    for options in ({}, {"baseline": norm(x)}):
+        assert compare(right, norm(x.double()), **given, **options).accepted
+        assert not compare(wrong, norm(x.double()), **given, **options).accepted
+    assert not compare(right, norm(x.double())).accepted, "the data do not cancel"
+
+
+def test_the_excess_of_torch_is_excused_where_the_scale_is_a_guess() -> None:
+    truth = random(100, seed=1).double()
+    rough = truth.float() + random(100, seed=2) * 1e-5
+    assert not compare(rough, truth).accepted
+    assert compare(rough, truth, baseline=rough).accepted
+    assert compare(rough, truth, baseline=rough, scale=truth.abs()).accepted
+    assert not compare(rough, truth, baseline=rough, magnitude=truth.abs()).accepted

@@ -22,9 +22,11 @@ shorten its operands; hardware that truncates them shrinks the result by up to 2
 torch's accuracy, and neither a bad nor a lucky run of torch moves it far.  C3 sees a wrong factor
 far below the noise of one element: a divisor, an epsilon, a momentum.
 
-Composite ops (batch norm, losses) have no s1 and s2.  There both are |t| + rms(t), K is 16 unless
-given (a chain of elementwise steps), and C1 grows by 2 k (|t| + rms(t)), where k is the worst error
-of torch's own result beyond r's, in units of |t| + rms(t): where an op cancels, torch cancels too.
+Composite ops (batch norm, losses) are no such sums.  There K is 16, for a chain of elementwise
+steps, s2 is |t| + rms(t) or what `derive_conditions` finds, which sees how far the result moves
+with its operands, and s1 is sqrt(K) s2.  Where s1 is not given C1 grows by 2 k s2, with k the worst
+error of torch's own result beyond r's, in units of s2: where an op cancels, so does torch.  C3
+grows by sum |t| d / <t, t>: the rounding of one mean or root is in every element.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ from torch import Tensor
 # one rounding error in 5e8 leaves six standard deviations
 _LAMBDA = 6.0
 _COMPOSITE_TERMS = 16.0
+# far above the roundoff of float64, far below what makes the second order matter
+_STEP = 2.0**-20
+_PROBES = 16
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,11 @@ class Verdict:
     truth: float = math.nan
 
 
-class Scale(TypedDict):
-    """K, s1 and s2 of one tensor, each of its shape, float64; keyword arguments of `compare`."""
+class Scale(TypedDict, total=False):
+    """K, s1 and s2 of one tensor, each of its shape, float64: keyword arguments of `compare`.
+
+    A composite op has no `magnitude`.
+    """
 
     terms: Tensor
     magnitude: Tensor
@@ -98,18 +106,49 @@ def derive_scales(
     average over k elements K comes out as 1 and s2 as sqrt(k) times too large: their product
     sqrt(K) s2, which is what the rule uses, comes out right.
     """
-    terms, grad_terms = _evaluate(function, args, grad_output, torch.ones_like)
-    magnitude, grad_magnitudes = _evaluate(function, args, grad_output, torch.abs)
-    squares, grad_squares = _evaluate(function, args, grad_output, torch.square)
-    grads = (
-        None if k is None or s1 is None or s2 is None else _scale(k, s1, s2)
-        for k, s1, s2 in zip(grad_terms, grad_magnitudes, grad_squares, strict=True)
+    kinds = torch.ones_like, torch.abs, torch.square
+    results = [_evaluate(function, args, grad_output, kind) for kind in kinds]
+    output, *grads = (
+        None
+        if terms is None or magnitude is None or squares is None
+        else Scale(terms=terms, magnitude=magnitude, scale=squares.sqrt())
+        for terms, magnitude, squares in zip(*results, strict=True)
     )
-    return Scales(_scale(terms, magnitude, squares), tuple(grads))
+    assert output is not None
+    return Scales(output, tuple(grads))
 
 
-def _scale(terms: Tensor, magnitude: Tensor, squares: Tensor) -> Scale:
-    return {"terms": terms, "magnitude": magnitude, "scale": squares.sqrt()}
+def derive_conditions(
+    function: Callable[..., Tensor], args: Sequence[Any], grad_output: Tensor | None = None
+) -> Scales:
+    """K and s2 of a composite function, and of its gradients.
+
+    s2 is |t| + rms(t) plus the root mean square of the result's change, per unit, over random
+    relative perturbations of every floating-point tensor of `args` and of `grad_output`: a stable
+    algorithm's result is a slightly perturbed problem's.  The function, which runs in float64,
+    must be differentiable where it is asked.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def shake(tensor: Tensor) -> Tensor:
+        draws = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        return tensor * (1 + _STEP * draws.to(tensor.device))
+
+    results = [
+        _evaluate(function, args, grad_output, kind) for kind in (torch.clone, *[shake] * _PROBES)
+    ]
+    output, *grads = (_condition(*found) for found in zip(*results, strict=True))
+    assert output is not None
+    return Scales(output, tuple(grads))
+
+
+def _condition(still: Tensor | None, *shaken: Tensor | None) -> Scale | None:
+    if still is None:
+        return None
+    moves = torch.stack([result - still for result in shaken if result is not None]) / _STEP
+    moved = moves.square().mean(0).sqrt()
+    scale = moved + still.abs() + _rms(still[still.isfinite()])
+    return Scale(terms=torch.full_like(still, _COMPOSITE_TERMS), scale=scale)
 
 
 def _evaluate(
@@ -117,7 +156,8 @@ def _evaluate(
     args: Sequence[Any],
     grad_output: Tensor | None,
     transform: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> list[Tensor | None]:
+    """The output of `function(*args)` and the gradients, of arguments put through `transform`."""
     leaves = [
         transform(arg.detach().double()).requires_grad_()
         if isinstance(arg, Tensor) and arg.is_floating_point()
@@ -126,20 +166,13 @@ def _evaluate(
     ]
     with torch.enable_grad():
         output = function(*leaves)
-    grads: list[Tensor | None] = [None] * len(leaves)
-    if grad_output is not None:
-        places = [
-            i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad
-        ]
-        found = torch.autograd.grad(
-            output,
-            [leaves[i] for i in places],
-            transform(grad_output.detach().double()),
-            allow_unused=True,
-        )
-        for i, grad in zip(places, found, strict=True):
-            grads[i] = grad
-    return output.detach(), grads
+    if grad_output is None:
+        return [output.detach(), *[None] * len(leaves)]
+    differentiable = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+    inputs = [leaf for leaf, yes in zip(leaves, differentiable, strict=True) if yes]
+    incoming = transform(grad_output.detach().double())
+    found = iter(torch.autograd.grad(output, inputs, incoming, allow_unused=True))
+    return [output.detach(), *(next(found) if yes else None for yes in differentiable)]
 
 
 def compare(
@@ -158,7 +191,7 @@ def compare(
     `truth`: float64, or any dtype for an `exact` comparison (integer and bool results are always
     compared exactly).  `baseline`: torch's own result, of the dtype that `actual` must have.
     `scale`, `magnitude`, `terms`: s2, s1 and K of the module's text, each a tensor that broadcasts
-    to `truth`; all optional.  s1 alone stands in for s2, s2 for s1 by way of sqrt(K) s2 >= s1.
+    to `truth`; all optional.  s1 alone stands in for s2.
     `unit_in`: 2^-11 if the op may use TF32, 2^-8 if it may shorten operands to bfloat16.
 
     Raises TypeError for a truth that is not float64 or a complex result, ValueError for a baseline
@@ -225,10 +258,11 @@ def _different(actual: Tensor, truth: Tensor, wrong: Tensor, clause: str) -> Ver
 
 @dataclass(frozen=True)
 class _Budget:
-    """Per element: `bound` is C1's, `noise` is d of C2 and C3; `slope` is C3's constant part."""
+    """`bound` of C1, `noise` d of C2 and C3, how much of it is `in_step`, `slope` of C3."""
 
     bound: Tensor
     noise: Tensor
+    in_step: float
     slope: float
 
 
@@ -245,38 +279,37 @@ def _budget(
     unit = unit_roundoff(dtype)
     unit_acc = unit_roundoff(torch.float64 if dtype == torch.float64 else torch.float32)
     size = truth.abs()
-    slack = torch.zeros_like(truth)
-    if scale is None and magnitude is None:
-        finite = rounded.isfinite()
-        scale = magnitude = size + _rms(truth[finite])
-        terms = _COMPOSITE_TERMS if terms is None else terms
-        if baseline is not None:
-            error = (baseline.double() - truth).abs()
-            excess = (error - (rounded.double() - truth).abs()) / scale
-            excess = excess[finite & excess.isfinite()]
-            if excess.numel():
-                slack = 2 * excess.max().clamp(min=0) * scale
-    root = torch.as_tensor(
-        1.0 if terms is None else terms, dtype=torch.float64, device=truth.device
-    ).sqrt()
+    if terms is None:
+        terms = _COMPOSITE_TERMS if scale is None and magnitude is None else 1.0
+    walk = torch.as_tensor(terms, dtype=torch.float64, device=truth.device).sqrt() * unit_acc
     if magnitude is None:
-        assert scale is not None
-        magnitude = root * scale.to(truth)
-    magnitude = magnitude.to(truth)
-    scale = magnitude if scale is None else scale.to(truth)
+        guess = size + _rms(truth[rounded.isfinite()])
+        scale = (guess if scale is None else scale).to(truth)
+        slack, in_step = 2 * (walk + _excess(truth, rounded, baseline, scale)) * scale, 1.0
+    else:
+        scale = (magnitude if scale is None else scale).to(truth)
+        slack, in_step = 2 * unit_acc * magnitude.to(truth), 0.0
     # torch does not name the smallest subnormal of every dtype
     tiny = torch.finfo(dtype).tiny * unit
-    walk = root * unit_acc
     bound = (
         unit * size
         + _LAMBDA * math.sqrt(2) * ((walk + unit_in) * scale + walk * size / 3)
-        + 2 * unit_acc * magnitude
         + 2 * unit_in * size
         + tiny
         + slack
     )
     noise = walk * (scale / 2 + size / 3) + unit_in * (scale + 2 * size)
-    return _Budget(bound, noise, 8 * unit_acc + 2 * unit_in)
+    return _Budget(bound, noise, in_step, 8 * unit_acc + 2 * unit_in)
+
+
+def _excess(truth: Tensor, rounded: Tensor, baseline: Tensor | None, scale: Tensor) -> float:
+    """The worst error of `baseline` beyond that of the rounded truth, in units of `scale`."""
+    if baseline is None:
+        return 0.0
+    error, unavoidable = (baseline.double() - truth).abs(), (rounded.double() - truth).abs()
+    excess = (error - unavoidable) / scale
+    excess = excess[excess.isfinite() & rounded.isfinite()]
+    return float(excess.max().clamp(min=0)) if excess.numel() else 0.0
 
 
 def _judge(
@@ -322,6 +355,7 @@ def _judge(
     if of_torch is not None:
         excused.append(2 * _slope(of_torch, t))
     margin = budget.slope + _slope_noise(noise, t, unit_roundoff(actual.dtype))
+    margin += budget.in_step * _slope(noise * t.sign(), t)
     slope_limit = max(excused) + margin if slope > 0 else margin - min(excused)
     bias = _share(abs(slope), slope_limit)
     if bias > 1:
