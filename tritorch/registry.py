@@ -151,6 +151,8 @@ class OpSpec:
     # what autocast does with the floating-point arguments
     autocast: Literal["lower", "float32", "passthrough"] = "passthrough"
     double_backward: bool = True
+    # arguments where NaN and infinities have a defined result
+    non_finite: tuple[str, ...] = ("input",)
     # the layers of tritorch.nn that call the op
     layers: tuple[str, ...] = ()
     notes: str = field(default="")

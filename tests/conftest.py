@@ -1,0 +1,91 @@
+"""Which rung runs: reference (default), interpret, compile, or the whole suite on a GPU with --device cuda."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+RUNGS = ("reference", "interpret", "compile", "cuda")
+# tests that a rung runs, by mark; a GPU runs the kernels' tests on itself and the reference path's on the CPU
+MARKS = {
+    "reference": {"reference"},
+    "interpret": {"interpret"},
+    "compile": {"compile"},
+    "cuda": {"reference", "interpret", "cuda"},
+}
+# files about one mode of Triton, which another mode cannot even import
+ONLY = {"test_interpreter.py": "interpret", "test_dry.py": "compile", "test_compile.py": "compile"}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rung", choices=RUNGS[:-1], default="reference", help="which tests run")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: all on a GPU")
+    parser.addoption("--json", default=None, help="write every test's outcome to this file")
+
+
+def rung_of(config):
+    return "cuda" if config.getoption("--device") == "cuda" else config.getoption("--rung")
+
+
+def pytest_configure(config):
+    # Triton reads it once, when it is imported
+    os.environ["TRITON_INTERPRET"] = "1" if rung_of(config) == "interpret" else "0"
+    if rung_of(config) == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch finds no GPU")
+
+
+def pytest_ignore_collect(collection_path: Path, config):
+    only = ONLY.get(collection_path.name)
+    return True if only is not None and only != rung_of(config) else None
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = MARKS[rung_of(config)]
+    kept, others = [], []
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()} & set(RUNGS)
+        if not marks:
+            raise pytest.UsageError(f"{item.nodeid} names no rung: mark it with one of {RUNGS}")
+        (kept if marks & wanted else others).append(item)
+    if others:
+        # not skipped: a test of another rung is no result of this one
+        config.hook.pytest_deselected(items=others)
+        items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where the kernels' tests put their tensors."""
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(scope="session")
+def rung(request):
+    return rung_of(request.config)
+
+
+
+def pytest_runtest_logreport(report):
+    _REPORTS.append(report)
+
+
+_REPORTS: list[pytest.TestReport] = []
+
+
+def pytest_sessionfinish(session, exitstatus):
+    path = session.config.getoption("--json")
+    # workers of xdist report to the process that started them
+    if path is None or hasattr(session.config, "workerinput"):
+        return
+    from tritorch.bench.environment import write_result
+
+    rows = [
+        {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+        for report in _REPORTS
+        if report.when == "call" or report.outcome != "passed"
+    ]
+    counts = {name: sum(r["outcome"] == name for r in rows) for name in ("passed", "failed", "skipped")}
+    write_result(path, "tests", rows, counts=counts, exit_status=int(exitstatus))

@@ -1,0 +1,133 @@
+"""Every kernel and every shipped configuration, compiled for GPUs that need not be there."""
+
+import functools
+import importlib
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+
+import tritorch.ops  # noqa: F401  declares the specs
+from tritorch import backend, launch
+from tritorch.registry import Maker, specs
+from tritorch.testing import dry
+
+pytestmark = pytest.mark.compile
+
+NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
+
+
+def compiled(spec, target, dtype, arguments):
+    """What the op launches, forward and backward, for one call."""
+    given = {
+        name: value.detach().requires_grad_() if wants_gradient(spec, name, value) else value
+        for name, value in arguments.items()
+    }
+    with backend.use("triton"), backend.strict(), dry.compiling_for(target) as recorder:
+        result = spec.op(**given)
+        outputs = result if isinstance(result, tuple) else (result,)
+        outputs = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
+        leaves = [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
+        if outputs:
+            grads = [torch.empty_like(output) for output in outputs]
+            torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+    return recorder.kernels
+
+
+def wants_gradient(spec, name, value):
+    return name in spec.gradients and isinstance(value, Tensor) and value.is_floating_point()
+
+
+@functools.cache
+def configurations(family):
+    """The entries of each `<KERNEL>_CONFIGS` by the name of the function that chooses among them."""
+    module = importlib.import_module(f"tritorch.kernels.{family}")
+    found = {}
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if name.endswith("_config") and function.__module__ == module.__name__:
+            found[name] = getattr(module, f"{name.upper()}S")
+    return found
+
+
+def entries(spec, dtype):
+    """(name of the choosing function, entry) for every configuration that the op may run in this dtype."""
+    for family in sorted({kernel.partition(".")[0] for kernel in spec.kernels}):
+        for name, table in configurations(family).items():
+            by_dtype = table[dtype.itemsize] if isinstance(table, dict) else table
+            for entry in by_dtype:
+                yield name, entry
+
+
+def by_dtype():
+    return [
+        pytest.param(spec, dtype, id=f"{spec.name}-{NAMES[dtype]}")
+        for spec in specs()
+        for dtype in spec.dtypes
+    ]
+
+
+def check(kernels, target):
+    problems = [sentence for kernel in kernels for sentence in dry.problems(kernel, target)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("target", sorted(dry.TARGETS))
+@pytest.mark.parametrize(("spec", "dtype"), by_dtype())
+def test_workloads_compile_without_spills(spec, dtype, target):
+    """No spill, shared memory within the GPU's, tensor cores for 16-bit products: as selection chooses."""
+    launched = set()
+    for sample in spec.workloads(Maker(dtype)):
+        kernels = compiled(spec, target, dtype, sample.arguments)
+        check(kernels, target)
+        launched |= {kernel.kernel for kernel in kernels}
+    declared = {name.partition(".")[2] for name in spec.kernels}
+    assert launched <= declared, f"undeclared kernels: {launched - declared}"
+
+
+@pytest.mark.parametrize("target", sorted(dry.TARGETS))
+@pytest.mark.parametrize(("spec", "dtype"), by_dtype())
+def test_every_configuration_compiles_without_spills(spec, dtype, target):
+    """Each entry of the tables, also one that no workload chooses."""
+    sample = next(iter(spec.workloads(Maker(dtype))))
+    for name, entry in entries(spec, dtype):
+        with launch.override(name, entry):
+            check(compiled(spec, target, dtype, sample.arguments), target)
+
+
+@pytest.mark.parametrize("spec", [pytest.param(spec, id=spec.name) for spec in specs()])
+def test_every_declared_kernel_is_launched(spec):
+    """A kernel that no workload and no sample reaches is not compiled by the tests above."""
+    launched = set()
+    for dtype in spec.dtypes:
+        for sample in (*spec.workloads(Maker(dtype)), *spec.samples(Maker(dtype))):
+            launched |= {k.kernel for k in compiled(spec, "sm_90", dtype, sample.arguments)}
+    declared = {name.partition(".")[2] for name in spec.kernels}
+    assert launched == declared
+
+
+@pytest.mark.parametrize("spec", [pytest.param(spec, id=spec.name) for spec in specs()])
+def test_chosen_configurations_are_in_the_tables(spec):
+    """What selection returns has been compiled by the tests above."""
+    for dtype in spec.dtypes:
+        tables = {}
+        for name, entry in entries(spec, dtype):
+            tables.setdefault(name, []).append(entry)
+        with launch.choices() as chosen:
+            for sample in (*spec.workloads(Maker(dtype)), *spec.samples(Maker(dtype))):
+                compiled(spec, "sm_90", dtype, sample.arguments)
+        for name, entry in chosen:
+            assert any(entry is other for other in tables.get(name, ())), (name, str(entry))
+
+
+def test_a_spill_is_reported():
+    """The check itself: a tile far too large for its warps must not pass."""
+    spec = next(spec for spec in specs() if spec.name == "matmul")
+    from tritorch.kernels.matmul import Config
+
+    sizes = {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 32, "GROUP_M": 8}
+    sample = next(iter(spec.workloads(Maker(torch.float16))))
+    with launch.override("matmul_config", Config(sizes, num_warps=4, num_stages=2)):
+        kernels = compiled(spec, "sm_80", torch.float16, sample.arguments)
+    problems = [p for kernel in kernels for p in dry.problems(kernel, "sm_80")]
+    assert any("spill" in problem for problem in problems)

@@ -1,0 +1,293 @@
+"""Runs one sample of an op as a user could: any layout, any gradient, poisoned memory, inputs watched.
+
+`truth` and `outcome` turn a spec and a sample into values, and `verdicts` judges one against the other by the
+tolerance rule; tests and checks are loops over these three.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritorch.registry import Argument, Maker, OpSpec, Sample
+from tritorch.testing import tolerances
+
+LAYOUTS = ("sliced", "transposed", "channels_last", "misaligned", "expanded")
+GRAD_LAYOUTS = ("sliced", "transposed", "channels_last", "misaligned", "ones")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call gave: outputs, gradients by argument, and arguments that it wrote."""
+
+    outputs: tuple[Tensor, ...]
+    grads: dict[str, Tensor]
+    written: dict[str, Tensor]
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor under a name that says what it is."""
+        for number, output in enumerate(self.outputs):
+            yield f"output {number}", output
+        for name, grad in self.grads.items():
+            yield f"gradient of {name}", grad
+        for name, value in self.written.items():
+            yield f"{name} afterwards", value
+
+
+class Mutated(AssertionError):
+    """A call wrote into an argument that it must leave alone."""
+
+
+def sample_of(spec: OpSpec, name: str, make: Maker) -> Sample:
+    """The sample of that name, its tensors made by `make`."""
+    for sample in spec.samples(make):
+        if sample.name == name:
+            return sample
+    raise KeyError(f"{spec.name} has no sample {name!r}")
+
+
+def relayout(tensor: Tensor, layout: str) -> Tensor:
+    """The same values in other memory; what lies between the elements is NaN (or a large integer).
+
+    "expanded" repeats the first slice of the first dimension by a stride of 0, so its values differ.
+    """
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape) if tensor.dim() and tensor.shape[0] else tensor
+    if layout == "sliced":
+        shape = (*tensor.shape[:-1], 2 * tensor.shape[-1]) if tensor.dim() else (2,)
+        memory = _garbage(tensor, shape)
+        view = memory[..., ::2] if tensor.dim() else memory[0]
+    elif layout == "transposed":
+        order = tuple(reversed(range(tensor.dim())))
+        view = _garbage(tensor, tuple(reversed(tensor.shape))).permute(order)
+    elif layout == "channels_last":
+        if tensor.dim() not in (4, 5):
+            return tensor
+        order = (0, tensor.dim() - 1, *range(1, tensor.dim() - 1))
+        shape = (tensor.shape[0], *tensor.shape[2:], tensor.shape[1])
+        view = _garbage(tensor, shape).permute(order)
+    elif layout == "misaligned":
+        view = _garbage(tensor, (tensor.numel() + 1,))[1:].view(tensor.shape)
+    else:
+        raise ValueError(f"relayout: expects one of {LAYOUTS}, received {layout!r}")
+    view.copy_(tensor)
+    return view
+
+
+def _garbage(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    value = float("nan") if tensor.is_floating_point() else 113
+    return torch.full(shape, value, dtype=tensor.dtype, device=tensor.device)
+
+
+def map_tensors(value: Argument, function: Callable[[Tensor], Tensor]) -> Argument:
+    """Applies `function` to a tensor, or to each tensor of a list; leaves other arguments."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, list):
+        return [function(tensor) for tensor in value]
+    return value
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    # with the very strides: clone() would close the gaps of a sliced or expanded tensor
+    if tensor.numel() == 0:
+        return tensor.detach().clone()
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = tensor.detach().as_strided((extent,), (1,)).clone()
+    start = tensor.data_ptr() % 16
+    # keep the misalignment of the address too
+    padded = torch.empty(extent + 16, dtype=tensor.dtype, device=tensor.device)
+    offset = next(i for i in range(16) if padded[i:].data_ptr() % 16 == start)
+    padded[offset : offset + extent] = memory
+    return padded.as_strided(tensor.shape, tensor.stride(), offset)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is NaN (integers: the largest), so that an element nobody wrote shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def run(
+    function: Callable[..., Any],
+    spec: OpSpec,
+    arguments: dict[str, Argument],
+    *,
+    wanted: Iterable[str] | None = None,
+    grad_outputs: Callable[[Tensor], Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Outcome:
+    """Calls `function` on copies of `arguments` and differentiates it.
+
+    `wanted`: the arguments that require a gradient, by default all that can.  `grad_outputs`: makes the
+    gradient of each differentiable output.  `dtype`: what floating-point tensors are converted to first.
+
+    Raises:
+        Mutated: an argument that the spec does not list in `mutates` has changed.
+    """
+    chosen = set(spec.gradients if wanted is None else wanted)
+    given: dict[str, Argument] = {}
+    for name, value in arguments.items():
+        copied = map_tensors(value, _copy)
+        if dtype is not None:
+            copied = map_tensors(copied, lambda t: t.to(dtype) if t.is_floating_point() else t)
+        if name in chosen and isinstance(copied, Tensor) and copied.is_floating_point():
+            copied.requires_grad_()
+        given[name] = copied
+    before = {name: map_tensors(value, lambda t: t.detach().clone()) for name, value in given.items()}
+
+    with poisoned_memory():
+        result = function(**given)
+        outputs = result if isinstance(result, tuple) else () if result is None else (result,)
+        grads = _differentiate(outputs, given, grad_outputs)
+
+    for name, value in given.items():
+        if name not in spec.mutates and not _bitwise_equal(value, before[name]):
+            raise Mutated(f"{spec.name} wrote into {name}")
+    written = {
+        f"{name}[{i}]" if isinstance(given[name], list) else name: tensor.detach()
+        for name in spec.mutates
+        for i, tensor in enumerate(_tensors(given.get(name)))
+    }
+    return Outcome(tuple(output.detach() for output in outputs), grads, written)
+
+
+def _differentiate(
+    outputs: tuple[Tensor, ...],
+    given: dict[str, Argument],
+    grad_outputs: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Tensor]:
+    leaves = {n: v for n, v in given.items() if isinstance(v, Tensor) and v.requires_grad}
+    differentiable = [output for output in outputs if output.requires_grad]
+    if not leaves or not differentiable or grad_outputs is None:
+        return {}
+    found = torch.autograd.grad(
+        differentiable,
+        list(leaves.values()),
+        [grad_outputs(output.detach()) for output in differentiable],
+        allow_unused=True,
+    )
+    return {n: g.detach() for n, g in zip(leaves, found, strict=True) if g is not None}
+
+
+def _tensors(value: Argument) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return value if isinstance(value, list) else []
+
+
+def _bitwise_equal(value: Argument, before: Argument) -> bool:
+    return all(
+        torch.equal(now.detach().contiguous().view(torch.uint8), then.contiguous().view(torch.uint8))
+        if now.dim()
+        else torch.equal(now.detach().reshape(1).view(torch.uint8), then.reshape(1).view(torch.uint8))
+        for now, then in zip(_tensors(value), _tensors(before), strict=True)
+    )
+
+
+def random_gradient(seed: str, layout: str | None = None) -> Callable[[Tensor], Tensor]:
+    """Makes gradients of outputs: standard normal (integers for an integer output's maker), laid out as asked.
+
+    The same seed gives every output shape the same values in every dtype, up to rounding to `like`'s.
+    """
+
+    def make(like: Tensor) -> Tensor:
+        if layout == "ones":
+            return torch.ones((), dtype=like.dtype, device=like.device).expand(like.shape)
+        grad = Maker(like.dtype, like.device, seed)(*like.shape)
+        return relayout(grad, layout) if layout is not None else grad
+
+    return make
+
+
+def integer_gradient(seed: str) -> Callable[[Tensor], Tensor]:
+    """Makes gradients of outputs that hold integers in [-2, 2]."""
+    return lambda like: Maker(like.dtype, like.device, seed, integers=True)(*like.shape)
+
+
+def verdicts(
+    spec: OpSpec,
+    arguments: dict[str, Argument],
+    grad_outputs: Callable[[Tensor], Tensor],
+    *,
+    unit_in: float = 0.0,
+) -> list[tuple[str, tolerances.Verdict]]:
+    """Runs the op, its reference in the same dtype and its reference in float64, and compares every result."""
+    actual = run(spec.op, spec, arguments, grad_outputs=grad_outputs)
+    return judge(spec, arguments, actual, grad_outputs, unit_in=unit_in)
+
+
+def judge(
+    spec: OpSpec,
+    arguments: dict[str, Argument],
+    actual: Outcome,
+    grad_outputs: Callable[[Tensor], Tensor],
+    *,
+    unit_in: float = 0.0,
+) -> list[tuple[str, tolerances.Verdict]]:
+    """Compares an outcome with the truth; the gradients of outputs are rounded to the tested dtype first."""
+    dtypes = iter([o.dtype for o in actual.outputs])
+    given: list[Tensor] = []
+
+    def rounded(like: Tensor) -> Tensor:
+        grad = grad_outputs(like.to(next(dtypes)) if like.is_floating_point() else like)
+        given.append(grad)
+        return grad.to(like.dtype)
+
+    truth = run(spec.reference, spec, arguments, grad_outputs=rounded, dtype=torch.float64)
+    baseline = run(spec.reference, spec, arguments, grad_outputs=grad_outputs)
+    scales = _scales(spec, arguments, given)
+    found = []
+    for (what, value), (_, true), (_, torch_value) in zip(
+        actual.named(), truth.named(), baseline.named(), strict=True
+    ):
+        exact = spec.accuracy == "exact"
+        found.append(
+            (
+                what,
+                tolerances.compare(
+                    value,
+                    torch_value if exact else true,
+                    baseline=torch_value,
+                    exact=exact,
+                    unit_in=unit_in,
+                    **scales.get(what, {}),
+                ),
+            )
+        )
+    return found
+
+
+def _scales(spec: OpSpec, arguments: dict[str, Argument], grads: list[Tensor]) -> dict[str, Any]:
+    if spec.accuracy == "composite" and spec.terms is not None:
+        terms = {"terms": float(spec.terms(**arguments))}
+        names = ["output 0", *(f"gradient of {name}" for name in spec.gradients)]
+        return dict.fromkeys(names, terms)
+    if spec.accuracy != "multilinear":
+        return {}
+    names = list(arguments)
+    derived = tolerances.derive_scales(
+        lambda *values: spec.reference(**dict(zip(names, values, strict=True))),
+        list(arguments.values()),
+        grads[0] if grads else None,
+    )
+    scales: dict[str, Any] = {"output 0": derived.output}
+    if any(0 in t.stride() for value in [*arguments.values(), *grads] for t in _tensors(value)):
+        # equal terms round alike: their errors add up in step, not as a random walk
+        for scale in (derived.output, *(grad for grad in derived.grads if grad is not None)):
+            scale["terms"] = scale["terms"].square()
+    for name, grad in zip(names, derived.grads, strict=True):
+        if grad is not None:
+            scales[f"gradient of {name}"] = grad
+    return scales
