@@ -18,6 +18,7 @@ from tritorch.testing import dry, interpreter
 
 _overrides: dict[str, Any] = {}
 _recorders: list[list[str]] = []
+_choices: list[list[tuple[str, Any]]] = []
 
 
 class Family:
@@ -47,8 +48,11 @@ def config(choose: Callable[..., Any], *sizes: int) -> Any:
 
     `choose` is a kernel module's plain function `<kernel>_config`, from integers to a `triton.Config`.
     """
-    forced = _overrides.get(choose.__name__)
-    return forced if forced is not None else choose(*sizes)
+    name = choose.__name__
+    chosen = _overrides[name] if name in _overrides else choose(*sizes)
+    for record in _choices:
+        record.append((name, chosen))
+    return chosen
 
 
 @contextlib.contextmanager
@@ -63,6 +67,17 @@ def override(name: str, forced: Any) -> Iterator[None]:
             del _overrides[name]
         else:
             _overrides[name] = previous
+
+
+@contextlib.contextmanager
+def choices() -> Iterator[list[tuple[str, Any]]]:
+    """Collects (name of the choosing function, configuration) of the launches inside the block."""
+    record: list[tuple[str, Any]] = []
+    _choices.append(record)
+    try:
+        yield record
+    finally:
+        _choices.remove(record)
 
 
 @contextlib.contextmanager
@@ -96,6 +111,8 @@ def run(
         constants |= config.kwargs
         constants["num_warps"] = config.num_warps
         constants["num_stages"] = _num_stages(config.num_stages)
+        if config.maxnreg is not None and not is_amd():
+            constants["maxnreg"] = config.maxnreg
     if on.is_cuda:
         # a launch goes to the current device, which need not be the tensor's
         with torch.cuda.device(on.device):
