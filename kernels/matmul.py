@@ -9,18 +9,17 @@ from tritorch.kernels.tiles import activate, grouped_programs
 # by bytes per element: 16-bit operands feed tensor cores, float32 runs TF32 or plain FMA, float64 its own units
 MATMUL_CONFIGS = {
     2: (
-        Config({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=8, num_stages=3),
+        Config({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 32, "GROUP_M": 8}, num_warps=8, num_stages=4),
         Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=8, num_stages=3),
-        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=4, num_stages=4),
-        Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1}, num_warps=4, num_stages=4),
+        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=4, num_stages=3, maxnreg=255),
+        Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 1}, num_warps=4, num_stages=4),
     ),
     4: (
-        Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8}, num_warps=8, num_stages=3),
-        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8}, num_warps=4, num_stages=3),
-        Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 1}, num_warps=4, num_stages=3),
+        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=4, num_stages=3),
+        Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 1}, num_warps=4, num_stages=3),
     ),
     8: (
-        Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=4, num_stages=2),
+        Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=4, num_stages=3),
     ),
 }
 
@@ -42,40 +41,45 @@ def matmul_config(m, n, k, batch, itemsize):
 @triton.jit
 def matmul_kernel(
     a_ptr, b_ptr, bias_ptr, y_ptr,
-    M, N, K, STEPS, SPLITS,
+    M, N, K, STEPS, SPLITS, bias_stride,
     a_stride_batch, a_stride_m, a_stride_k,
     b_stride_batch, b_stride_k, b_stride_n,
-    y_stride_split, y_stride_batch, y_stride_m, y_stride_n,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    y_stride_split, y_stride_batch, y_stride_m,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, INPUT_PRECISION: tl.constexpr, INDEX_64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """One program computes a BLOCK_M x BLOCK_N tile of one batch entry over STEPS slices of BLOCK_K of the inner axis."""
     ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid_m, pid_n = grouped_programs(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     split = tl.program_id(1) % SPLITS
-    # rows times a stride may pass int32 for one large operand: 64 bits once, outside the loop
     batch = (tl.program_id(1) // SPLITS).to(tl.int64)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = split * STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
-    mask_n = offs_n < N
-    a_ptrs = (a_ptr + batch * a_stride_batch
-              + offs_m[:, None].to(tl.int64) * a_stride_m + offs_k[None, :].to(tl.int64) * a_stride_k)
-    b_ptrs = (b_ptr + batch * b_stride_batch
-              + offs_k[:, None].to(tl.int64) * b_stride_k + offs_n[None, :].to(tl.int64) * b_stride_n)
+    # the tile's corner in 64 bits, once; inside the tile 32 bits are enough unless a stride is huge
+    OFFSET: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
+    first_k = split * STEPS * BLOCK_K
+    a_ptr += (batch * a_stride_batch + (pid_m * BLOCK_M).to(tl.int64) * a_stride_m
+              + first_k.to(tl.int64) * a_stride_k)
+    b_ptr += (batch * b_stride_batch + (pid_n * BLOCK_N).to(tl.int64) * b_stride_n
+              + first_k.to(tl.int64) * b_stride_k)
+    tile_m = tl.arange(0, BLOCK_M).to(OFFSET)
+    tile_n = tl.arange(0, BLOCK_N).to(OFFSET)
+    tile_k = tl.arange(0, BLOCK_K).to(OFFSET)
+    mask_m = tile_m < M - pid_m * BLOCK_M
+    mask_n = tile_n < N - pid_n * BLOCK_N
+    a_offsets = tile_m[:, None] * a_stride_m + tile_k[None, :] * a_stride_k
+    b_offsets = tile_k[:, None] * b_stride_k + tile_n[None, :] * b_stride_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for _ in range(0, STEPS):
-        mask_k = offs_k < K
-        a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+    for step in range(0, STEPS):
+        mask_k = tile_k < K - first_k - step * BLOCK_K
+        a = tl.load(a_ptr + a_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        b = tl.load(b_ptr + b_offsets, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
-        offs_k += BLOCK_K
-        a_ptrs += BLOCK_K * a_stride_k
-        b_ptrs += BLOCK_K * b_stride_k
+        a_ptr += BLOCK_K * a_stride_k
+        b_ptr += BLOCK_K * b_stride_k
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
+        acc += tl.load(bias_ptr + offs_n * bias_stride, mask=mask_n, other=0.0).to(ACC)[None, :]
     acc = activate(acc, ACTIVATION)
-    y_ptrs = (y_ptr + split.to(tl.int64) * y_stride_split + batch * y_stride_batch
-              + offs_m[:, None].to(tl.int64) * y_stride_m + offs_n[None, :].to(tl.int64) * y_stride_n)
+    y_ptr += (split.to(tl.int64) * y_stride_split + batch * y_stride_batch
+              + (pid_m * BLOCK_M).to(tl.int64) * y_stride_m + pid_n * BLOCK_N)
+    y_ptrs = y_ptr + tile_m[:, None] * y_stride_m + tile_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])

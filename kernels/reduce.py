@@ -61,7 +61,7 @@ def channel_sum_kernel(
 @triton.jit
 def split_sum_kernel(
     x_ptr, bias_ptr, y_ptr,
-    NUMEL, SPLITS, COLUMNS,
+    NUMEL, SPLITS, COLUMNS, bias_stride,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One program adds BLOCK elements of the SPLITS rows of x in order, then the bias of their column, and rounds once."""
@@ -72,6 +72,6 @@ def split_sum_kernel(
         acc += tl.load(x_ptr + index, mask=mask, other=0.0)
         x_ptr += NUMEL
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + index % COLUMNS, mask=mask, other=0.0).to(acc.dtype)
+        acc += tl.load(bias_ptr + index % COLUMNS * bias_stride, mask=mask, other=0.0).to(acc.dtype)
     acc = activate(acc, ACTIVATION)
     tl.store(y_ptr + index, acc.to(y_ptr.dtype.element_ty), mask=mask)

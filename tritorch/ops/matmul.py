@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, binding, checks, launch
+from tritorch.ops import strided
 from tritorch.ops.activation import ReluBackward
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype, split_sum
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
@@ -82,17 +83,19 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None) -
         k,
         steps_per_split,
         splits,
+        bias.stride(0) if bias is not None else 1,
         *_batch_strides(a),
         *_batch_strides(b),
         y.numel(),
         m * n,
         n,
-        1,
         on=y,
         config=config,
         ACTIVATION=activation if splits == 1 else None,
         HAS_BIAS=bias is not None and splits == 1,
         INPUT_PRECISION=launch.input_precision(a.dtype, "matmul"),
+        INDEX_64=strided.is_wide((block_m, block_k), a.stride()[-2:])
+        or strided.is_wide((block_k, block_n), b.stride()[-2:]),
     )
     if splits > 1:
         split_sum(partial, y, bias, activation)
@@ -188,7 +191,8 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
             input=input,
             other=other,
         )
-    if not backend.runs_triton("matmul", input, other):
+    _check_batches(input, other)
+    if not backend.runs_triton("matmul", input, other, declined=_declined(input, other)):
         return matmul_reference(input, other)
     a, b = binding.autocast_to_lower(input, other)
     checks.same_dtype_and_device("matmul", a, other=b)
@@ -198,13 +202,24 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     if b.dim() == 2:
         y = binding.apply(Matmul, _rows(a), b).view(*a.shape[:-1], b.shape[-1])
     else:
-        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        # expanded views: the kernel reads one matrix for every batch entry, and autograd sums their gradients
-        a = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
-        b = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
-        y = binding.apply(Matmul, a, b).view(*batch, a.shape[-2], b.shape[-1])
+        y = binding.apply(Matmul, a.flatten(0, -3), b.flatten(0, -3))
+        y = y.view(*a.shape[:-1], b.shape[-1])
     y = y.squeeze(-2) if left else y
     return y.squeeze(-1) if right else y
+
+
+def _check_batches(input: Tensor, other: Tensor) -> None:
+    pairs = zip(reversed(input.shape[:-2]), reversed(other.shape[:-2]), strict=False)
+    if any(a != b and 1 not in (a, b) for a, b in pairs):
+        checks.fail(
+            RuntimeError, "matmul", "batches do not broadcast", input=input, other=other
+        )
+
+
+def _declined(input: Tensor, other: Tensor) -> str | None:
+    # its gradient is a sum of products over the batch, which would round every product before adding it
+    broadcast = other.dim() > 2 and input.shape[:-2] != other.shape[:-2]
+    return "batches that broadcast" if broadcast else None
 
 
 def linear(
@@ -229,12 +244,14 @@ def linear(
     """
     checks.tensor("linear", input=input, weight=weight)
     _check_linear(input, weight, bias, activation)
-    declined = None if weight.dim() == 2 else "a weight of one dimension"
-    if not backend.runs_triton("linear", input, weight, bias, declined=declined):
+    if not backend.runs_triton("linear", input, weight, bias):
         return linear_reference(input, weight, bias, activation)
     x, w, b = binding.autocast_to_lower(input, weight, bias)
     checks.same_dtype_and_device("linear", x, weight=w, bias=b)
-    output: Tensor = binding.apply(Linear, x, w, b, activation)
+    if w.dim() == 1:
+        output: Tensor = binding.apply(Linear, x, w[None], b, activation).squeeze(-1)
+    else:
+        output = binding.apply(Linear, x, w, b, activation)
     return output
 
 
@@ -253,11 +270,11 @@ def _check_linear(
             input=input,
             weight=weight,
         )
-    if bias is not None and weight.dim() == 2 and bias.shape != weight.shape[:1]:
+    if bias is not None and (weight.dim() == 1 or bias.shape != weight.shape[:1]):
         checks.fail(
             RuntimeError,
             "linear",
-            f"bias must have {weight.shape[0]} elements",
+            "bias must have one element for each row of a weight of two dimensions",
             bias=bias,
             weight=weight,
         )
@@ -273,7 +290,7 @@ def _matmul_samples(make: Maker) -> Iterator[Sample]:
     yield Sample("tiny", input=make(5, 4), other=make(4, 3), gradcheck=True)
     yield Sample("splits", input=make(17, 2100), other=make(2100, 9))
     yield Sample("batched", input=make(3, 18, 5), other=make(3, 5, 7), layouts=True)
-    yield Sample("broadcast", input=make(2, 1, 3, 4), other=make(5, 4, 2), gradcheck=True)
+    yield Sample("tiny-batch", input=make(2, 3, 2), other=make(2, 2, 2), gradcheck=True)
     yield Sample("leading", input=make(2, 3, 17, 5), other=make(5, 9))
 
 
@@ -287,7 +304,7 @@ def _matmul_rejects(make: Maker) -> Iterator[Reject]:
     yield Reject("inner", r"matmul: inner sizes 3 and 4 differ.*\(2, 3\)", input=make(2, 3), other=make(4, 5))
     yield Reject("scalar", r"matmul: both arguments need a dimension", input=make(), other=make(4))
     yield Reject(
-        "batch", r"(broadcast|must match)", input=make(2, 3, 4), other=make(3, 4, 5)
+        "batch", r"matmul: batches do not broadcast.*\(2, 3, 4\)", input=make(2, 3, 4), other=make(3, 4, 5)
     )
 
 
@@ -337,7 +354,7 @@ def _linear_workloads(make: Maker) -> Iterator[Sample]:
 def _linear_rejects(make: Maker) -> Iterator[Reject]:
     weight, bias = make(5, 3), make(5)
     yield Reject("features", r"linear: weight expects 3 input features.*\(2, 4\)", input=make(2, 4), weight=weight)
-    yield Reject("bias", r"linear: bias must have 5 elements.*\(4,\)", input=make(2, 3), weight=weight, bias=make(4))
+    yield Reject("bias", r"linear: bias must have one element for each row.*\(4,\)", input=make(2, 3), weight=weight, bias=make(4))
     yield Reject("weight-dim", r"linear: weight must have 1 or 2", input=make(2, 3), weight=make(1, 5, 3))
     yield Reject(
         "activation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,20 +56,20 @@ def nest(op: str, *tensors: Tensor) -> Nest:
             f"the kernels take {RANK}"
         )
     numel = first.numel()
-    extent = max(
-        (
-            sum((size - 1) * stride for size, stride in zip(sizes, merged, strict=True))
-            for merged in strides
-        ),
-        default=0,
-    )
+    wide = numel > _INT32_MAX or any(is_wide(sizes, merged) for merged in strides)
     padding = RANK - len(sizes)
     return Nest(
         numel,
         tuple(sizes) + (1,) * padding,
         tuple(tuple(merged) + (0,) * padding for merged in strides),
-        max(extent, numel) > _INT32_MAX,
+        wide,
     )
+
+
+def is_wide(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the last element's offset passes int32."""
+    extent = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    return extent > _INT32_MAX
 
 
 def empty_like(tensor: Tensor) -> Tensor:
