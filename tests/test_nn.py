@@ -1,0 +1,502 @@
+"""Every layer of tritorch.nn against torch.nn's, on the reference path and through the kernels."""
+
+import copy
+import importlib
+import inspect
+import itertools
+import pickle
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import tritorch
+import tritorch.nn as nn
+import tritorch.nn.functional as tritorch_functional
+from tritorch import launch
+from tritorch.registry import specs
+
+pytestmark = [pytest.mark.reference, pytest.mark.interpret]
+
+IMAGES = (2, 3, 6, 5)
+
+
+class Case(NamedTuple):
+    """One layer and one call: `input` and, for losses, the kind of target."""
+
+    layer: str
+    arguments: dict
+    input: tuple[int, ...]
+    target: str | None = None
+
+
+CASES = [
+    Case("Linear", {"in_features": 5, "out_features": 3}, (4, 5)),
+    Case("Linear", {"in_features": 5, "out_features": 3, "bias": False}, (2, 2, 5)),
+    Case("Conv2d", {"in_channels": 3, "out_channels": 4, "kernel_size": 3}, IMAGES),
+    Case(
+        "Conv2d",
+        {
+            "in_channels": 4,
+            "out_channels": 6,
+            "kernel_size": (3, 2),
+            "stride": (2, 1),
+            "padding": (1, 0),
+            "dilation": (1, 2),
+            "groups": 2,
+            "bias": False,
+        },
+        (2, 4, 6, 5),
+    ),
+    Case(
+        "Conv2d",
+        {"in_channels": 3, "out_channels": 2, "kernel_size": 3, "padding": "same"},
+        IMAGES[1:],
+    ),
+    *(
+        Case(
+            "Conv2d",
+            {
+                "in_channels": 3,
+                "out_channels": 2,
+                "kernel_size": 3,
+                "stride": 2,
+                "padding": (1, 2),
+                "padding_mode": mode,
+            },
+            IMAGES,
+        )
+        for mode in ("reflect", "replicate", "circular")
+    ),
+    Case("MaxPool2d", {"kernel_size": 2}, IMAGES),
+    Case(
+        "MaxPool2d",
+        {
+            "kernel_size": (3, 2),
+            "stride": (2, 1),
+            "padding": 1,
+            "dilation": (1, 2),
+            "ceil_mode": True,
+            "return_indices": True,
+        },
+        IMAGES,
+    ),
+    Case("BatchNorm1d", {"num_features": 3}, (4, 3)),
+    Case("BatchNorm1d", {"num_features": 3}, (4, 3, 5)),
+    Case("BatchNorm2d", {"num_features": 3}, IMAGES),
+    Case("BatchNorm2d", {"num_features": 3, "bias": False, "eps": 1e-2}, IMAGES),
+    Case("BatchNorm3d", {"num_features": 3}, (2, 3, 2, 2, 3)),
+    Case("ReLU", {}, IMAGES),
+    Case("ReLU", {"inplace": True}, IMAGES),
+    Case("CrossEntropyLoss", {}, (4, 3), "classes"),
+    Case("CrossEntropyLoss", {"label_smoothing": 0.1}, (4, 3, 2), "classes"),
+    Case("CrossEntropyLoss", {"ignore_index": 1, "reduction": "sum"}, (6, 3), "classes"),
+    Case("CrossEntropyLoss", {"weight": [0.5, 1.0, 2.0]}, (4, 3), "classes"),
+    Case("CrossEntropyLoss", {"reduction": "none"}, (4, 3), "probabilities"),
+    Case("MSELoss", {}, (4, 3), "values"),
+    Case("MSELoss", {"reduction": "none"}, (4, 3), "values"),
+    Case("BCELoss", {}, (4, 3), "probabilities"),
+    Case("BCELoss", {"weight": [0.5, 1.0, 2.0], "reduction": "sum"}, (4, 3), "probabilities"),
+    Case("BCEWithLogitsLoss", {}, (4, 3), "probabilities"),
+    Case(
+        "BCEWithLogitsLoss",
+        {"weight": [0.5, 1.0, 2.0], "pos_weight": [3.0, 1.0, 0.5], "reduction": "none"},
+        (4, 3),
+        "probabilities",
+    ),
+]
+# the layers with parameters or buffers, once each
+ONE_OF_EACH = list({case.layer: case for case in reversed(CASES)}.values())
+
+
+def named(case):
+    options = ",".join(f"{k}={v}" for k, v in case.arguments.items())
+    return f"{case.layer}({options})-{'x'.join(map(str, case.input))}".replace(" ", "")
+
+
+def cases(chosen):
+    return pytest.mark.parametrize("case", [pytest.param(c, id=named(c)) for c in chosen])
+
+
+def make_layer(module, case, device="cpu"):
+    """The layer of `module`, random as its constructor makes it, in float64."""
+    torch.manual_seed(1)
+    arguments = {
+        name: torch.tensor(value) if isinstance(value, list) else value
+        for name, value in case.arguments.items()
+    }
+    return getattr(module, case.layer)(**arguments).to(device, torch.float64)
+
+
+def make_call(case, device="cpu"):
+    """The arguments of the layer's call."""
+    torch.manual_seed(2)
+    input = torch.randn(case.input, dtype=torch.float64)
+    if case.layer == "BCELoss":
+        input = input.sigmoid()
+    input = input.to(device).requires_grad_()
+    if case.target is None:
+        return (input,)
+    if case.target == "classes":
+        shape = (case.input[0], *case.input[2:])
+        return input, torch.randint(case.input[1], shape).to(device)
+    target = torch.randn(case.input, dtype=torch.float64)
+    if case.target == "probabilities":
+        target = target.softmax(1)
+    return input, target.to(device)
+
+
+def run(layer, call):
+    """Outputs, gradients of input and parameters, and buffers of one training step."""
+    # a leaf cannot be written in place
+    outputs = layer(call[0] * 1.0, *call[1:])
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.manual_seed(3)
+    outputs[0].backward(torch.randn_like(outputs[0]))
+    named = dict(layer.named_parameters())
+    grads = {name: parameter.grad for name, parameter in named.items()}
+    return outputs, {"input": call[0].grad, **grads}, dict(layer.named_buffers())
+
+
+@cases(CASES)
+def test_layer_computes_what_torchs_does(case, device, rung):
+    expected = run(make_layer(torch.nn, case, device), make_call(case, device))
+    with launch.recorded() as launches:
+        actual = run(make_layer(nn, case, device), make_call(case, device))
+    assert_close(actual, expected)
+    assert bool(launches) == (rung != "reference")
+
+
+@cases(ONE_OF_EACH)
+def test_layer_is_torchs_in_everything_but_forward(case):
+    layer, torchs = make_layer(nn, case), make_layer(torch.nn, case)
+    assert isinstance(layer, type(torchs))
+    assert type(layer) is not type(torchs)
+    assert repr(layer) == repr(torchs)
+    assert layer.state_dict().keys() == torchs.state_dict().keys()
+    assert layer.state_dict()._metadata == torchs.state_dict()._metadata
+    assert inspect.signature(type(layer)) == inspect.signature(type(torchs))
+    # the same random numbers in the same order
+    assert_close(layer.state_dict(), torchs.state_dict(), rtol=0, atol=0)
+
+
+def randomize(layer):
+    for tensor in layer.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 2.0)
+
+
+@cases([case for case in ONE_OF_EACH if make_layer(nn, case).state_dict()])
+def test_state_dict_loads_both_ways(case):
+    for source, target in ((nn, torch.nn), (torch.nn, nn)):
+        saved, loaded = make_layer(source, case), make_layer(target, case)
+        randomize(saved)
+        loaded.load_state_dict(saved.state_dict(), strict=True)
+        assert_close(loaded.state_dict(), saved.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@cases(ONE_OF_EACH)
+def test_copy_and_pickle(case, duplicate, device):
+    layer = make_layer(nn, case, device)
+    randomize(layer)
+    again = duplicate(layer)
+    assert type(again) is type(layer)
+    assert_close(again.state_dict(), layer.state_dict(), rtol=0, atol=0)
+    expected = run(layer, make_call(case, device))
+    assert_close(run(again, make_call(case, device)), expected, rtol=0, atol=0)
+
+
+def test_hooks_see_inputs_outputs_and_gradients(device):
+    case = next(case for case in CASES if case.layer == "Conv2d")
+    seen = {}
+    for module in (torch.nn, nn):
+        layer = make_layer(module, case, device)
+        seen[module] = record = []
+        layer.register_forward_pre_hook(lambda _, args, to=record: to.append(args))
+        layer.register_forward_hook(lambda _, args, out, to=record: to.append((args, out)))
+        layer.register_full_backward_hook(lambda _, into, out, to=record: to.append((into, out)))
+        run(layer, make_call(case, device))
+    assert len(seen[nn]) == 3
+    assert_close(seen[nn], seen[torch.nn])
+
+
+BATCH_NORM_FLAGS = list(itertools.product((True, False), (True, False), (0.3, None)))
+
+
+@pytest.mark.parametrize(("affine", "tracks", "momentum"), BATCH_NORM_FLAGS)
+def test_batch_norm_over_three_steps_and_evaluation(affine, tracks, momentum, device):
+    options = {"affine": affine, "track_running_stats": tracks, "momentum": momentum}
+    case = Case("BatchNorm2d", {"num_features": 3, **options}, IMAGES)
+    theirs, ours = make_layer(torch.nn, case, device), make_layer(nn, case, device)
+    for step in range(4):
+        # the last one evaluates
+        values = make_call(case, device)[0].detach() * (step + 1) + step
+        results = [
+            run(layer.train(step < 3), (values.clone().requires_grad_(),))
+            for layer in (ours, theirs)
+        ]
+        assert_close(*results)
+
+
+@pytest.mark.parametrize("buffers", [(), ("running_mean", "running_var"), ("num_batches_tracked",)])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_without_buffers(buffers, training, device):
+    """A buffer set to None after construction, as some checkpoints and exporters do."""
+    case = Case("BatchNorm2d", {"num_features": 3, "momentum": None}, IMAGES)
+    results = []
+    for module in (nn, torch.nn):
+        layer = make_layer(module, case, device).train(training)
+        for name in buffers:
+            setattr(layer, name, None)
+        results.append(run(layer, make_call(case, device)))
+    assert_close(*results)
+
+
+def test_batch_norm_counts_a_batch_that_fails():
+    layer, torchs = nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    for one in (layer, torchs):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            one(torch.zeros(1, 3))
+        assert one.num_batches_tracked == 1
+        with pytest.raises(ValueError, match="expected 2D or 3D input"):
+            one(torch.zeros(3))
+        assert one.num_batches_tracked == 1
+
+
+def test_batch_norm_fills_in_the_counter_of_an_old_checkpoint():
+    layer = nn.BatchNorm2d(3)
+    state = layer.state_dict()
+    del state["num_batches_tracked"]
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        layer.load_state_dict(state)
+    state._metadata[""]["version"] = 1
+    layer.load_state_dict(state)
+    assert layer.num_batches_tracked == 0
+
+
+def test_conv_forward_serves_subclasses_with_a_weight_of_their_own(device, rung):
+    class Standardized:
+        def forward(self, input):
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return self._conv_forward(input, weight, self.bias)
+
+    case = next(case for case in CASES if case.layer == "Conv2d")
+    results = []
+    for module in (torch.nn, nn):
+        layer = make_layer(module, case, device)
+        layer.__class__ = type("Standardized", (Standardized, type(layer)), {})
+        with launch.recorded() as launches:
+            results.append(run(layer, make_call(case, device)))
+    assert_close(*results)
+    assert bool(launches) == (rung != "reference")
+
+
+def small_network(module):
+    torch.manual_seed(0)
+    return module.Sequential(
+        module.Conv2d(3, 4, 3, padding=1),
+        module.BatchNorm2d(4),
+        module.ReLU(),
+        module.MaxPool2d(2),
+        module.Flatten(),
+        module.Linear(4 * 3 * 2, 3),
+    )
+
+
+def test_network_compiles_in_one_graph(device):
+    images = torch.randn(IMAGES, device=device)
+    network, twin = (small_network(nn).to(device) for _ in range(2))
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    for output in (compiled(images), twin(images)):
+        output.square().sum().backward()
+    assert_close(compiled(images), twin(images), rtol=0, atol=0)
+    for actual, expected in zip(network.parameters(), twin.parameters(), strict=True):
+        assert_close(actual.grad, expected.grad, rtol=0, atol=0)
+
+
+def test_specs_name_every_layer_and_no_other():
+    declared = {layer for spec in specs() for layer in spec.layers}
+    defined = {
+        name
+        for name, value in vars(nn).items()
+        if isinstance(value, type) and value.__module__ == nn.__name__
+    }
+    assert declared == defined
+    assert defined == {case.layer for case in CASES}
+
+
+FUNCTIONS = (
+    "batch_norm",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "max_pool2d_with_indices",
+    "mse_loss",
+    "relu",
+)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_has_torchs_signature(name):
+    """Ours may take more arguments after torch's, by keyword."""
+    theirs = inspect.signature(getattr(F, name)).parameters
+    ours = inspect.signature(getattr(tritorch_functional, name)).parameters
+    shared = list(ours.values())[: len(theirs)]
+    assert [p.name for p in shared] == list(theirs)
+    assert [p.default for p in shared] == [p.default for p in theirs.values()]
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(ours.values())[len(theirs) :])
+
+
+def test_max_pool2d_has_torchs_signature():
+    # torch's own takes *args
+    parameters = inspect.signature(tritorch_functional.max_pool2d).parameters
+    theirs = inspect.signature(F.max_pool2d_with_indices).parameters
+    assert [(p.name, p.default) for p in parameters.values()] == [
+        (p.name, p.default) for p in theirs.values()
+    ]
+
+
+def functional_calls():
+    x = torch.randn(4, 3)
+    probabilities = torch.rand(4, 3)
+    images, weight = torch.randn(IMAGES), torch.randn(2, 3, 2, 2)
+    classes = torch.tensor([0, 2, 1, 1])
+    mean, var = torch.randn(3), torch.rand(3) + 0.5
+    yield "linear", (x, torch.randn(2, 3), torch.randn(2)), {}
+    yield "conv2d", (images, weight, torch.randn(2), 2, 1, 1, 1), {}
+    yield "conv2d", (images, weight), {"padding": "same"}
+    yield "max_pool2d", (images, 2, 1, 1, 1, True), {}
+    yield "max_pool2d", (images, 2), {"return_indices": True}
+    yield "max_pool2d_with_indices", (images, 2), {"stride": 1}
+    yield "batch_norm", (images, mean, var, None, None, False, 0.1, 1e-3), {}
+    yield "relu", (x,), {}
+    yield "relu_", (x.clone(),), {}
+    yield "cross_entropy", (x, classes), {"reduction": "none", "label_smoothing": 0.2}
+    yield "mse_loss", (x, probabilities), {"reduction": "sum"}
+    yield "mse_loss", (x, probabilities), {"weight": torch.rand(4, 3)}
+    yield "binary_cross_entropy", (probabilities, probabilities.flip(0), x.abs()), {}
+    yield "binary_cross_entropy_with_logits", (x, probabilities), {"pos_weight": torch.rand(3)}
+
+
+def test_functions_compute_what_torchs_do(device):
+    torch.manual_seed(0)
+    for name, args, options in functional_calls():
+        given = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda t: t.to(device), (args, options)
+        )
+        expected = getattr(F, name)(*copy.deepcopy(given[0]), **given[1])
+        actual = getattr(tritorch_functional, name)(*given[0], **given[1])
+        assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("name", "legacy", "reduction"),
+    [
+        ("cross_entropy", {"size_average": False}, "sum"),
+        ("mse_loss", {"reduce": False}, "none"),
+        ("binary_cross_entropy", {"size_average": True, "reduce": True}, "mean"),
+        ("binary_cross_entropy_with_logits", {"size_average": False}, "sum"),
+    ],
+)
+def test_deprecated_arguments_of_losses_still_work(name, legacy, reduction):
+    torch.manual_seed(0)
+    input, target = torch.rand(4, 3), torch.rand(4, 3)
+    function = getattr(tritorch_functional, name)
+    with pytest.warns(UserWarning, match="args will be deprecated"):
+        actual = function(input, target, **legacy)
+    assert_close(actual, function(input, target, reduction=reduction))
+
+
+TOP_LEVEL = {
+    "relu": lambda make: (make(3, 4),),
+    "relu_": lambda make: (make(3, 4),),
+    "matmul": lambda make: (make(3, 4), make(4, 2)),
+    "conv2d": lambda make: (make(2, 3, 6, 5), make(4, 3, 2, 2), make(4), 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", TOP_LEVEL)
+def test_top_level_function_runs_the_kernels(name, device, rung):
+    torch.manual_seed(0)
+    args = TOP_LEVEL[name](lambda *shape: torch.randn(shape, device=device))
+    expected = getattr(torch, name)(*copy.deepcopy(args))
+    with launch.recorded() as launches:
+        actual = getattr(tritorch, name)(*args)
+    assert_close(actual, expected)
+    assert bool(launches) == (rung != "reference")
+
+
+def test_matmul_writes_to_out(device):
+    a, b = torch.randn(3, 4, device=device), torch.randn(4, 2, device=device)
+    out = torch.empty(3, 2, device=device)
+    assert tritorch.matmul(a, b, out=out) is out
+    assert_close(out, a @ b)
+
+
+@pytest.mark.parametrize(
+    ("statement", "torchs"),
+    [
+        ("from tritorch.nn import Sequential as found", "nn.Sequential"),
+        ("from tritorch.nn import Dropout as found", "nn.Dropout"),
+        ("from tritorch.nn.utils import clip_grad_norm_ as found", "nn.utils.clip_grad_norm_"),
+        ("import tritorch.nn.utils.rnn as found", "nn.utils.rnn"),
+        ("import tritorch.nn.init as found", "nn.init"),
+        ("from tritorch.nn import init as found", "nn.init"),
+        ("from tritorch.nn.functional import gelu as found", "nn.functional.gelu"),
+        ("from tritorch.nn.parallel import DistributedDataParallel as found",
+         "nn.parallel.DistributedDataParallel"),
+        ("from tritorch.optim import Adam as found", "optim.Adam"),
+        ("from tritorch.optim.lr_scheduler import StepLR as found", "optim.lr_scheduler.StepLR"),
+        ("from tritorch.utils.data import DataLoader as found", "utils.data.DataLoader"),
+        ("import tritorch.autograd as found", "autograd"),
+        ("from tritorch import Tensor as found", "Tensor"),
+        ("from tritorch import cuda as found", "cuda"),
+        ("import tritorch as found; found = found.tensor", "tensor"),
+    ],
+)  # fmt: skip
+def test_other_names_are_torchs_own(statement, torchs):
+    namespace = {}
+    exec(statement, namespace)
+    expected = torch
+    for part in torchs.split("."):
+        expected = getattr(expected, part)
+    assert namespace["found"] is expected
+
+
+def test_torchs_modules_are_not_loaded_twice():
+    importlib.import_module("tritorch.nn.utils.rnn")
+    spec = importlib.util.find_spec("torch.nn.utils.rnn")
+    assert torch.nn.utils.rnn.__spec__ is spec
+    assert spec.name == "torch.nn.utils.rnn"
+
+
+def test_own_modules_are_found_before_torchs():
+    for name in ("backend", "data", "nn", "ops", "optim", "registry", "testing"):
+        namespace = {}
+        exec(f"from tritorch import {name} as found", namespace)
+        assert namespace["found"].__name__ == f"tritorch.{name}"
+    assert callable(tritorch.convert)
+    importlib.import_module("tritorch.convert")
+    assert callable(tritorch.convert)
+
+
+def test_star_import_brings_layers_and_torchs_names():
+    namespace = {}
+    exec("from tritorch.nn import *", namespace)
+    assert namespace["Conv2d"] is nn.Conv2d
+    assert namespace["Sequential"] is torch.nn.Sequential
+    assert namespace["functional"] is tritorch_functional
+
+
+@pytest.mark.parametrize(
+    ("module", "torchs"), [(tritorch, torch), (nn, torch.nn), (tritorch_functional, F)]
+)
+def test_names_are_listed_and_unknown_ones_refused(module, torchs):
+    assert set(dir(torchs)) <= set(dir(module))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        module.no_such_name  # noqa: B018
+    with pytest.raises(ImportError, match="no_such_name"):
+        exec(f"import {module.__name__}.no_such_name")

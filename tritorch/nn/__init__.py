@@ -1,0 +1,129 @@
+"""torch.nn with kernels: layers are torch's classes with another forward, the rest is torch's own.
+
+A layer takes torch's arguments, holds torch's parameters and loads torch's checkpoints; its shapes,
+dtypes and errors are those of its op in `tritorch.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules import batchnorm
+
+from tritorch import ops
+from tritorch.nn import functional as functional
+
+# what `from tritorch.nn import *` brings
+__all__ = [name for name in dir(torch.nn) if not name.startswith("_")]
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(torch.nn, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(torch.nn)})
+
+
+class Linear(torch.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)
+
+
+class Conv2d(torch.nn.Conv2d):
+    # not forward: subclasses call this one with a weight of their own
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        return ops.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class MaxPool2d(torch.nn.MaxPool2d):
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return ops.max_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
+        )
+
+
+def _batch_norm(layer: batchnorm._BatchNorm, input: Tensor) -> Tensor:
+    layer._check_input_dim(input)
+    tracks = layer.training and layer.track_running_stats
+    momentum = layer.momentum
+    if tracks and layer.num_batches_tracked is not None:
+        # torch counts the batch before it looks at it
+        layer.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(layer.num_batches_tracked)
+    # running statistics are passed where they are to be updated, or used
+    passes = tracks or not layer.training
+    return ops.batch_norm(
+        input,
+        layer.running_mean if passes else None,
+        layer.running_var if passes else None,
+        layer.weight,
+        layer.bias,
+        layer.training or (layer.running_mean is None and layer.running_var is None),
+        0.0 if momentum is None else momentum,
+        layer.eps,
+    )
+
+
+class BatchNorm1d(torch.nn.BatchNorm1d):
+    forward = _batch_norm
+
+
+class BatchNorm2d(torch.nn.BatchNorm2d):
+    forward = _batch_norm
+
+
+class BatchNorm3d(torch.nn.BatchNorm3d):
+    forward = _batch_norm
+
+
+class ReLU(torch.nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.relu(input, self.inplace)
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return ops.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class MSELoss(torch.nn.MSELoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return ops.mse_loss(input, target, reduction=self.reduction)
+
+
+class BCELoss(torch.nn.BCELoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return ops.binary_cross_entropy(input, target, weight=self.weight, reduction=self.reduction)
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return ops.binary_cross_entropy_with_logits(
+            input,
+            target,
+            weight=self.weight,
+            reduction=self.reduction,
+            pos_weight=self.pos_weight,
+        )

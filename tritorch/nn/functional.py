@@ -1,0 +1,122 @@
+"""torch.nn.functional with kernels: `tritorch.ops` with torch's signatures, the rest is torch's.
+
+The losses' deprecated `size_average` and `reduce`, and a weighted mse_loss, are torch's function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritorch import ops
+from tritorch.ops import batch_norm as batch_norm
+from tritorch.ops import conv2d as conv2d
+from tritorch.ops import linear as linear
+from tritorch.ops import max_pool2d as max_pool2d
+from tritorch.ops import relu as relu
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(F, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(F)})
+
+
+def relu_(input: Tensor) -> Tensor:
+    return ops.relu(input, inplace=True)
+
+
+def max_pool2d_with_indices(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`max_pool2d` with indices whatever `return_indices` says, as in torch."""
+    result: tuple[Tensor, Tensor] = ops.max_pool2d(
+        input, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True
+    )
+    return result
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    if size_average is not None or reduce is not None:
+        return F.cross_entropy(
+            input,
+            target,
+            weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
+        )
+    return ops.cross_entropy(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    if size_average is not None or reduce is not None or weight is not None:
+        return F.mse_loss(input, target, size_average, reduce, reduction, weight)
+    return ops.mse_loss(input, target, reduction=reduction)
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if size_average is not None or reduce is not None:
+        return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
+    return ops.binary_cross_entropy(input, target, weight=weight, reduction=reduction)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    if size_average is not None or reduce is not None:
+        return F.binary_cross_entropy_with_logits(
+            input, target, weight, size_average, reduce, reduction, pos_weight
+        )
+    return ops.binary_cross_entropy_with_logits(
+        input, target, weight=weight, reduction=reduction, pos_weight=pos_weight
+    )

@@ -1,0 +1,24 @@
+"""The functions of torch's top level that have kernels, with torch's signatures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritorch import ops
+from tritorch.ops import conv2d as conv2d
+
+
+def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`tritorch.ops.matmul`; with `out`, which the kernels do not write to, torch's own."""
+    return ops.matmul(input, other) if out is None else torch.matmul(input, other, out=out)
+
+
+def relu(input: Tensor) -> Tensor:
+    """`tritorch.ops.relu`."""
+    return ops.relu(input)
+
+
+def relu_(input: Tensor) -> Tensor:
+    """`tritorch.ops.relu` in place."""
+    return ops.relu(input, inplace=True)
