@@ -155,8 +155,6 @@ def _create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding: Any) -> Any:
     if _is_bf16(src.dtype):
         src = _lib.TensorHandle(src.data, _tl.float32)
     if not _is_bf16(dst_type):
-        if src.dtype.scalar == dst_type.scalar:
-            return src
         return original(self, src, dst_type, rounding)
     if src.data.dtype == np.uint8:
         src = original(self, src, _tl.float32, None)
@@ -215,14 +213,14 @@ def _create_atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest:
         return _originals["create_atomic_rmw"](self, op, ptr, val, mask, *rest)
     if op != _lib._ir.ATOMIC_OP.FADD:
         raise NotImplementedError(f"interpreter.corrected: atomic {op} of bfloat16")
+    memory, one = _lib._interpreter, np.ones(1, np.bool_)
     old = np.full(val.data.shape, np.nan, np.float32)
     # lanes may share an address, so each one reads what the one before it wrote
     for lane in zip(*np.nonzero(np.broadcast_to(mask.data, old.shape)), strict=True):
-        here = _lib.TensorHandle(ptr.data[lane].reshape(1), ptr.dtype)
-        one = _lib.TensorHandle(np.ones(1, np.bool_), _tl.int1)
-        before = self.create_masked_load(here, one, None, None, None, False)
+        here = ptr.data[lane].reshape(1)
+        before = _from_bits(memory.load(here, one, np.zeros(1, np.uint16), np.dtype(np.uint16)))
         after = _lib.TensorHandle(before.data + val.data[lane], _tl.bfloat16)
-        self.create_masked_store(here, after, one, None, None)
+        memory.store(here, _to_bits(after).data, one)
         old[lane] = before.data[0]
     return _lib.TensorHandle(old, _tl.bfloat16)
 
@@ -265,7 +263,19 @@ def _apply_impl(self: Any, input: Any) -> Any:
     return _originals["apply_impl"](self, input)
 
 
-# tiles and launches
+# rounding of sums, tiles, launches
+
+
+def _sum(self: Any, input: Any) -> Any:
+    dtype, values = input.dtype, input.handle.data
+    if not dtype.is_floating() or dtype.primitive_bitwidth != 16:
+        return _originals["sum"](self, input)
+    # a GPU rounds every partial sum to the dtype of the operand, numpy the total alone
+    shape = values.sum(axis=self.axis, keepdims=self.keep_dims).shape
+    values = values.ravel() if self.axis is None else np.moveaxis(values, self.axis, 0)
+    while len(values) > 1:
+        values = _lib.TensorHandle(values[0::2] + values[1::2], dtype).data
+    return self.to_tensor(values[0].reshape(shape), dtype)
 
 
 def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, *rest: Any) -> Any:
@@ -321,7 +331,8 @@ def _float_argument(annotation: Any, value: float) -> Any:
 _USED = (
     "TensorHandle",
     "_LangPatchScope",
-    "_interpreter",
+    "_interpreter.load",
+    "_interpreter.store",
     "_ir.ATOMIC_OP.FADD",
     "_ir.INPUT_PRECISION.TF32",
     "_ir.PROPAGATE_NAN.NONE",
@@ -340,7 +351,7 @@ _REPLACEMENTS: dict[str, dict[str, Any]] = {
     },
     "TensorHandle": {"__post_init__": _post_init},
     "GridExecutor": {"__call__": _launch},
-    "ReduceOps": {"apply_impl": _apply_impl, "min_max": _min_max},
+    "ReduceOps": {"apply_impl": _apply_impl, "min_max": _min_max, "sum": _sum},
     "InterpreterBuilder": {
         "cast_impl": _cast_impl,
         "create_atomic_cas": _create_atomic_cas,
