@@ -258,7 +258,7 @@ def test_batch_norm_without_buffers(buffers, training, device):
 def test_batch_norm_counts_a_batch_that_fails():
     layer, torchs = nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     for one in (layer, torchs):
-        with pytest.raises(ValueError, match="more than 1 value per channel"):
+        with pytest.raises(ValueError, match=r"more than (1|one) value per channel"):
             one(torch.zeros(1, 3))
         assert one.num_batches_tracked == 1
         with pytest.raises(ValueError, match="expected 2D or 3D input"):
@@ -362,7 +362,7 @@ def test_max_pool2d_has_torchs_signature():
 def functional_calls():
     x = torch.randn(4, 3)
     probabilities = torch.rand(4, 3)
-    images, weight = torch.randn(IMAGES), torch.randn(2, 3, 2, 2)
+    images, weight = torch.randn(IMAGES), torch.randn(2, 3, 3, 3)
     classes = torch.tensor([0, 2, 1, 1])
     mean, var = torch.randn(3), torch.rand(3) + 0.5
     yield "linear", (x, torch.randn(2, 3), torch.randn(2)), {}

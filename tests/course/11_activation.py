@@ -1,0 +1,6 @@
+# layers: activation
+import tritorch as torch
+
+inputs = (torch.randn(5, 4),)
+
+torch.nn.ReLU(inplace=False)

@@ -1,0 +1,4 @@
+# containers: a list of modules
+import tritorch as torch
+
+torch.nn.ModuleList(modules=None)

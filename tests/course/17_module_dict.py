@@ -1,0 +1,4 @@
+# containers: modules by name
+import tritorch as torch
+
+torch.nn.ModuleDict(modules=None)
