@@ -1,6 +1,10 @@
 """The functional API: one line per family."""
 
 from tritorch.ops.activation import relu as relu
+from tritorch.ops.conv import conv2d as conv2d
 from tritorch.ops.matmul import linear as linear
 from tritorch.ops.matmul import matmul as matmul
+from tritorch.ops.norm import batch_norm as batch_norm
+from tritorch.ops.optim import sgd_step as sgd_step
+from tritorch.ops.pool import max_pool2d as max_pool2d
 from tritorch.ops.reduce import channel_sum as channel_sum
