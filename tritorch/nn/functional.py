@@ -5,7 +5,6 @@ The losses' deprecated `size_average` and `reduce`, and a weighted mse_loss, are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,6 +16,8 @@ from tritorch.ops import conv2d as conv2d
 from tritorch.ops import linear as linear
 from tritorch.ops import max_pool2d as max_pool2d
 from tritorch.ops import relu as relu
+
+Ints = int | list[int] | tuple[int, ...]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,18 +34,18 @@ def relu_(input: Tensor) -> Tensor:
 
 def max_pool2d_with_indices(
     input: Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`max_pool2d` with indices whatever `return_indices` says, as in torch."""
-    result: tuple[Tensor, Tensor] = ops.max_pool2d(
+    output, indices = ops.max_pool2d(
         input, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True
     )
-    return result
+    return output, indices
 
 
 def cross_entropy(
