@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 Argument = Tensor | bool | int | float | str | tuple[int, ...] | torch.dtype | None | list[Tensor]
-Output = Tensor | tuple[Tensor, ...]
+# None: the op writes its arguments alone
+Output = Tensor | tuple[Tensor, ...] | None
 
 FLOATING: tuple[torch.dtype, ...] = (
     torch.float32,

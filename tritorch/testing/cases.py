@@ -270,24 +270,27 @@ def judge(
 
 
 def _scales(spec: OpSpec, arguments: dict[str, Argument], grads: list[Tensor]) -> dict[str, Any]:
-    if spec.accuracy == "composite" and spec.terms is not None:
-        terms = {"terms": float(spec.terms(**arguments))}
-        names = ["output 0", *(f"gradient of {name}" for name in spec.gradients)]
-        return dict.fromkeys(names, terms)
-    if spec.accuracy != "multilinear":
+    """Keyword arguments of `compare` for the first output and the gradients."""
+    if spec.accuracy == "exact" or not spec.gradients:
         return {}
+    multilinear = spec.accuracy == "multilinear"
+    derive = tolerances.derive_scales if multilinear else tolerances.derive_conditions
     names = list(arguments)
-    derived = tolerances.derive_scales(
-        lambda *values: spec.reference(**dict(zip(names, values, strict=True))),
-        list(arguments.values()),
-        grads[0] if grads else None,
-    )
-    scales: dict[str, Any] = {"output 0": derived.output}
+
+    def first_output(*values: Argument) -> Tensor:
+        given = dict(zip(names, values, strict=True))
+        # what the op writes would otherwise be written three times, and may not require a gradient
+        fresh = {n: map_tensors(given[n], lambda t: t.detach().clone()) for n in spec.mutates}
+        result = spec.reference(**given | fresh)
+        return result[0] if isinstance(result, tuple) else result
+
+    derived = derive(first_output, list(arguments.values()), grads[0] if grads else None)
+    found = {"output 0": derived.output}
+    for name, scale in zip(names, derived.grads, strict=True):
+        if scale is not None:
+            found[f"gradient of {name}"] = scale
     if any(0 in t.stride() for value in [*arguments.values(), *grads] for t in _tensors(value)):
         # equal terms round alike: their errors add up in step, not as a random walk
-        for scale in (derived.output, *(grad for grad in derived.grads if grad is not None)):
+        for scale in found.values():
             scale["terms"] = scale["terms"].square()
-    for name, grad in zip(names, derived.grads, strict=True):
-        if grad is not None:
-            scales[f"gradient of {name}"] = grad
-    return scales
+    return found
