@@ -9,33 +9,39 @@ from tritorch.kernels.tiles import activate, grouped_programs
 # by bytes per element: 16-bit operands feed tensor cores, float32 runs TF32 or plain FMA, float64 its own units
 MATMUL_CONFIGS = {
     2: (
-        Config({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 32, "GROUP_M": 8}, num_warps=8, num_stages=4),
+        Config({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 32, "GROUP_M": 8}, num_warps=8, num_stages=3),
         Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=8, num_stages=3),
+        # without a limit of its own ptxas aims for occupancy and spills two scalars
         Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=4, num_stages=3, maxnreg=255),
         Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 1}, num_warps=4, num_stages=4),
     ),
     4: (
-        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=4, num_stages=3),
+        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=8, num_stages=3, maxnreg=255),
         Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 1}, num_warps=4, num_stages=3),
     ),
     8: (
         Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=4, num_stages=3),
     ),
 }
+# tiles that keep most multiprocessors of a large GPU busy
+ENOUGH_TILES = 96
 
 
 def matmul_config(m, n, k, batch, itemsize):
-    """The largest tile that still gives a GPU enough programs; a flat one where there are few rows."""
+    """A flat tile for few rows, else the largest one of which there are enough."""
     configs = MATMUL_CONFIGS[itemsize]
-    if m <= 16 and itemsize < 8:
+    if m <= 16 and len(configs) > 1:
         return configs[-1]
-    if itemsize == 8:
+    if itemsize > 2:
         return configs[0]
-    for config in configs[:-2]:
-        tiles = triton.cdiv(m, config.kwargs["BLOCK_M"]) * triton.cdiv(n, config.kwargs["BLOCK_N"]) * batch
-        if tiles >= 96 and n > config.kwargs["BLOCK_N"] // 2:
+    # rows that do not start on 16 bytes are loaded through registers, and the largest tile has none to spare
+    aligned = m % 16 == 0 and n % 16 == 0 and k % 16 == 0
+    for config in configs[0 if aligned else 1:2]:
+        sizes = config.kwargs
+        tiles = triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"]) * batch
+        if tiles >= ENOUGH_TILES and n > sizes["BLOCK_N"] // 2:
             return config
-    return configs[-2]
+    return configs[2]
 
 
 @triton.jit

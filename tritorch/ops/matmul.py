@@ -340,7 +340,7 @@ def _linear_samples(make: Maker) -> Iterator[Sample]:
 
 
 def _linear_workloads(make: Maker) -> Iterator[Sample]:
-    for rows, features, outputs in ((256, 2048, 1000), (4096, 1024, 4096), (1, 512, 512)):
+    for rows, features, outputs in ((4096, 1024, 4096), (256, 2048, 1000), (1, 512, 512)):
         for activation in (None, "relu"):
             yield Sample(
                 f"{rows}x{features}x{outputs}-{activation or 'identity'}",
