@@ -1,0 +1,114 @@
+"""Optimizer steps over many tensors in one launch, which finds them by a table of addresses."""
+
+import triton
+import triton.language as tl
+from triton import Config
+
+# by bytes per element: a few 128-bit loads of each of three tensors are in flight per thread
+SGD_STEP_CONFIGS = {
+    2: (Config({"BLOCK": 2048}, num_warps=4),),
+    4: (Config({"BLOCK": 2048}, num_warps=4),),
+    8: (Config({"BLOCK": 1024}, num_warps=4),),
+}
+
+
+def sgd_step_config(itemsize):
+    """Elements per program: enough to hide the look-ups, few enough to spread small models."""
+    return SGD_STEP_CONFIGS[itemsize][0]
+
+
+@triton.jit
+def scalar_of(bits, ACC: tl.constexpr):
+    """The number whose float64 bits are `bits`: a launch would pass a float as float32."""
+    # the interpreter hands over small integers as int32
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(ACC)
+
+
+@triton.jit
+def update_chunk(
+    param_address, grad_address, buffer_address, start, END,
+    lr, momentum, gain, weight_decay, first,
+    ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
+    HAS_WEIGHT_DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Updates the elements from `start` to END at the addresses, BLOCK of them at most."""
+    ACC: tl.constexpr = lr.dtype
+    # cast here, not in the caller: what is said of an aligned pointer must not reach the other call
+    param_ptr = param_address.to(tl.pointer_type(ELEMENT))
+    grad_ptr = grad_address.to(tl.pointer_type(ELEMENT))
+    buffer_ptr = buffer_address.to(tl.pointer_type(ELEMENT))
+    if ALIGNED:
+        param_ptr = tl.multiple_of(param_ptr, 16)
+        grad_ptr = tl.multiple_of(grad_ptr, 16)
+        buffer_ptr = tl.multiple_of(buffer_ptr, 16)
+    offs = start + tl.arange(0, BLOCK)
+    mask = offs < END
+    param = tl.load(param_ptr + offs, mask=mask, other=0.0).to(ACC)
+    grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(ACC)
+    if HAS_MOMENTUM:
+        # the memory of a new buffer holds anything, NaN included
+        buffer = tl.load(buffer_ptr + offs, mask=mask & (first == 0), other=0.0).to(ACC)
+    if MAXIMIZE:
+        grad = -grad
+    if HAS_WEIGHT_DECAY:
+        grad += weight_decay * param
+    if HAS_MOMENTUM:
+        buffer = momentum * buffer + gain * grad
+        tl.store(buffer_ptr + offs, buffer.to(ELEMENT), mask=mask)
+        if NESTEROV:
+            grad += momentum * buffer
+        else:
+            grad = buffer
+    param -= lr * grad
+    tl.store(param_ptr + offs, param.to(ELEMENT), mask=mask)
+
+
+@triton.jit(do_not_specialize=["TENSORS", "lr", "momentum", "gain", "weight_decay", "first"])
+def sgd_step_kernel(
+    like_ptr, owner_ptr, table_ptr,
+    TENSORS,
+    lr: tl.int64, momentum: tl.int64, gain: tl.int64, weight_decay: tl.int64, first,
+    HAS_MOMENTUM: tl.constexpr, HAS_WEIGHT_DECAY: tl.constexpr,
+    NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One program updates BLOCK consecutive elements of its owner, a tensor of like_ptr's type.
+
+    The table has a column for each of TENSORS tensors: the addresses of the parameter, of its
+    gradient and of its momentum buffer, the number of elements, the first program.
+    """
+    ELEMENT: tl.constexpr = like_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if ELEMENT == tl.float64 else tl.float32
+    pid = tl.program_id(0)
+    column = table_ptr + tl.load(owner_ptr + pid)
+    param_address = tl.load(column)
+    grad_address = tl.load(column + TENSORS)
+    buffer_address = tl.load(column + 2 * TENSORS)
+    count = tl.load(column + 3 * TENSORS)
+    chunk_start = (pid - tl.load(column + 4 * TENSORS)) * BLOCK
+    aligned = (param_address | grad_address | buffer_address) % 16 == 0
+    count -= chunk_start
+    num_bytes = chunk_start * (ELEMENT.primitive_bitwidth // 8)
+    param_address += num_bytes
+    grad_address += num_bytes
+    buffer_address += num_bytes
+    lr = scalar_of(lr, ACC)
+    momentum = scalar_of(momentum, ACC)
+    gain = scalar_of(gain, ACC)
+    weight_decay = scalar_of(weight_decay, ACC)
+    if aligned & (count >= BLOCK):
+        update_chunk(
+            param_address, grad_address, buffer_address, 0, BLOCK,
+            lr, momentum, gain, weight_decay, first,
+            ELEMENT, True, HAS_MOMENTUM, HAS_WEIGHT_DECAY, NESTEROV, MAXIMIZE, BLOCK,
+        )
+    else:
+        # one element per access: small pieces need few registers, and few programs come here
+        PIECE: tl.constexpr = BLOCK // 4
+        end = tl.minimum(count, BLOCK).to(tl.int32)
+        for start in range(0, end, PIECE):
+            update_chunk(
+                param_address, grad_address, buffer_address, start, end,
+                lr, momentum, gain, weight_decay, first,
+                ELEMENT, False, HAS_MOMENTUM, HAS_WEIGHT_DECAY, NESTEROV, MAXIMIZE, PIECE,
+            )

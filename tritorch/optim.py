@@ -1,0 +1,141 @@
+"""torch.optim with kernels: SGD is torch's class with another step, everything else is torch's own.
+
+`import tritorch.optim as optim` stands for `import torch.optim as optim`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from tritorch import backend, ops
+
+_SCALARS = ("lr", "momentum", "dampening", "weight_decay")
+_FLAGS = ("nesterov", "maximize")
+
+# what `from tritorch.optim import *` brings
+__all__ = torch.optim.__all__
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(torch.optim, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(torch.optim)})
+
+
+class SGD(torch.optim.SGD):
+    """`torch.optim.SGD` that updates a parameter group in one launch for each dtype and device.
+
+    Arguments, state, checkpoints, hooks and errors are torch's.  16-bit parameters and buffers are
+    updated in float32 and rounded once a step, as torch's fused implementation does and its others
+    do not.  Parameters whose first gradient comes later than the others' cost that step a
+    second launch.
+
+    A group goes to torch's own step, counted in `tritorch.backend.explain()`, if it asks for
+    another implementation (`foreach=False`, `fused=True`, `differentiable=True`), if `lr` is a
+    tensor on a GPU or one that requires a gradient, if `weight_decay` is a tensor, if a gradient is
+    sparse, and while a CUDA graph is captured.  `foreach=True`, many tensors at once, is what the
+    kernels do.
+
+    Source: `torch.optim.SGD`.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again, with gradients enabled, and returns the loss.
+
+        Returns:
+            What the closure returned, or None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for group in self.param_groups:
+                self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor | None] = []
+        has_sparse_grad = self._init_group(group, params, grads, buffers)  # type: ignore[no-untyped-call]
+        declined = self._declined(group, params, has_sparse_grad)
+        if backend.runs_triton("sgd_step", *params, declined=declined):
+            _step(group, params, grads, buffers)
+        else:
+            sgd(
+                params,
+                grads,
+                buffers,
+                has_sparse_grad=has_sparse_grad,
+                foreach=group["foreach"],
+                fused=group["fused"],
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+                **{name: group[name] for name in (*_SCALARS, *_FLAGS)},
+            )
+        # there are none without momentum
+        if buffers:
+            for param, buffer in zip(params, buffers, strict=True):
+                self.state[param]["momentum_buffer"] = buffer
+
+    def _declined(
+        self, group: dict[str, Any], params: list[Tensor], has_sparse_grad: bool
+    ) -> str | None:
+        for name in ("differentiable", "fused"):
+            if group[name]:
+                return f"{name}=True"
+        # None leaves the choice to the optimizer
+        if group["foreach"] is False:
+            return "foreach=False"
+        for name in _SCALARS:
+            value = group[name]
+            if isinstance(value, Tensor) and (value.device.type != "cpu" or value.requires_grad):
+                return f"{name} is a tensor on a GPU, or requires a gradient"
+        if getattr(self, "grad_scale", None) is not None:
+            return "grad_scale is set"
+        if has_sparse_grad:
+            return "a sparse gradient"
+        if params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph is being captured"
+        return None
+
+
+def _step(
+    group: dict[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor | None],
+) -> None:
+    """Steps by the kernels; puts new buffers where `buffers` has None."""
+    arguments: dict[str, Any] = {name: float(group[name]) for name in _SCALARS}
+    arguments |= {name: group[name] for name in _FLAGS}
+    if not buffers:
+        ops.sgd_step(params, grads, [], **arguments)
+        return
+    # the buffers that there are, then the new ones
+    for first in (False, True):
+        chosen = [i for i, buffer in enumerate(buffers) if (buffer is None) is first]
+        filled = [
+            torch.empty_like(param) if buffer is None else buffer
+            for param, buffer in ((params[i], buffers[i]) for i in chosen)
+        ]
+        ops.sgd_step(
+            [params[i] for i in chosen],
+            [grads[i] for i in chosen],
+            filled,
+            **arguments,
+            first=first,
+        )
+        for i, buffer in zip(chosen, filled, strict=True):
+            buffers[i] = buffer
