@@ -14,7 +14,12 @@ MARKS = {
     "cuda": {"reference", "interpret", "cuda"},
 }
 # files about one mode of Triton, which another mode cannot even import
-ONLY = {"test_interpreter.py": "interpret", "test_dry.py": "compile", "test_compile.py": "compile"}
+ONLY = {
+    "test_interpreter.py": "interpret",
+    "test_interpreter_numbers.py": "interpret",
+    "test_dry.py": "compile",
+    "test_compile.py": "compile",
+}
 
 
 def pytest_addoption(parser):
