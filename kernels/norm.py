@@ -1,0 +1,342 @@
+"""Batch normalisation: statistics and sums by split reductions, and elementwise passes.
+
+R counts the elements of one channel: batch and pixels, in one loop nest.  A tile is BLOCK_R of
+these for each of BLOCK_C channels; R_AXIS is the axis they run along, 1 if pixels are contiguous.
+"""
+
+import triton
+import triton.language as tl
+from triton import Config
+
+from tritorch.kernels.tiles import activate, strided_offsets
+
+# by bytes per element: a thread has four 128-bit accesses to each tensor of a tile
+BATCH_NORM_CONFIGS = {
+    itemsize: (
+        # channels along memory
+        Config({"BLOCK_R": rows, "BLOCK_C": 64, "R_AXIS": 0}, num_warps=8, num_stages=1),
+        Config({"BLOCK_R": 2 * rows, "BLOCK_C": 32, "R_AXIS": 0}, num_warps=8, num_stages=1),
+        Config({"BLOCK_R": 4 * rows, "BLOCK_C": 16, "R_AXIS": 0}, num_warps=8, num_stages=1),
+        # pixels along memory: the offset of a pixel serves several channels
+        Config({"BLOCK_R": 8 * rows, "BLOCK_C": 8, "R_AXIS": 1}, num_warps=8, num_stages=1),
+    )
+    for itemsize, rows in ((2, 128), (4, 64), (8, 32))
+}
+# tiles that one program of a reduction sums at least, and one of an elementwise pass takes at most
+MIN_STEPS = 2
+MAX_STEPS = 4
+# programs of an elementwise pass that fill a large GPU several times
+PROGRAMS = 2048
+# slices and channels that one program merges: all slices of a reduction at once
+BLOCK_S = 256
+BLOCK_C = 16
+MERGE_WARPS = 8
+
+
+def batch_norm_config(channels_last, channels, itemsize):
+    """A tile along channels that are contiguous, no wider than they; else one along the pixels."""
+    configs = BATCH_NORM_CONFIGS[itemsize]
+    if not channels_last:
+        return configs[3]
+    return configs[0 if channels > 32 else 1 if channels > 16 else 2]
+
+
+def num_steps(tiles):
+    """Tiles that one program of an elementwise pass over `tiles` of them takes."""
+    return max(1, min(MAX_STEPS, tiles // PROGRAMS))
+
+
+@triton.jit
+def own_tile(C, STEPS, INDEX_64: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Slice, channels and first rows of this program; the channels run fastest over programs."""
+    pid = tl.program_id(0)
+    if INDEX_64:
+        pid = pid.to(tl.int64)
+    num_c = tl.cdiv(C, BLOCK_C)
+    split = pid // num_c
+    offs_c = pid % num_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    return split, offs_c, split * STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
+
+
+@triton.jit
+def tile_mask(offs_c, offs_r, C, R, R_AXIS: tl.constexpr):
+    """Where the tile lies in the tensor."""
+    return tl.expand_dims(offs_c < C, R_AXIS) & tl.expand_dims(offs_r < R, 1 - R_AXIS)
+
+
+@triton.jit
+def tile_offsets(
+    offs_c, offs_r, R_AXIS: tl.constexpr,
+    size_1, size_2, size_3, size_4,
+    stride_c, stride_0, stride_1, stride_2, stride_3, stride_4,
+):
+    """Offsets of the tile in a tensor of those strides."""
+    rows = strided_offsets(offs_r, size_1, size_2, size_3, size_4,
+                           stride_0, stride_1, stride_2, stride_3, stride_4)
+    return tl.expand_dims(offs_c * stride_c, R_AXIS) + tl.expand_dims(rows, 1 - R_AXIS)
+
+
+@triton.jit
+def load_channels(
+    ptr, offs_c, C, R_AXIS: tl.constexpr, OTHER: tl.constexpr, DTYPE: tl.constexpr
+):
+    """One value per channel, to broadcast along the rows; OTHER where there is no such tensor."""
+    if ptr is None:
+        values = tl.full(offs_c.shape, OTHER, DTYPE)
+    else:
+        values = tl.load(ptr + offs_c, mask=offs_c < C, other=OTHER).to(DTYPE)
+    return tl.expand_dims(values, R_AXIS)
+
+
+@triton.jit
+def inverse_std(var_ptr, offs_c, C, eps, R_AXIS: tl.constexpr, DTYPE: tl.constexpr):
+    """1 / sqrt(var + eps) per channel; eps is added as the float64 that it is."""
+    var = load_channels(var_ptr, offs_c, C, R_AXIS, 1.0, tl.float64)
+    return 1.0 / tl.sqrt((var + eps).to(DTYPE))
+
+
+@triton.jit
+def batch_norm_stats_kernel(
+    x_ptr, statistics_ptr,
+    C, R, STEPS, size_1, size_2, size_3, size_4,
+    x_stride_c, x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
+    INDEX_64: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, R_AXIS: tl.constexpr,
+):
+    """One program writes mean, squared deviations and count of STEPS tiles of its channels."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    split, offs_c, offs_r = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
+    mask_c = tl.expand_dims(offs_c < C, R_AXIS)
+    count = tl.minimum(R - split * STEPS * BLOCK_R, STEPS * BLOCK_R)
+
+    mask = tile_mask(offs_c, offs_r, C, R, R_AXIS)
+    offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4, x_stride_c,
+                           x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    # deviations from the mean of the first tile: far from zero the squares would cancel, and from
+    # this shift they are at most 1 + STEPS times the result
+    shift = tl.sum(x, R_AXIS, keep_dims=True) / tl.minimum(count, BLOCK_R).to(ACC)
+    # an infinite value makes the mean infinite, as in torch, and not NaN
+    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+    sum1 = tl.where(mask, x - shift, 0.0)
+    sum2 = sum1 * sum1
+    for _ in range(1, STEPS):
+        offs_r += BLOCK_R
+        mask = tile_mask(offs_c, offs_r, C, R, R_AXIS)
+        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4, x_stride_c,
+                               x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
+        deviation = tl.where(mask, x - shift, 0.0)
+        sum1 += deviation
+        sum2 += deviation * deviation
+
+    count = count.to(ACC)
+    total = tl.sum(sum1, R_AXIS, keep_dims=True)
+    m2 = tl.sum(sum2, R_AXIS, keep_dims=True) - total * total / count
+    row = statistics_ptr + split * 3 * C + tl.expand_dims(offs_c, R_AXIS)
+    tl.store(row, shift + total / count, mask=mask_c)
+    tl.store(row + C, m2, mask=mask_c)
+    tl.store(row + 2 * C, tl.zeros_like(m2) + count, mask=mask_c)
+
+
+@triton.jit
+def move_running(ptr, stride, offs_c, mask_c, value, momentum):
+    """(1 - momentum) * running + momentum * value, in float64: one rounding of the running one."""
+    ptrs = ptr + offs_c.to(tl.int64) * stride
+    running = tl.load(ptrs, mask=mask_c, other=0.0).to(tl.float64)
+    running = (1.0 - momentum) * running + momentum * value.to(tl.float64)
+    tl.store(ptrs, running.to(ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def batch_norm_gather_stats_kernel(
+    statistics_ptr, running_mean_ptr, running_var_ptr, mean_ptr, var_ptr,
+    S, C,
+    running_mean_stride, running_var_stride,
+    momentum: tl.float64,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """One program merges the S slices of its channels and moves their running statistics, once."""
+    ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    offs_s = tl.arange(0, BLOCK_S)
+    count = tl.zeros((BLOCK_S, BLOCK_C), dtype=ACC)
+    total = tl.zeros((BLOCK_S, BLOCK_C), dtype=ACC)
+    for start in range(0, S, BLOCK_S):
+        mask = (start + offs_s < S)[:, None] & mask_c[None, :]
+        rows = statistics_ptr + (start + offs_s)[:, None] * 3 * C + offs_c[None, :]
+        n = tl.load(rows + 2 * C, mask=mask, other=0.0)
+        count += n
+        total += n * tl.load(rows, mask=mask, other=0.0)
+    count = tl.where(mask_c, tl.sum(count, 0), 2.0)
+    mean = tl.sum(total, 0) / count
+
+    m2 = tl.zeros((BLOCK_S, BLOCK_C), dtype=ACC)
+    drift = tl.zeros((BLOCK_S, BLOCK_C), dtype=ACC)
+    for start in range(0, S, BLOCK_S):
+        mask = (start + offs_s < S)[:, None] & mask_c[None, :]
+        rows = statistics_ptr + (start + offs_s)[:, None] * 3 * C + offs_c[None, :]
+        n = tl.load(rows + 2 * C, mask=mask, other=0.0)
+        deviation = tl.load(rows, mask=mask, other=0.0) - mean[None, :]
+        m2 += tl.load(rows + C, mask=mask, other=0.0) + n * deviation * deviation
+        drift += n * deviation
+    # what the deviations have in common is the rounding of the mean
+    error = tl.sum(drift, 0) / count
+    squares = tl.sum(m2, 0) - count * error * error
+    # rounding may leave a tiny negative one; NaN stays
+    squares = tl.where(squares < 0, 0.0, squares)
+    mean = tl.where(error == error, mean + error, mean)
+    tl.store(mean_ptr + offs_c, mean, mask=mask_c)
+    tl.store(var_ptr + offs_c, squares / count, mask=mask_c)
+    if running_mean_ptr is not None:
+        move_running(running_mean_ptr, running_mean_stride, offs_c, mask_c, mean, momentum)
+        unbiased = squares / (count - 1.0)
+        move_running(running_var_ptr, running_var_stride, offs_c, mask_c, unbiased, momentum)
+
+
+@triton.jit
+def batch_norm_forward_kernel(
+    x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, y_ptr,
+    C, R, STEPS, size_1, size_2, size_3, size_4,
+    x_stride_c, x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
+    residual_stride_c, residual_stride_0, residual_stride_1,
+    residual_stride_2, residual_stride_3, residual_stride_4,
+    y_stride_c, y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4,
+    eps: tl.float64,
+    ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, R_AXIS: tl.constexpr,
+):
+    """One program normalises STEPS tiles of its channels, adds the residual and activates."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    _, offs_c, offs_r = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
+    mean = load_channels(mean_ptr, offs_c, C, R_AXIS, 0.0, ACC)
+    weight = load_channels(weight_ptr, offs_c, C, R_AXIS, 1.0, ACC)
+    bias = load_channels(bias_ptr, offs_c, C, R_AXIS, 0.0, ACC)
+    scale = inverse_std(var_ptr, offs_c, C, eps, R_AXIS, ACC) * weight
+    for _ in range(STEPS):
+        mask = tile_mask(offs_c, offs_r, C, R, R_AXIS)
+        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4, x_stride_c,
+                               x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4)
+        y = (tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC) - mean) * scale + bias
+        if residual_ptr is not None:
+            offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+                                   residual_stride_c, residual_stride_0, residual_stride_1,
+                                   residual_stride_2, residual_stride_3, residual_stride_4)
+            y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(ACC)
+        y = activate(y, ACTIVATION)
+        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4, y_stride_c,
+                               y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4)
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        offs_r += BLOCK_R
+
+
+@triton.jit
+def mask_by_output(grad, y, DTYPE: tl.constexpr):
+    """The gradient where ReLU let its input pass; y as stored, since it may underflow there."""
+    return tl.where(y.to(DTYPE).to(grad.dtype) <= 0, tl.zeros_like(grad), grad)
+
+
+@triton.jit
+def batch_norm_backward_reduce_kernel(
+    grad_y_ptr, y_ptr, x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, masked_ptr, sums_ptr,
+    C, R, STEPS, size_1, size_2, size_3, size_4,
+    grad_y_stride_c, grad_y_stride_0, grad_y_stride_1,
+    grad_y_stride_2, grad_y_stride_3, grad_y_stride_4,
+    y_stride_c, y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4,
+    masked_stride_c, masked_stride_0, masked_stride_1,
+    masked_stride_2, masked_stride_3, masked_stride_4,
+    x_stride_c, x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
+    eps: tl.float64,
+    ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, R_AXIS: tl.constexpr,
+):
+    """One program sums grad_y and grad_y * normalised x over STEPS tiles of its channels.
+
+    ACTIVATION masks grad_y by y computed again.  With y_ptr it is masked by y itself, and written.
+    """
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    split, offs_c, offs_r = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
+    mask_c = tl.expand_dims(offs_c < C, R_AXIS)
+    mean = load_channels(mean_ptr, offs_c, C, R_AXIS, 0.0, ACC)
+    invstd = inverse_std(var_ptr, offs_c, C, eps, R_AXIS, ACC)
+    scale = invstd * load_channels(weight_ptr, offs_c, C, R_AXIS, 1.0, ACC)
+    bias = load_channels(bias_ptr, offs_c, C, R_AXIS, 0.0, ACC)
+    if R_AXIS == 0:
+        grad_sum = tl.zeros((BLOCK_R, BLOCK_C), dtype=ACC)
+    else:
+        grad_sum = tl.zeros((BLOCK_C, BLOCK_R), dtype=ACC)
+    product_sum = tl.zeros_like(grad_sum)
+    for _ in range(STEPS):
+        mask = tile_mask(offs_c, offs_r, C, R, R_AXIS)
+        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+                               grad_y_stride_c, grad_y_stride_0, grad_y_stride_1,
+                               grad_y_stride_2, grad_y_stride_3, grad_y_stride_4)
+        grad = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(ACC)
+        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4, x_stride_c,
+                               x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4)
+        deviation = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC) - mean
+        if ACTIVATION == "relu":
+            grad = mask_by_output(grad, deviation * scale + bias, x_ptr.dtype.element_ty)
+        if y_ptr is not None:
+            offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+                                   y_stride_c, y_stride_0, y_stride_1,
+                                   y_stride_2, y_stride_3, y_stride_4)
+            y = tl.load(y_ptr + offsets, mask=mask, other=0.0)
+            grad = mask_by_output(grad, y, y_ptr.dtype.element_ty)
+            offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+                                   masked_stride_c, masked_stride_0, masked_stride_1,
+                                   masked_stride_2, masked_stride_3, masked_stride_4)
+            tl.store(masked_ptr + offsets, grad.to(masked_ptr.dtype.element_ty), mask=mask)
+        grad_sum += grad
+        product_sum += grad * deviation
+        offs_r += BLOCK_R
+
+    row = sums_ptr + split * 2 * C + tl.expand_dims(offs_c, R_AXIS)
+    tl.store(row, tl.sum(grad_sum, R_AXIS, keep_dims=True), mask=mask_c)
+    tl.store(row + C, tl.sum(product_sum, R_AXIS, keep_dims=True) * invstd, mask=mask_c)
+
+
+@triton.jit
+def batch_norm_grad_input_kernel(
+    grad_y_ptr, x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, sums_ptr, grad_x_ptr,
+    C, R, STEPS, size_1, size_2, size_3, size_4, COUNT,
+    grad_y_stride_c, grad_y_stride_0, grad_y_stride_1,
+    grad_y_stride_2, grad_y_stride_3, grad_y_stride_4,
+    x_stride_c, x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
+    grad_x_stride_c, grad_x_stride_0, grad_x_stride_1,
+    grad_x_stride_2, grad_x_stride_3, grad_x_stride_4,
+    eps: tl.float64,
+    ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, R_AXIS: tl.constexpr,
+):
+    """One program computes STEPS tiles of the gradient of x; sums are None for fixed statistics."""
+    ACC: tl.constexpr = tl.float64 if grad_y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    _, offs_c, offs_r = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
+    mean = load_channels(mean_ptr, offs_c, C, R_AXIS, 0.0, ACC)
+    invstd = inverse_std(var_ptr, offs_c, C, eps, R_AXIS, ACC)
+    scale = invstd * load_channels(weight_ptr, offs_c, C, R_AXIS, 1.0, ACC)
+    bias = load_channels(bias_ptr, offs_c, C, R_AXIS, 0.0, ACC)
+    if sums_ptr is not None:
+        grad_mean = load_channels(sums_ptr, offs_c, C, R_AXIS, 0.0, ACC) / COUNT
+        slope = load_channels(sums_ptr + C, offs_c, C, R_AXIS, 0.0, ACC) / COUNT * invstd
+    for _ in range(STEPS):
+        mask = tile_mask(offs_c, offs_r, C, R, R_AXIS)
+        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+                               grad_y_stride_c, grad_y_stride_0, grad_y_stride_1,
+                               grad_y_stride_2, grad_y_stride_3, grad_y_stride_4)
+        grad = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(ACC)
+        if x_ptr is not None:
+            offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+                                   x_stride_c, x_stride_0, x_stride_1,
+                                   x_stride_2, x_stride_3, x_stride_4)
+            deviation = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC) - mean
+            if ACTIVATION == "relu":
+                grad = mask_by_output(grad, deviation * scale + bias, x_ptr.dtype.element_ty)
+            if sums_ptr is not None:
+                grad -= grad_mean + deviation * slope
+        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+                               grad_x_stride_c, grad_x_stride_0, grad_x_stride_1,
+                               grad_x_stride_2, grad_x_stride_3, grad_x_stride_4)
+        tl.store(grad_x_ptr + offsets, (grad * scale).to(grad_x_ptr.dtype.element_ty), mask=mask)
+        offs_r += BLOCK_R
