@@ -160,13 +160,16 @@ def test_each_gradient_alone(spec, device):
     make_grad = gradient(spec, name)
     with launch.recorded() as all_launches:
         everything = cases.run(spec.op, spec, given, grad_outputs=make_grad)
+    counts = []
     for wanted in everything.grads:
         with launch.recorded() as launches:
             alone = cases.run(spec.op, spec, given, grad_outputs=make_grad, wanted=[wanted])
         assert list(alone.grads) == [wanted]
         assert torch.equal(alone.grads[wanted], everything.grads[wanted])
-        if len(everything.grads) > 1:
-            assert len(launches) < len(all_launches), launches
+        counts.append(len(launches))
+    if len(everything.grads) > 1:
+        # one gradient may be made of the very sums that are the others, and then it costs them all
+        assert min(counts) < len(all_launches) >= max(counts), counts
     with launch.recorded() as launches:
         nothing = cases.run(spec.op, spec, given, grad_outputs=make_grad, wanted=[])
     assert not nothing.grads
