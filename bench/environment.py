@@ -53,8 +53,9 @@ def environment() -> dict[str, Json]:
         "dirty": dirty,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "tf32": {
-            "matmul": torch.backends.cuda.matmul.allow_tf32,
-            "cudnn": torch.backends.cudnn.allow_tf32,
+            # the switches of this name raise once a program has set one of the newer kind
+            "matmul": torch.backends.cuda.matmul.fp32_precision == "tf32",
+            "conv": torch.backends.cudnn.conv.fp32_precision == "tf32",
         },
         "triton_env": {k: v for k, v in sorted(os.environ.items()) if k.startswith("TRITON_")},
     }
