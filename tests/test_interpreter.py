@@ -65,6 +65,12 @@ def scale_kernel(x_ptr, y_ptr, scale, exact: tl.float64, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def square_kernel(y_ptr, x, wide: tl.int64):
+    tl.store(y_ptr, x * x)
+    tl.store(y_ptr + 1, wide * wide)
+
+
+@triton.jit
 def twice(x):
     return x + x
 
@@ -135,6 +141,22 @@ def test_a_float_argument_may_be_named():
     with corrected():
         scale_kernel[(1,)](x, y, exact=0.5, scale=0.25, BLOCK=16, num_warps=2)
     assert_same(y, torch.tensor([[0.25], [0.5]]).expand(2, 16))
+
+
+def test_an_integer_argument_is_as_wide_as_annotated():
+    y = torch.zeros(2, dtype=torch.int64)
+    with corrected():
+        square_kernel[(1,)](y, 2**16, wide=2**16)
+    assert y.tolist() == [0, 2**32]
+
+
+def test_an_argument_too_many_is_refused():
+    y = torch.zeros(2, dtype=torch.int64)
+    with (
+        corrected(),
+        pytest.raises(TypeError, match="takes 3 positional arguments but 4 were given"),
+    ):
+        square_kernel[(1,)](y, 1, 1, 1)
 
 
 # memory

@@ -310,19 +310,26 @@ def _patch_lang(fn: Any) -> Any:
 
 def _launch(self: Any, *args: Any, **kwargs: Any) -> Any:
     _seen.clear()
-    named = dict(zip(self.arg_names, args, strict=False)) | kwargs
-    for name, value in named.items():
-        if type(value) is float and name not in self.constexprs:
-            named[name] = _float_argument(self.fn.__annotations__.get(name), value)
+    names = [*self.arg_names, *args[len(self.arg_names) :]]
+    args = tuple(_argument(self, name, value) for name, value in zip(names, args, strict=False))
+    kwargs = {name: _argument(self, name, value) for name, value in kwargs.items()}
     # a GPU knows no floating-point warnings
     with np.errstate(all="ignore"):
-        return _originals["__call__"](self, **named)
+        return _originals["__call__"](self, *args, **kwargs)
 
 
-def _float_argument(annotation: Any, value: float) -> Any:
-    """What a launch passes: float32, or the dtype that the parameter is annotated with."""
-    normalize = importlib.import_module("triton.runtime.jit")._normalize_ty
-    dtype = _tl.str_to_ty(normalize(annotation), None) if annotation else _tl.float32
+def _argument(launch: Any, name: str, value: Any) -> Any:
+    """Gives a number the dtype that its parameter is annotated with, and a float float32."""
+    annotation = launch.fn.__annotations__.get(name)
+    if name in launch.constexprs or not isinstance(value, int | float):
+        return value
+    if annotation is not None:
+        normalized = importlib.import_module("triton.runtime.jit")._normalize_ty(annotation)
+        dtype = _tl.str_to_ty(normalized, None)
+    elif isinstance(value, float):
+        dtype = _tl.float32
+    else:
+        return value
     data = np.array([value]).astype(_lib._get_np_dtype(dtype))
     return _tl.tensor(_lib.TensorHandle(data, dtype), dtype)
 
