@@ -1,6 +1,6 @@
 """torch.nn.functional with kernels: `tritorch.ops` with torch's signatures, the rest is torch's.
 
-The losses' deprecated `size_average` and `reduce`, and a weighted mse_loss, are torch's function.
+A loss called with the deprecated `size_average` or `reduce` is torch's function.
 """
 
 from __future__ import annotations
@@ -87,9 +87,12 @@ def mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    if size_average is not None or reduce is not None or weight is not None:
-        return F.mse_loss(input, target, size_average, reduce, reduction, weight)
-    return ops.mse_loss(input, target, reduction=reduction)
+    if size_average is not None or reduce is not None:
+        # torch's stub does not know of the weight
+        return F.mse_loss(  # type: ignore[call-arg]
+            input, target, size_average, reduce, reduction, weight=weight
+        )
+    return ops.mse_loss(input, target, reduction=reduction, weight=weight)
 
 
 def binary_cross_entropy(
