@@ -21,12 +21,12 @@ pytestmark = pytest.mark.reference
 
 def test_environment_agrees_with_the_process(monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "somewhere")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     before = datetime.now(timezone.utc).replace(microsecond=0)
     found = environment()
     assert found["torch"] == torch.__version__
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["tf32"]["cudnn"] is False
+    assert found["tf32"]["conv"] is False
     assert found["triton_env"]["TRITON_CACHE_DIR"] == "somewhere"
     assert before <= datetime.fromisoformat(found["date"]) <= datetime.now(timezone.utc)
     assert json.loads(json.dumps(found)) == found
