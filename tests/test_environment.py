@@ -21,7 +21,7 @@ pytestmark = pytest.mark.reference
 
 def test_environment_agrees_with_the_process(monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "somewhere")
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     before = datetime.now(timezone.utc).replace(microsecond=0)
     found = environment()
     assert found["torch"] == torch.__version__
