@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -13,6 +14,11 @@ def fail(exception: type[Exception], op: str, rule: str, **received: object) -> 
     """Raises `exception` with the message `op: rule (name value, ...)`."""
     shown = ", ".join(f"{name} {describe(value)}" for name, value in received.items())
     raise exception(f"{op}: {rule} ({shown})" if shown else f"{op}: {rule}")
+
+
+def warn(message: str) -> None:
+    """UserWarning at the line that called the op."""
+    warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def describe(value: object) -> str:

@@ -1,7 +1,12 @@
 """The functional API: one line per family."""
 
 from tritorch.ops.activation import relu as relu
+from tritorch.ops.binary_cross_entropy import binary_cross_entropy as binary_cross_entropy
+from tritorch.ops.binary_cross_entropy import (
+    binary_cross_entropy_with_logits as binary_cross_entropy_with_logits,
+)
 from tritorch.ops.conv import conv2d as conv2d
+from tritorch.ops.loss import mse_loss as mse_loss
 from tritorch.ops.matmul import linear as linear
 from tritorch.ops.matmul import matmul as matmul
 from tritorch.ops.norm import batch_norm as batch_norm
