@@ -279,9 +279,10 @@ def _scales(spec: OpSpec, arguments: dict[str, Argument], grads: list[Tensor]) -
 
     def first_output(*values: Argument) -> Tensor:
         given = dict(zip(names, values, strict=True))
-        # what the op writes would otherwise be written three times, and may not require a gradient
+        # torch refuses a gradient of what has none, and what the op writes would be written three times
+        fixed = {n: map_tensors(v, Tensor.detach) for n, v in given.items() if n not in spec.gradients}
         fresh = {n: map_tensors(given[n], lambda t: t.detach().clone()) for n in spec.mutates}
-        result = spec.reference(**given | fresh)
+        result = spec.reference(**given | fixed | fresh)
         return result[0] if isinstance(result, tuple) else result
 
     derived = derive(first_output, list(arguments.values()), grads[0] if grads else None)
