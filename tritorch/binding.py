@@ -75,7 +75,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.forward(NoContext(len(arguments)), *arguments)
 
 
-def autocast_to_lower(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast_to_lower(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Casts to the autocast dtype where autocast is on for the first tensor's device: matmul, linear, conv."""
     device = _autocast_device(tensors)
     if device is None:
@@ -84,7 +84,7 @@ def autocast_to_lower(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(_cast(tensor, device, dtype) for tensor in tensors)
 
 
-def autocast_to_float32(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast_to_float32(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Casts to float32 where autocast is on for the first tensor's device: losses."""
     device = _autocast_device(tensors)
     if device is None:
