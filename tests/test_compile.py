@@ -18,21 +18,30 @@ pytestmark = pytest.mark.compile
 NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
 
 
-def compiled(spec, target, dtype, arguments):
-    """What the op launches, forward and backward, for one call."""
+def compiled(spec, target, dtype, arguments, second=False):
+    """What the op launches for one call, forward and backward, with `second` also its second gradient."""
     given = {
         name: value.detach().requires_grad_() if wants_gradient(spec, name, value) else value
         for name, value in arguments.items()
     }
+    leaves = [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
     with backend.use("triton"), backend.strict(), dry.compiling_for(target) as recorder:
         result = spec.op(**given)
         outputs = result if isinstance(result, tuple) else (result,)
         outputs = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
-        leaves = [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
         if outputs:
-            grads = [torch.empty_like(output) for output in outputs]
-            torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+            second = second and spec.double_backward
+            # a gradient of the output that itself requires one, as a gradient penalty sends it
+            grads = [torch.empty_like(output).requires_grad_(second) for output in outputs]
+            found = differentiate(outputs, leaves, grads, create_graph=second)
+            found = [grad for grad in found if grad is not None and grad.requires_grad]
+            if second and found:
+                differentiate(found, leaves + grads, [torch.empty_like(grad) for grad in found])
     return recorder.kernels
+
+
+def differentiate(outputs, inputs, grads, **options):
+    return torch.autograd.grad(outputs, inputs, grads, allow_unused=True, **options)
 
 
 def wants_gradient(spec, name, value):
@@ -77,8 +86,9 @@ def check(kernels, target):
 def test_workloads_compile_without_spills(spec, dtype, target):
     """No spill, shared memory within the GPU's, tensor cores for 16-bit products: as selection chooses."""
     launched = set()
-    for sample in spec.workloads(Maker(dtype)):
-        kernels = compiled(spec, target, dtype, sample.arguments)
+    for number, sample in enumerate(spec.workloads(Maker(dtype))):
+        # the second gradient of one call: its kernels are mostly those of the first
+        kernels = compiled(spec, target, dtype, sample.arguments, second=number == 0)
         check(kernels, target)
         launched |= {kernel.kernel for kernel in kernels}
     declared = {name.partition(".")[2] for name in spec.kernels}
@@ -95,27 +105,35 @@ def test_every_configuration_compiles_without_spills(spec, dtype, target):
             check(compiled(spec, target, dtype, sample.arguments), target)
 
 
+@pytest.fixture
+def only_recorded(monkeypatch):
+    """Launches are recorded and neither compiled nor run; the results are uninitialised memory."""
+    launched = []
+    monkeypatch.setattr(launch, "run", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    return launched
+
+
+def every_call(spec, dtype):
+    for sample in (*spec.workloads(Maker(dtype)), *spec.samples(Maker(dtype))):
+        compiled(spec, "sm_90", dtype, sample.arguments, second=True)
+
+
 @pytest.mark.parametrize("spec", [pytest.param(spec, id=spec.name) for spec in specs()])
-def test_every_declared_kernel_is_launched(spec):
-    """A kernel that no workload and no sample reaches is not compiled by the tests above."""
-    launched = set()
+def test_declared_kernels_are_those_launched(spec, only_recorded):
     for dtype in spec.dtypes:
-        for sample in (*spec.workloads(Maker(dtype)), *spec.samples(Maker(dtype))):
-            launched |= {k.kernel for k in compiled(spec, "sm_90", dtype, sample.arguments)}
-    declared = {name.partition(".")[2] for name in spec.kernels}
-    assert launched == declared
+        every_call(spec, dtype)
+    assert set(only_recorded) == {name.partition(".")[2] for name in spec.kernels}
 
 
 @pytest.mark.parametrize("spec", [pytest.param(spec, id=spec.name) for spec in specs()])
-def test_chosen_configurations_are_in_the_tables(spec):
+def test_chosen_configurations_are_in_the_tables(spec, only_recorded):
     """What selection returns has been compiled by the tests above."""
     for dtype in spec.dtypes:
         tables = {}
         for name, entry in entries(spec, dtype):
             tables.setdefault(name, []).append(entry)
         with launch.choices() as chosen:
-            for sample in (*spec.workloads(Maker(dtype)), *spec.samples(Maker(dtype))):
-                compiled(spec, "sm_90", dtype, sample.arguments)
+            every_call(spec, dtype)
         for name, entry in chosen:
             assert any(entry is other for other in tables.get(name, ())), (name, str(entry))
 

@@ -317,6 +317,7 @@ class Resources:
 
 
 _TENSOR_CORE = re.compile(r"[A-Z]+MMA(\.|$)|v_(s?mfma|wmma|smfmac)")
+_MATRIX_PRODUCT = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_(s?mfma|wmma|smfmac))")
 _WIDE_LOAD = re.compile(r"(LDG|LDGSTS)\..*(128|256)|(global|buffer)_load_(dwordx4|b128)")
 _WIDE_STORE = re.compile(r"STG\..*(128|256)|(global|buffer)_store_(dwordx4|b128)")
 # a 16-bit product in Triton's own intermediate language, before any target has had its say
@@ -361,8 +362,10 @@ def problems(launch: Launch, target: str | Target) -> list[str]:
     if used.stack or used._spilled:
         kind = "local-memory instructions" if limits.backend == "cuda" else "spilled registers"
         found.append(f"spills: {used.stack} bytes of stack per thread, {used.spills} {kind}")
-    dots = len(_SIXTEEN_BIT_DOT.findall(launch.compiled.asm["ttir"]))
-    if dots and not used.tensor_core_instructions:
+    assembly = launch.compiled.asm
+    dots = len(_SIXTEEN_BIT_DOT.findall(assembly["ttir"]))
+    # PTX says it as well as machine code, which takes ten times as long to disassemble as this to read
+    if dots and not _MATRIX_PRODUCT.search(assembly.get("ptx") or assembly["amdgcn"]):
         found.append(f"has {dots} 16-bit dot products and no tensor-core instruction")
     return [f"{launch.kernel} on {limits.name} {text} ({launch.config})" for text in found]
 
