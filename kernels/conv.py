@@ -1,7 +1,7 @@
-"""Convolution as an implicit matrix product: forward, input gradient (the transposed convolution), weight gradient.
+"""Convolution as an implicit matrix product: forward, gradients of the image and of the filter.
 
-Letters follow one convolution step of whatever direction: channels `C` are read and `K` written (both per group), the
-image that is read is H x W, the one written P x Q.
+The letters follow the step that a kernel takes, in whatever direction: channels `C` are read and
+`K` written, both per group; the image that is read is H x W, the one that is written P x Q.
 """
 
 import triton
@@ -10,16 +10,14 @@ from triton import Config
 
 from tritorch.kernels.tiles import strided_offsets
 
-# by bytes per element: 16-bit operands feed tensor cores, float32 runs TF32 or plain FMA, float64 its own units
+# by bytes per element: 16-bit operands feed tensor cores, float32 runs TF32 or plain FMA
 CONV2D_CONFIGS = {
     2: (
-        Config({"BLOCK_NPQ": 128, "BLOCK_K": 256, "BLOCK_CRS": 64}, num_warps=8, num_stages=3),
+        Config({"BLOCK_NPQ": 128, "BLOCK_K": 256, "BLOCK_CRS": 32}, num_warps=8, num_stages=4),
         Config({"BLOCK_NPQ": 128, "BLOCK_K": 128, "BLOCK_CRS": 64}, num_warps=8, num_stages=3),
         Config({"BLOCK_NPQ": 128, "BLOCK_K": 64, "BLOCK_CRS": 64}, num_warps=4, num_stages=3),
-        Config({"BLOCK_NPQ": 128, "BLOCK_K": 32, "BLOCK_CRS": 64}, num_warps=4, num_stages=3),
         Config({"BLOCK_NPQ": 64, "BLOCK_K": 64, "BLOCK_CRS": 64}, num_warps=4, num_stages=4),
-        # few input channels: the inner axis is gathered element by element, which takes threads, not depth
-        Config({"BLOCK_NPQ": 128, "BLOCK_K": 64, "BLOCK_CRS": 32}, num_warps=8, num_stages=3),
+        Config({"BLOCK_NPQ": 128, "BLOCK_K": 32, "BLOCK_CRS": 64}, num_warps=4, num_stages=3),
     ),
     4: (
         Config({"BLOCK_NPQ": 128, "BLOCK_K": 128, "BLOCK_CRS": 32}, num_warps=8, num_stages=3),
@@ -32,16 +30,43 @@ CONV2D_CONFIGS = {
     ),
 }
 
+# for operands gathered element by element: each has an address of its own, so fewer per thread
+CONV2D_GATHER_CONFIGS = {
+    2: (
+        Config({"BLOCK_NPQ": 128, "BLOCK_K": 64, "BLOCK_CRS": 32}, num_warps=8, num_stages=3),
+        Config({"BLOCK_NPQ": 64, "BLOCK_K": 32, "BLOCK_CRS": 64}, num_warps=4, num_stages=3),
+    ),
+    4: (
+        Config({"BLOCK_NPQ": 64, "BLOCK_K": 64, "BLOCK_CRS": 32}, num_warps=8, num_stages=3),
+        Config({"BLOCK_NPQ": 64, "BLOCK_K": 32, "BLOCK_CRS": 32}, num_warps=4, num_stages=3),
+    ),
+    8: (
+        Config({"BLOCK_NPQ": 32, "BLOCK_K": 32, "BLOCK_CRS": 16}, num_warps=4, num_stages=2),
+    ),
+}
+
 CONV2D_GRAD_WEIGHT_CONFIGS = {
     2: (
         Config({"BLOCK_K": 128, "BLOCK_CRS": 128, "BLOCK_NPQ": 64}, num_warps=8, num_stages=3),
         Config({"BLOCK_K": 64, "BLOCK_CRS": 128, "BLOCK_NPQ": 64}, num_warps=4, num_stages=3),
         Config({"BLOCK_K": 64, "BLOCK_CRS": 64, "BLOCK_NPQ": 64}, num_warps=4, num_stages=4),
-        Config({"BLOCK_K": 32, "BLOCK_CRS": 64, "BLOCK_NPQ": 64}, num_warps=4, num_stages=4),
     ),
     4: (
         Config({"BLOCK_K": 64, "BLOCK_CRS": 64, "BLOCK_NPQ": 32}, num_warps=4, num_stages=3),
-        Config({"BLOCK_K": 32, "BLOCK_CRS": 64, "BLOCK_NPQ": 32}, num_warps=4, num_stages=3),
+    ),
+    8: (
+        Config({"BLOCK_K": 32, "BLOCK_CRS": 32, "BLOCK_NPQ": 16}, num_warps=4, num_stages=2),
+    ),
+}
+
+CONV2D_GRAD_WEIGHT_GATHER_CONFIGS = {
+    2: (
+        Config({"BLOCK_K": 64, "BLOCK_CRS": 64, "BLOCK_NPQ": 64}, num_warps=8, num_stages=3),
+        Config({"BLOCK_K": 32, "BLOCK_CRS": 32, "BLOCK_NPQ": 64}, num_warps=4, num_stages=3),
+    ),
+    4: (
+        Config({"BLOCK_K": 64, "BLOCK_CRS": 64, "BLOCK_NPQ": 32}, num_warps=8, num_stages=3),
+        Config({"BLOCK_K": 32, "BLOCK_CRS": 32, "BLOCK_NPQ": 32}, num_warps=4, num_stages=3),
     ),
     8: (
         Config({"BLOCK_K": 32, "BLOCK_CRS": 32, "BLOCK_NPQ": 16}, num_warps=4, num_stages=2),
@@ -50,29 +75,30 @@ CONV2D_GRAD_WEIGHT_CONFIGS = {
 
 # weights per program of the sum over splits
 BLOCK = 256
-# programs that fill a GPU about once
-_FULL = 96
+# tiles that keep most multiprocessors of a large GPU busy
+ENOUGH_TILES = 96
 
 
-def conv2d_config(npq, k, c, groups, itemsize):
-    """The widest tile of channels that is not mostly empty, on as many pixels as still give a GPU enough programs."""
+def conv2d_config(npq, k, groups, itemsize):
+    """The largest tile that is not mostly empty and of which there are enough."""
     configs = CONV2D_CONFIGS[itemsize]
-    if itemsize == 8:
-        return configs[0]
-    if itemsize == 2 and c < 16:
-        return configs[5]
-    if k <= 32:
-        return configs[3]
-    for config in configs[:3] if itemsize == 2 else configs[:2]:
-        block_npq, block_k = config.kwargs["BLOCK_NPQ"], config.kwargs["BLOCK_K"]
-        tiles = triton.cdiv(npq, block_npq) * triton.cdiv(k, block_k) * groups
-        if tiles >= _FULL and k > block_k // 2:
+    if itemsize == 8 or k <= 32:
+        return configs[-1]
+    for config in configs[:-2]:
+        sizes = config.kwargs
+        tiles = triton.cdiv(npq, sizes["BLOCK_NPQ"]) * triton.cdiv(k, sizes["BLOCK_K"]) * groups
+        if tiles >= ENOUGH_TILES and k > sizes["BLOCK_K"] // 2:
             return config
-    return configs[4 if itemsize == 2 else 2]
+    return configs[-2]
+
+
+def conv2d_gather_config(npq, k, itemsize):
+    """The larger tile unless it is mostly empty."""
+    return CONV2D_GATHER_CONFIGS[itemsize][-1 if npq <= 64 or k <= 32 else 0]
 
 
 def conv2d_grad_weight_config(k, crs, itemsize):
-    """The largest tile of weights that is not mostly empty: the number of pixels fills the GPU, by splitting."""
+    """The largest tile that is not mostly empty: splitting the sum over pixels fills the GPU."""
     configs = CONV2D_GRAD_WEIGHT_CONFIGS[itemsize]
     for config in configs[:-1]:
         if k > config.kwargs["BLOCK_K"] // 2 and crs > config.kwargs["BLOCK_CRS"] // 2:
@@ -80,17 +106,24 @@ def conv2d_grad_weight_config(k, crs, itemsize):
     return configs[-1]
 
 
-def pixel_blocks(n, p, q, block, min_q=1):
-    """BLOCK_P, BLOCK_Q, and the number of tiles of `block` pixels (images x rows x columns) that cover n x p x q.
+def conv2d_grad_weight_gather_config(k, crs, itemsize):
+    """The larger tile unless it is mostly empty."""
+    return CONV2D_GRAD_WEIGHT_GATHER_CONFIGS[itemsize][-1 if k <= 32 or crs <= 32 else 0]
 
-    The shape with the fewest tiles, and of those the squarest, whose neighbouring taps share the most pixels.
+
+def pixel_blocks(n, p, q, block, min_q):
+    """Rows and columns of a tile of `block` pixels, and how many tiles cover n images of p x q.
+
+    The fewest tiles, and of those the squarest, where neighbouring taps share the most pixels;
+    with `min_q` columns at least, unless the image has fewer.
     """
     best = None
     for log_q in range(block.bit_length()):
         block_q = 1 << log_q
         for log_p in range(block.bit_length() - log_q):
             block_p = 1 << log_p
-            tiles = triton.cdiv(n, block // (block_p * block_q)) * triton.cdiv(p, block_p) * triton.cdiv(q, block_q)
+            block_n = block // (block_p * block_q)
+            tiles = triton.cdiv(n, block_n) * triton.cdiv(p, block_p) * triton.cdiv(q, block_q)
             found = (block_q < min(min_q, q), tiles, block_p + block_q, block_p, block_q)
             best = found if best is None or found < best else best
     return best[3], best[4], best[1]
@@ -98,7 +131,7 @@ def pixel_blocks(n, p, q, block, min_q=1):
 
 @triton.jit
 def tile_axes(rows, columns, ROWS_FIRST: tl.constexpr):
-    """`rows` and `columns` shaped to broadcast to a tile whose second axis, the one threads walk, is the last."""
+    """`rows` and `columns` as the axes of a tile; threads walk along its last one."""
     if ROWS_FIRST:
         return rows[:, None], columns[None, :]
     else:
@@ -107,22 +140,48 @@ def tile_axes(rows, columns, ROWS_FIRST: tl.constexpr):
 
 @triton.jit
 def inside(position, size):
-    """Whether 0 <= position < size, in one comparison: a negative position is a large unsigned number."""
+    """Whether 0 <= position < size, at once: as an unsigned number a negative one is large."""
     return position.to(tl.uint32) < tl.full((), size, tl.uint32)
 
 
 @triton.jit
-def residue_taps(reach, taps, stride, dilation, tap_step, inverse):
-    """First tap that reaches a residue class, number of those taps, and what the first one reads at the class's origin.
+def in_units(unit: tl.constexpr, a, b, c):
+    """Strides that come divided by `unit`, so that the compiler sees what divides them."""
+    return a * unit, b * unit, c * unit
 
-    In a transposed convolution pixel h is reached by tap r from (h + padding - r * dilation) / stride, where that is
-    whole.  All pixels of one residue modulo the stride share those taps, which are `tap_step` = stride / gcd(stride,
-    dilation) apart; `inverse` is that of dilation / gcd modulo tap_step, and `reach` is residue + padding.
+
+@triton.jit
+def residue_taps(reach, taps, stride, dilation, tap_step, inverse):
+    """First tap that reaches a residue class, how many do, and what the first reads at its origin.
+
+    A transposed convolution takes pixel h from (h + padding - r * dilation) / stride, for those
+    taps r where that is whole.  They are the same for all pixels of one residue modulo the stride,
+    and lie `tap_step` = stride / gcd(stride, dilation) apart.  `inverse` is that of dilation / gcd
+    modulo tap_step, `reach` is residue + padding.
     """
     gcd = stride // tap_step
     first = reach // gcd * inverse % tap_step
     number = tl.where(reach % gcd == 0, tl.cdiv(taps - first, tap_step), 0)
     return first, number, (reach - first * dilation) // stride
+
+
+@triton.jit
+def corner_offset(n, p, q, stride_n, stride_p, stride_q):
+    """Where a tile of pixels starts."""
+    return n.to(tl.int64) * stride_n + p.to(tl.int64) * stride_p + q.to(tl.int64) * stride_q
+
+
+@triton.jit
+def next_corner(n, p, q, P, Q, block_n, block_p, block_q):
+    """The tile of pixels after the one at (n, p, q): along rows, then columns, then images."""
+    q += block_q
+    row_ends = q >= Q
+    q = tl.where(row_ends, 0, q)
+    p += tl.where(row_ends, block_p, 0)
+    image_ends = p >= P
+    p = tl.where(image_ends, 0, p)
+    n += tl.where(image_ends, block_n, 0)
+    return n, p, q
 
 
 @triton.jit
@@ -134,17 +193,28 @@ def conv2d_kernel(
     y_stride_split, y_stride_n, y_stride_k, y_stride_p, y_stride_q,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     tap_step_h, tap_step_w, inverse_h, inverse_w,
-    TRANSPOSED: tl.constexpr, FLAT: tl.constexpr, X_CHANNELS_LAST: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr,
+    TRANSPOSED: tl.constexpr, FLAT_C: tl.constexpr, UNIT: tl.constexpr,
+    X_CHANNELS_LAST: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr,
     HAS_BIAS: tl.constexpr, INPUT_PRECISION: tl.constexpr, INDEX_64: tl.constexpr,
     BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CRS: tl.constexpr,
 ):
-    """One program computes BLOCK_NPQ pixels x BLOCK_K channels of y over STEPS slices of the inner axis.
+    """One program computes BLOCK_NPQ pixels x BLOCK_K channels of y over STEPS slices of x and w.
 
-    A slice is BLOCK_CRS channels of one tap, or with FLAT, for few channels, BLOCK_CRS of all (tap, channel) pairs.
-    Transposed, the pixels of a program belong to one residue class modulo the stride: a convolution of unit stride
-    over those taps alone that reach the class.
+    A slice is BLOCK_CRS channels of one tap or, where C = FLAT_C channels would leave much of it
+    empty, of all (tap, channel) pairs.  Transposed, the pixels of a program share their residue
+    modulo the stride: a convolution of unit stride over the taps that reach the residue.
+    Numbers of channels, and strides along all else, come in units of UNIT.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    C *= UNIT
+    K *= UNIT
+    x_stride_n, x_stride_h, x_stride_w = in_units(UNIT, x_stride_n, x_stride_h, x_stride_w)
+    y_stride_n, y_stride_p, y_stride_q = in_units(UNIT, y_stride_n, y_stride_p, y_stride_q)
+    w_stride_group, w_stride_r, w_stride_s = in_units(UNIT, w_stride_group, w_stride_r, w_stride_s)
+    if TRANSPOSED:
+        w_stride_c *= UNIT
+    else:
+        w_stride_k *= UNIT
     num_k = tl.cdiv(K, BLOCK_K)
     # the programs of one pixel tile run together, so that its pixels are fetched from memory once
     pid_k = tl.program_id(0) % num_k
@@ -158,19 +228,20 @@ def conv2d_kernel(
     slice_crs = tl.arange(0, BLOCK_CRS)
     offs_npq = tl.arange(0, BLOCK_NPQ)
     if INDEX_64:
-        # all that follows from them
+        # and all offsets that follow from them
         offs_k = offs_k.to(tl.int64)
         slice_crs = slice_crs.to(tl.int64)
         offs_npq = offs_npq.to(tl.int64)
     mask_k = offs_k < K
 
     if TRANSPOSED:
-        residue = pid_npq % (stride_h * stride_w)
+        residue_h = pid_npq % (stride_h * stride_w) // stride_w
+        residue_w = pid_npq % stride_w
         pid_npq = pid_npq // (stride_h * stride_w)
-        residue_h = residue // stride_w
-        residue_w = residue % stride_w
-        first_r, num_r, x_h = residue_taps(residue_h + padding_h, R, stride_h, dilation_h, tap_step_h, inverse_h)
-        first_s, num_s, x_w = residue_taps(residue_w + padding_w, S, stride_w, dilation_w, tap_step_w, inverse_w)
+        first_r, num_r, x_h = residue_taps(
+            residue_h + padding_h, R, stride_h, dilation_h, tap_step_h, inverse_h)
+        first_s, num_s, x_w = residue_taps(
+            residue_w + padding_w, S, stride_w, dilation_w, tap_step_w, inverse_w)
         num_p = tl.cdiv(P - residue_h, stride_h)
         num_q = tl.cdiv(Q - residue_w, stride_w)
         step_h = -(dilation_h * tap_step_h // stride_h)
@@ -186,10 +257,11 @@ def conv2d_kernel(
         step_w = dilation_w
     offs_npq += pid_npq * BLOCK_NPQ
     mask_npq = offs_npq < N * num_p * num_q
+    # a residue may have no pixels and no taps: divisors are 1 at least
     n = offs_npq // max(num_p * num_q, 1)
     p = offs_npq // max(num_q, 1) % max(num_p, 1)
     q = offs_npq % max(num_q, 1)
-    # the input pixel of the first tap, which may lie outside the image
+    # the pixel that the first tap reads, which may lie outside the image
     if TRANSPOSED:
         x_h += p
         x_w += q
@@ -203,7 +275,9 @@ def conv2d_kernel(
     x_h = tl.where(mask_npq, x_h, -(1 << 30))
 
     num_c = tl.cdiv(C, BLOCK_CRS)
-    if FLAT:
+    if FLAT_C:
+        # a constant: its divisions are cheap, and do not hide aligned vectors
+        C = FLAT_C
         num_steps = tl.cdiv(C * num_r * num_s, BLOCK_CRS)
     else:
         num_steps = num_c * num_r * num_s
@@ -213,7 +287,7 @@ def conv2d_kernel(
     j = begin // num_c % max(num_s, 1)
     acc = tl.zeros((BLOCK_NPQ, BLOCK_K), dtype=ACC)
     for step in range(begin, min(begin + STEPS, num_steps)):
-        if FLAT:
+        if FLAT_C:
             offs_crs = step * BLOCK_CRS + slice_crs
             mask_crs = offs_crs < C * num_r * num_s
             offs_c = offs_crs % C
@@ -224,11 +298,13 @@ def conv2d_kernel(
             mask_crs = offs_c < C
             offs_i = i + tl.zeros_like(offs_c)
             offs_j = j + tl.zeros_like(offs_c)
-        x_columns = offs_c * x_stride_c + offs_i * step_h * x_stride_h + offs_j * step_w * x_stride_w
+        taps_h = offs_i * step_h
+        taps_w = offs_j * step_w
+        x_columns = offs_c * x_stride_c + taps_h * x_stride_h + taps_w * x_stride_w
         rows, columns = tile_axes(x_rows, x_columns, X_CHANNELS_LAST)
-        rows_h, taps_h = tile_axes(x_h, offs_i * step_h, X_CHANNELS_LAST)
-        rows_w, taps_w = tile_axes(x_w, offs_j * step_w, X_CHANNELS_LAST)
-        _, channels = tile_axes(x_h, mask_crs, X_CHANNELS_LAST)
+        rows_h, taps_h = tile_axes(x_h, taps_h, X_CHANNELS_LAST)
+        rows_w, taps_w = tile_axes(x_w, taps_w, X_CHANNELS_LAST)
+        _, channels = tile_axes(mask_npq, mask_crs, X_CHANNELS_LAST)
         mask = inside(rows_h + taps_h, H) & inside(rows_w + taps_w, W) & channels
         x = tl.load(x_ptr + (rows + columns), mask=mask, other=0.0)
         if not X_CHANNELS_LAST:
@@ -239,14 +315,14 @@ def conv2d_kernel(
         w = tl.load(w_ptr + (w_rows[:, None] + offs_k[None, :] * w_stride_k),
                     mask=mask_crs[:, None] & mask_k[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
-        if not FLAT:
+        if not FLAT_C:
             c += BLOCK_CRS
-            next_j = c >= C
-            c = tl.where(next_j, 0, c)
-            j += next_j.to(tl.int32)
-            next_i = j == num_s
-            j = tl.where(next_i, 0, j)
-            i += next_i.to(tl.int32)
+            tap_ends = c >= C
+            c = tl.where(tap_ends, 0, c)
+            j += tap_ends.to(tl.int32)
+            row_ends = j == num_s
+            j = tl.where(row_ends, 0, j)
+            i += row_ends.to(tl.int32)
 
     if HAS_BIAS:
         bias_ptr += group * K * bias_stride
@@ -254,9 +330,11 @@ def conv2d_kernel(
         acc += bias.to(ACC)[None, :]
     if not Y_CHANNELS_LAST:
         acc = tl.trans(acc)
-    rows, columns = tile_axes(n * y_stride_n + p * y_stride_p + q * y_stride_q, offs_k * y_stride_k, Y_CHANNELS_LAST)
+    y_rows = n * y_stride_n + p * y_stride_p + q * y_stride_q
+    rows, columns = tile_axes(y_rows, offs_k * y_stride_k, Y_CHANNELS_LAST)
     pixels, channels = tile_axes(mask_npq, mask_k, Y_CHANNELS_LAST)
-    tl.store(y_ptr + (rows + columns), acc.to(y_ptr.dtype.element_ty), mask=pixels & channels)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + (rows + columns), y, mask=pixels & channels)
 
 
 @triton.jit
@@ -267,22 +345,30 @@ def conv2d_grad_weight_kernel(
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     grad_w_stride_split, grad_w_stride_k, grad_w_stride_c, grad_w_stride_r, grad_w_stride_s,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+    FLAT_C: tl.constexpr, UNIT: tl.constexpr,
     Y_CHANNELS_LAST: tl.constexpr, X_CHANNELS_LAST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, INDEX_64: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_CRS: tl.constexpr, BLOCK_NPQ: tl.constexpr,
 ):
-    """One program sums BLOCK_K channels x BLOCK_CRS (tap, channel) pairs of the weight's gradient over STEPS tiles of pixels.
+    """One program sums BLOCK_K channels x BLOCK_CRS (tap, channel) pairs over STEPS pixel tiles.
 
-    A tile is BLOCK_P x BLOCK_Q pixels of BLOCK_NPQ / (BLOCK_P * BLOCK_Q) images: its pixels keep their places relative
-    to its corner, and stepping to the next tile moves three scalars, where a flat pixel index would be divided anew.
+    A tile is BLOCK_P x BLOCK_Q pixels of BLOCK_NPQ / (BLOCK_P * BLOCK_Q) images.  Its pixels keep
+    their places around its corner, and the next tile moves the three numbers of the corner, where
+    a flat index of pixels would be divided anew.  FLAT_C and UNIT are as in `conv2d_kernel`.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    C *= UNIT
+    K *= UNIT
+    if FLAT_C:
+        C = FLAT_C
+    x_stride_n, x_stride_h, x_stride_w = in_units(UNIT, x_stride_n, x_stride_h, x_stride_w)
+    grad_y_stride_n, grad_y_stride_p, grad_y_stride_q = in_units(
+        UNIT, grad_y_stride_n, grad_y_stride_p, grad_y_stride_q)
     num_k = tl.cdiv(K, BLOCK_K)
     pid_k = tl.program_id(0) % num_k
     pid_crs = tl.program_id(0) // num_k
     split = tl.program_id(1) % SPLITS
     group = (tl.program_id(1) // SPLITS).to(tl.int64)
-
     grad_y_ptr += group * K * grad_y_stride_k
     x_ptr += group * C * x_stride_c
     grad_w_ptr += split.to(tl.int64) * grad_w_stride_split + group * K * grad_w_stride_k
@@ -290,7 +376,7 @@ def conv2d_grad_weight_kernel(
     offs_crs = pid_crs * BLOCK_CRS + tl.arange(0, BLOCK_CRS)
     offs_npq = tl.arange(0, BLOCK_NPQ)
     if INDEX_64:
-        # all that follows from them
+        # and all offsets that follow from them
         offs_k = offs_k.to(tl.int64)
         offs_crs = offs_crs.to(tl.int64)
         offs_npq = offs_npq.to(tl.int64)
@@ -307,12 +393,13 @@ def conv2d_grad_weight_kernel(
     grad_y_rows = offs_n * grad_y_stride_n + offs_p * grad_y_stride_p + offs_q * grad_y_stride_q
     rows, columns = tile_axes(grad_y_rows, offs_k * grad_y_stride_k, Y_CHANNELS_LAST)
     grad_y_offsets = rows + columns
+    rows, columns = tile_axes(offs_n * x_stride_n, offs_c * x_stride_c, X_CHANNELS_LAST)
     rows_h, taps_h = tile_axes(offs_p * stride_h, offs_r * dilation_h - padding_h, X_CHANNELS_LAST)
     rows_w, taps_w = tile_axes(offs_q * stride_w, offs_s * dilation_w - padding_w, X_CHANNELS_LAST)
     x_h = rows_h + taps_h
     x_w = rows_w + taps_w
-    rows, columns = tile_axes(offs_n * x_stride_n, offs_c * x_stride_c, X_CHANNELS_LAST)
-    x_offsets = rows + columns + x_h * x_stride_h + x_w * x_stride_w
+    x_offsets = (rows + rows_h * x_stride_h + rows_w * x_stride_w
+                 + (columns + taps_h * x_stride_h + taps_w * x_stride_w))
 
     num_p = tl.cdiv(P, BLOCK_P)
     num_q = tl.cdiv(Q, BLOCK_Q)
@@ -321,33 +408,27 @@ def conv2d_grad_weight_kernel(
     p = begin // num_q % num_p * BLOCK_P
     q = begin % num_q * BLOCK_Q
     acc = tl.zeros((BLOCK_K, BLOCK_CRS), dtype=ACC)
-    for _ in range(0, STEPS):
+    for _ in range(STEPS):
         mask_npq = (offs_n < N - n) & (offs_p < P - p) & (offs_q < Q - q)
         pixels, channels = tile_axes(mask_npq, mask_k, Y_CHANNELS_LAST)
-        corner = n.to(tl.int64) * grad_y_stride_n + p.to(tl.int64) * grad_y_stride_p + q.to(tl.int64) * grad_y_stride_q
+        corner = corner_offset(n, p, q, grad_y_stride_n, grad_y_stride_p, grad_y_stride_q)
         grad_y = tl.load(grad_y_ptr + corner + grad_y_offsets, mask=pixels & channels, other=0.0)
         if Y_CHANNELS_LAST:
             grad_y = tl.trans(grad_y)
         pixels, channels = tile_axes(mask_npq, mask_crs, X_CHANNELS_LAST)
         mask = pixels & channels & inside(x_h + p * stride_h, H) & inside(x_w + q * stride_w, W)
-        corner = (n.to(tl.int64) * x_stride_n + (p * stride_h).to(tl.int64) * x_stride_h
-                  + (q * stride_w).to(tl.int64) * x_stride_w)
+        corner = corner_offset(n, p * stride_h, q * stride_w, x_stride_n, x_stride_h, x_stride_w)
         x = tl.load(x_ptr + corner + x_offsets, mask=mask, other=0.0)
         if not X_CHANNELS_LAST:
             x = tl.trans(x)
         acc = tl.dot(grad_y, x, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
-        q += BLOCK_Q
-        next_p = q >= Q
-        q = tl.where(next_p, 0, q)
-        p += tl.where(next_p, BLOCK_P, 0)
-        next_n = p >= P
-        p = tl.where(next_n, 0, p)
-        n += tl.where(next_n, block_n, 0)
+        n, p, q = next_corner(n, p, q, P, Q, block_n, BLOCK_P, BLOCK_Q)
 
     rows = offs_k * grad_w_stride_k
     columns = offs_c * grad_w_stride_c + offs_r * grad_w_stride_r + offs_s * grad_w_stride_s
-    tl.store(grad_w_ptr + (rows[:, None] + columns[None, :]), acc.to(grad_w_ptr.dtype.element_ty),
-             mask=mask_k[:, None] & mask_crs[None, :])
+    grad_w = acc.to(grad_w_ptr.dtype.element_ty)
+    mask = mask_k[:, None] & mask_crs[None, :]
+    tl.store(grad_w_ptr + (rows[:, None] + columns[None, :]), grad_w, mask=mask)
 
 
 @triton.jit
@@ -357,13 +438,14 @@ def conv2d_sum_weight_kernel(
     grad_w_stride_k, grad_w_stride_c, grad_w_stride_r, grad_w_stride_s,
     BLOCK: tl.constexpr,
 ):
-    """One program adds BLOCK elements of the SPLITS partial gradients, (K, R, S, C) each, in order, and rounds once."""
+    """One program adds BLOCK elements of SPLITS sums (K, R, S, C), in order, and rounds once."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < NUMEL
     acc = tl.zeros((BLOCK,), dtype=partial_ptr.dtype.element_ty)
-    for _ in range(0, SPLITS):
+    for _ in range(SPLITS):
         acc += tl.load(partial_ptr + index, mask=mask, other=0.0)
         partial_ptr += NUMEL
-    offsets = strided_offsets(index.to(tl.int64), R, S, C, 1,
-                              grad_w_stride_k, grad_w_stride_r, grad_w_stride_s, grad_w_stride_c, 0)
+    offsets = strided_offsets(
+        index.to(tl.int64), R, S, C, 1,
+        grad_w_stride_k, grad_w_stride_r, grad_w_stride_s, grad_w_stride_c, 0)
     tl.store(grad_w_ptr + offsets, acc.to(grad_w_ptr.dtype.element_ty), mask=mask)

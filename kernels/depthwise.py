@@ -1,35 +1,65 @@
-"""Convolution with too few channels per group for a matrix product, depthwise above all; letters as in conv.py."""
+"""Depthwise convolution, where no two channels meet: sums over taps, no matrix product.
+
+Letters and units are those of conv.py.
+"""
 
 import triton
 import triton.language as tl
 from triton import Config
 
-from tritorch.kernels.conv import inside, residue_taps, tile_axes
+from tritorch.kernels.conv import (
+    corner_offset,
+    in_units,
+    inside,
+    next_corner,
+    residue_taps,
+    tile_axes,
+)
 
 DEPTHWISE_CONV2D_CONFIGS = (
-    # channels along memory
     Config({"BLOCK_NPQ": 64, "BLOCK_K": 64}, num_warps=4),
     Config({"BLOCK_NPQ": 128, "BLOCK_K": 32}, num_warps=4),
-    # pixels along memory
+)
+
+# where operands are gathered element by element: fewer of them a thread, each with its own address
+DEPTHWISE_CONV2D_GATHER_CONFIGS = (
+    # along channels, along pixels
+    Config({"BLOCK_NPQ": 32, "BLOCK_K": 64}, num_warps=4),
     Config({"BLOCK_NPQ": 512, "BLOCK_K": 4}, num_warps=4),
 )
 
-DEPTHWISE_CONV2D_GRAD_WEIGHT_CONFIGS = (
-    Config({"BLOCK_CRS": 16, "BLOCK_NPQ": 16, "BLOCK_K": 32}, num_warps=4),
-    Config({"BLOCK_CRS": 16, "BLOCK_NPQ": 256, "BLOCK_K": 2}, num_warps=4),
+# by bytes per element: the vectors of a pixel's channels make up the threads of a warp, or half
+DEPTHWISE_CONV2D_GRAD_WEIGHT_CONFIGS = {
+    2: (Config({"BLOCK_RS": 16, "BLOCK_NPQ": 8, "BLOCK_K": 64}, num_warps=4, maxnreg=255),),
+    4: (Config({"BLOCK_RS": 16, "BLOCK_NPQ": 8, "BLOCK_K": 32}, num_warps=4, maxnreg=255),),
+    8: (Config({"BLOCK_RS": 16, "BLOCK_NPQ": 4, "BLOCK_K": 32}, num_warps=4, maxnreg=255),),
+}
+
+DEPTHWISE_CONV2D_GRAD_WEIGHT_GATHER_CONFIGS = (
+    # along channels, along pixels
+    Config({"BLOCK_RS": 16, "BLOCK_NPQ": 4, "BLOCK_K": 32}, num_warps=4, maxnreg=255),
+    Config({"BLOCK_RS": 16, "BLOCK_NPQ": 128, "BLOCK_K": 1}, num_warps=4, maxnreg=255),
 )
 
 
-def depthwise_conv2d_config(k, channels_last):
-    """Along memory; of the two tiles along channels the wider one, unless its last tile is half empty."""
-    if not channels_last:
-        return DEPTHWISE_CONV2D_CONFIGS[2]
+def depthwise_conv2d_config(k):
+    """The tile of more channels, unless the last one is half empty."""
     return DEPTHWISE_CONV2D_CONFIGS[0 if (k - 1) % 64 >= 32 else 1]
 
 
-def depthwise_conv2d_grad_weight_config(channels_last):
+def depthwise_conv2d_gather_config(channels_last):
     """Along memory."""
-    return DEPTHWISE_CONV2D_GRAD_WEIGHT_CONFIGS[0 if channels_last else 1]
+    return DEPTHWISE_CONV2D_GATHER_CONFIGS[0 if channels_last else 1]
+
+
+def depthwise_conv2d_grad_weight_config(itemsize):
+    """The one there is."""
+    return DEPTHWISE_CONV2D_GRAD_WEIGHT_CONFIGS[itemsize][0]
+
+
+def depthwise_conv2d_grad_weight_gather_config(channels_last):
+    """Along memory."""
+    return DEPTHWISE_CONV2D_GRAD_WEIGHT_GATHER_CONFIGS[0 if channels_last else 1]
 
 
 @triton.jit
@@ -41,28 +71,35 @@ def depthwise_conv2d_kernel(
     y_stride_n, y_stride_k, y_stride_p, y_stride_q,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     tap_step_h, tap_step_w, inverse_h, inverse_w,
-    TRANSPOSED: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr, INDEX_64: tl.constexpr,
+    TRANSPOSED: tl.constexpr, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, INDEX_64: tl.constexpr,
     BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """One program computes BLOCK_NPQ pixels x BLOCK_K channels of y, of any groups: a sum over taps, no matrix product.
+    """One program computes BLOCK_NPQ pixels x BLOCK_K channels of y, each from C channels of x.
 
-    Its pixels are BLOCK_P x BLOCK_Q of BLOCK_NPQ / (BLOCK_P * BLOCK_Q) images, so that the taps of neighbours overlap in
-    the cache; transposed, they belong to one residue class modulo the stride, as in `conv2d_kernel`.
+    Its pixels are BLOCK_P x BLOCK_Q of BLOCK_NPQ / (BLOCK_P * BLOCK_Q) images, so that taps of
+    neighbours meet in the cache; transposed, they share their residue, as in `conv2d_kernel`.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    GROUPS *= UNIT
+    x_stride_n, x_stride_h, x_stride_w = in_units(UNIT, x_stride_n, x_stride_h, x_stride_w)
+    y_stride_n, y_stride_p, y_stride_q = in_units(UNIT, y_stride_n, y_stride_p, y_stride_q)
+    w_stride_r *= UNIT
+    w_stride_s *= UNIT
     num_k = tl.cdiv(GROUPS * K, BLOCK_K)
     pid_k = tl.program_id(0) % num_k
     pid_npq = tl.program_id(0) // num_k
     if TRANSPOSED:
-        residue = pid_npq % (stride_h * stride_w)
+        residue_h = pid_npq % (stride_h * stride_w) // stride_w
+        residue_w = pid_npq % stride_w
         pid_npq = pid_npq // (stride_h * stride_w)
-        residue_h = residue // stride_w
-        residue_w = residue % stride_w
-        first_r, num_r, x_h = residue_taps(residue_h + padding_h, R, stride_h, dilation_h, tap_step_h, inverse_h)
-        first_s, num_s, x_w = residue_taps(residue_w + padding_w, S, stride_w, dilation_w, tap_step_w, inverse_w)
+        first_r, num_r, x_h = residue_taps(
+            residue_h + padding_h, R, stride_h, dilation_h, tap_step_h, inverse_h)
+        first_s, num_s, x_w = residue_taps(
+            residue_w + padding_w, S, stride_w, dilation_w, tap_step_w, inverse_w)
         # those of the largest class, as on the host
-        tiles_p = tl.cdiv(tl.cdiv(P, stride_h), BLOCK_P)
-        tiles_q = tl.cdiv(tl.cdiv(Q, stride_w), BLOCK_Q)
+        num_p = tl.cdiv(tl.cdiv(P, stride_h), BLOCK_P)
+        num_q = tl.cdiv(tl.cdiv(Q, stride_w), BLOCK_Q)
         step_h = -(dilation_h * tap_step_h // stride_h)
         step_w = -(dilation_w * tap_step_w // stride_w)
     else:
@@ -70,21 +107,22 @@ def depthwise_conv2d_kernel(
         first_s = 0
         num_r = R
         num_s = S
-        tiles_p = tl.cdiv(P, BLOCK_P)
-        tiles_q = tl.cdiv(Q, BLOCK_Q)
+        num_p = tl.cdiv(P, BLOCK_P)
+        num_q = tl.cdiv(Q, BLOCK_Q)
         step_h = dilation_h
         step_w = dilation_w
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_npq = tl.arange(0, BLOCK_NPQ)
     if INDEX_64:
-        # all that follows from them
+        # and all offsets that follow from them
         offs_k = offs_k.to(tl.int64)
         offs_npq = offs_npq.to(tl.int64)
     group = offs_k // K
-    n = pid_npq // (tiles_p * tiles_q) * (BLOCK_NPQ // (BLOCK_P * BLOCK_Q)) + offs_npq // (BLOCK_P * BLOCK_Q)
-    p = pid_npq // tiles_q % tiles_p * BLOCK_P + offs_npq // BLOCK_Q % BLOCK_P
-    q = pid_npq % tiles_q * BLOCK_Q + offs_npq % BLOCK_Q
-    # the input pixel of the first tap, which may lie outside the image
+    block_n = BLOCK_NPQ // (BLOCK_P * BLOCK_Q)
+    n = pid_npq // (num_p * num_q) * block_n + offs_npq // (BLOCK_P * BLOCK_Q)
+    p = pid_npq // num_q % num_p * BLOCK_P + offs_npq // BLOCK_Q % BLOCK_P
+    q = pid_npq % num_q * BLOCK_Q + offs_npq % BLOCK_Q
+    # the pixel that the first tap reads, which may lie outside the image
     if TRANSPOSED:
         x_h += p
         x_w += q
@@ -93,66 +131,73 @@ def depthwise_conv2d_kernel(
     else:
         x_h = p * stride_h - padding_h
         x_w = q * stride_w - padding_w
-    pixels, channels = tile_axes((n < N) & (p < P) & (q < Q), offs_k < GROUPS * K, CHANNELS_LAST)
-    rows_h, _ = tile_axes(x_h, offs_k, CHANNELS_LAST)
-    rows_w, _ = tile_axes(x_w, offs_k, CHANNELS_LAST)
-    rows, columns = tile_axes(n * x_stride_n, group * (C * x_stride_c), CHANNELS_LAST)
-    x_offsets = rows + columns + rows_h * x_stride_h + rows_w * x_stride_w
-    _, w_offsets = tile_axes(x_h, group * w_stride_group + offs_k % K * w_stride_k, CHANNELS_LAST)
-    w_offsets += first_r * w_stride_r + first_s * w_stride_s
+    mask_npq = (n < N) & (p < P) & (q < Q)
+    pixels, channels = tile_axes(mask_npq, offs_k < GROUPS * K, CHANNELS_LAST)
+    x_rows = n * x_stride_n + x_h * x_stride_h + x_w * x_stride_w
+    rows, columns = tile_axes(x_rows, group * (C * x_stride_c), CHANNELS_LAST)
+    x_offsets = rows + columns
+    w_columns = group * w_stride_group + offs_k % K * w_stride_k
+    x_h, w_offsets = tile_axes(x_h, w_columns, CHANNELS_LAST)
+    x_w, bias_offsets = tile_axes(x_w, offs_k * bias_stride, CHANNELS_LAST)
+    w_ptr += first_r * w_stride_r + first_s * w_stride_s
 
     if CHANNELS_LAST:
         acc = tl.zeros((BLOCK_NPQ, BLOCK_K), dtype=ACC)
     else:
         acc = tl.zeros((BLOCK_K, BLOCK_NPQ), dtype=ACC)
-    for i in range(0, num_r):
-        for j in range(0, num_s):
-            mask = pixels & channels & inside(rows_h + i * step_h, H) & inside(rows_w + j * step_w, W)
-            for c in range(0, C):
-                x_offset = i * step_h * x_stride_h + j * step_w * x_stride_w + c * x_stride_c
-                x = tl.load(x_ptr + (x_offsets + x_offset), mask=mask, other=0.0)
-                w_offset = i * tap_step_h * w_stride_r + j * tap_step_w * w_stride_s + c * w_stride_c
-                w = tl.load(w_ptr + (w_offsets + w_offset), mask=channels, other=0.0)
+    for i in range(num_r):
+        for j in range(num_s):
+            mask = pixels & channels & inside(x_h + i * step_h, H) & inside(x_w + j * step_w, W)
+            x_tap = i * step_h * x_stride_h + j * step_w * x_stride_w
+            w_tap = i * tap_step_h * w_stride_r + j * tap_step_w * w_stride_s
+            for c in range(C):
+                x = tl.load(x_ptr + (x_offsets + x_tap + c * x_stride_c), mask=mask, other=0.0)
+                w = tl.load(w_ptr + (w_offsets + w_tap + c * w_stride_c), mask=channels, other=0.0)
                 acc += x.to(ACC) * w.to(ACC)
     if HAS_BIAS:
-        _, bias_offsets = tile_axes(x_h, offs_k * bias_stride, CHANNELS_LAST)
         acc += tl.load(bias_ptr + bias_offsets, mask=channels, other=0.0).to(ACC)
-    rows, columns = tile_axes(n * y_stride_n + p * y_stride_p + q * y_stride_q, offs_k * y_stride_k, CHANNELS_LAST)
-    tl.store(y_ptr + (rows + columns), acc.to(y_ptr.dtype.element_ty), mask=pixels & channels)
+    y_rows = n * y_stride_n + p * y_stride_p + q * y_stride_q
+    rows, columns = tile_axes(y_rows, offs_k * y_stride_k, CHANNELS_LAST)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + (rows + columns), y, mask=pixels & channels)
 
 
 @triton.jit
 def depthwise_conv2d_grad_weight_kernel(
     grad_y_ptr, x_ptr, partial_ptr,
-    C, H, W, GROUPS, K, R, S, N, P, Q, BLOCK_P, BLOCK_Q, STEPS,
+    H, W, GROUPS, K, R, S, N, P, Q, BLOCK_P, BLOCK_Q, STEPS,
     grad_y_stride_n, grad_y_stride_k, grad_y_stride_p, grad_y_stride_q,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
-    BLOCK_CRS: tl.constexpr, BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
+    BLOCK_RS: tl.constexpr, BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """One program sums BLOCK_CRS (tap, channel) pairs of BLOCK_K channels over STEPS tiles of pixels into its split's partial.
+    """One program sums BLOCK_RS taps of BLOCK_K channels over STEPS pixel tiles into its split.
 
-    The tile is three-dimensional, so that a gradient of y is read once for every tap; pixels are added up at the end.
+    Taps are an axis of the tile, so that the gradient of y is read once for all of them; pixels
+    stay another until the end.  Pixel tiles are those of `conv2d_grad_weight_kernel`.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    GROUPS *= UNIT
+    x_stride_n, x_stride_h, x_stride_w = in_units(UNIT, x_stride_n, x_stride_h, x_stride_w)
+    grad_y_stride_n, grad_y_stride_p, grad_y_stride_q = in_units(
+        UNIT, grad_y_stride_n, grad_y_stride_p, grad_y_stride_q)
     num_k = tl.cdiv(GROUPS * K, BLOCK_K)
     pid_k = tl.program_id(0) % num_k
-    pid_crs = tl.program_id(0) // num_k
+    pid_rs = tl.program_id(0) // num_k
     split = tl.program_id(1)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_crs = pid_crs * BLOCK_CRS + tl.arange(0, BLOCK_CRS)
+    offs_rs = pid_rs * BLOCK_RS + tl.arange(0, BLOCK_RS)
     offs_npq = tl.arange(0, BLOCK_NPQ)
     if INDEX_64:
-        # all that follows from them
+        # and all offsets that follow from them
         offs_k = offs_k.to(tl.int64)
-        offs_crs = offs_crs.to(tl.int64)
+        offs_rs = offs_rs.to(tl.int64)
         offs_npq = offs_npq.to(tl.int64)
     mask_k = offs_k < GROUPS * K
-    mask_crs = offs_crs < C * R * S
-    offs_c = offs_crs % C
-    taps_h = offs_crs // C // S * dilation_h - padding_h
-    taps_w = offs_crs // C % S * dilation_w - padding_w
+    mask_rs = offs_rs < R * S
+    taps_h = (offs_rs // S * dilation_h - padding_h)[:, None, None]
+    taps_w = (offs_rs % S * dilation_w - padding_w)[:, None, None]
     block_n = BLOCK_NPQ // (BLOCK_P * BLOCK_Q)
     offs_n = offs_npq // (BLOCK_P * BLOCK_Q)
     offs_p = offs_npq // BLOCK_Q % BLOCK_P
@@ -163,11 +208,10 @@ def depthwise_conv2d_grad_weight_kernel(
     grad_y_offsets = rows + columns
     rows_h, _ = tile_axes(offs_p * stride_h, offs_k, CHANNELS_LAST)
     rows_w, _ = tile_axes(offs_q * stride_w, offs_k, CHANNELS_LAST)
-    x_h = rows_h[None, :, :] + taps_h[:, None, None]
-    x_w = rows_w[None, :, :] + taps_w[:, None, None]
-    rows, columns = tile_axes(offs_n * x_stride_n, offs_k // K * (C * x_stride_c), CHANNELS_LAST)
-    x_offsets = ((rows + columns)[None, :, :] + (offs_c * x_stride_c)[:, None, None]
-                 + x_h * x_stride_h + x_w * x_stride_w)
+    x_h = rows_h[None, :, :] + taps_h
+    x_w = rows_w[None, :, :] + taps_w
+    rows, columns = tile_axes(offs_n * x_stride_n, offs_k // K * x_stride_c, CHANNELS_LAST)
+    x_offsets = (rows + columns)[None, :, :] + x_h * x_stride_h + x_w * x_stride_w
 
     num_p = tl.cdiv(P, BLOCK_P)
     num_q = tl.cdiv(Q, BLOCK_Q)
@@ -176,26 +220,21 @@ def depthwise_conv2d_grad_weight_kernel(
     p = begin // num_q % num_p * BLOCK_P
     q = begin % num_q * BLOCK_Q
     if CHANNELS_LAST:
-        acc = tl.zeros((BLOCK_CRS, BLOCK_NPQ, BLOCK_K), dtype=ACC)
+        acc = tl.zeros((BLOCK_RS, BLOCK_NPQ, BLOCK_K), dtype=ACC)
     else:
-        acc = tl.zeros((BLOCK_CRS, BLOCK_K, BLOCK_NPQ), dtype=ACC)
-    for _ in range(0, STEPS):
+        acc = tl.zeros((BLOCK_RS, BLOCK_K, BLOCK_NPQ), dtype=ACC)
+    for _ in range(STEPS):
         mask_npq = (offs_n < N - n) & (offs_p < P - p) & (offs_q < Q - q)
         pixels, channels = tile_axes(mask_npq, mask_k, CHANNELS_LAST)
-        corner = n.to(tl.int64) * grad_y_stride_n + p.to(tl.int64) * grad_y_stride_p + q.to(tl.int64) * grad_y_stride_q
-        grad_y = tl.load(grad_y_ptr + corner + grad_y_offsets, mask=pixels & channels, other=0.0).to(ACC)
-        mask = ((pixels & channels)[None, :, :] & mask_crs[:, None, None]
+        mask = pixels & channels
+        corner = corner_offset(n, p, q, grad_y_stride_n, grad_y_stride_p, grad_y_stride_q)
+        grad_y = tl.load(grad_y_ptr + corner + grad_y_offsets, mask=mask, other=0.0)
+        mask = (mask[None, :, :] & mask_rs[:, None, None]
                 & inside(x_h + p * stride_h, H) & inside(x_w + q * stride_w, W))
-        corner = (n.to(tl.int64) * x_stride_n + (p * stride_h).to(tl.int64) * x_stride_h
-                  + (q * stride_w).to(tl.int64) * x_stride_w)
-        acc += tl.load(x_ptr + corner + x_offsets, mask=mask, other=0.0).to(ACC) * grad_y[None, :, :]
-        q += BLOCK_Q
-        next_p = q >= Q
-        q = tl.where(next_p, 0, q)
-        p += tl.where(next_p, BLOCK_P, 0)
-        next_n = p >= P
-        p = tl.where(next_n, 0, p)
-        n += tl.where(next_n, block_n, 0)
+        corner = corner_offset(n, p * stride_h, q * stride_w, x_stride_n, x_stride_h, x_stride_w)
+        x = tl.load(x_ptr + corner + x_offsets, mask=mask, other=0.0)
+        acc += x.to(ACC) * grad_y.to(ACC)[None, :, :]
+        n, p, q = next_corner(n, p, q, P, Q, block_n, BLOCK_P, BLOCK_Q)
     grad_w = tl.sum(acc, axis=1 if CHANNELS_LAST else 2)
-    offsets = (split * GROUPS * K + offs_k)[None, :] * (C * R * S) + offs_crs[:, None]
-    tl.store(partial_ptr + offsets, grad_w, mask=mask_crs[:, None] & mask_k[None, :])
+    offsets = (split * GROUPS * K + offs_k)[None, :] * (R * S) + offs_rs[:, None]
+    tl.store(partial_ptr + offsets, grad_w, mask=mask_rs[:, None] & mask_k[None, :])

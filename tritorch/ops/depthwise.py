@@ -1,4 +1,4 @@
-"""Launches the convolution kernels for few channels per group; `conv` chooses between these and matrix products."""
+"""Launches depthwise convolutions; `conv_function` chooses between these and matrix products."""
 
 from __future__ import annotations
 
@@ -7,21 +7,28 @@ import math
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops.geometry import Geometry, is_wide, oriented, pixel_blocks
+from tritorch.ops.geometry import (
+    Geometry,
+    is_wide,
+    oriented,
+    pixel_blocks,
+    split,
+    strides,
+    vector_unit,
+)
 from tritorch.ops.reduce import accumulator_dtype
 
 kernels = launch.kernels("depthwise")
-reduce_kernels = launch.kernels("reduce")
 
-# products of two channels of a group below which a tile of tensor-core size would be mostly empty
-_MAX_PRODUCTS = 16
-# tiles of pixels that one program must have before it pays to split the sum over more programs
-_MIN_STEPS = 4
+# a channel with more outputs is better read once for all of them, by a matrix product
+_MAX_MULTIPLIER = 8
+# tiles of pixels that one program must have before it pays to split a sum
+_MIN_TILES = 4
 
 
 def takes(weight: Tensor, groups: int) -> bool:
-    """Whether so few channels meet in a group that no matrix product is made of it, as in a depthwise convolution."""
-    return weight.shape[1] * (weight.shape[0] // groups) <= _MAX_PRODUCTS
+    """Whether every output channel sees one input channel, and few see the same."""
+    return weight.shape[1] == 1 and weight.shape[0] // groups <= _MAX_MULTIPLIER
 
 
 def convolve(
@@ -30,91 +37,95 @@ def convolve(
     """Writes the convolution of x, or the transposed one, into y."""
     channels_last = y.stride(1) == 1
     if channels_last and weight.stride(0) != 1:
-        # channels along memory, as in x and y: a small copy, where each tap would gather a weight per channel
+        # channels along memory, as in x and y: one small copy, where every tap would gather weights
         weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-    read, written, taps, strides = oriented(weight, geometry.groups, transposed)
+    w = oriented(weight, geometry.groups, transposed)
     n, channels, p, q = y.shape
     # transposed, every residue modulo the stride is an image of its own
     stride_h, stride_w = geometry.stride if transposed else (1, 1)
-    config = launch.config(kernels.depthwise_conv2d_config, channels, channels_last)
-    block_p, block_q, tiles = pixel_blocks(
-        n,
-        math.ceil(p / stride_h),
-        math.ceil(q / stride_w),
-        config.kwargs["BLOCK_NPQ"],
-        channels_last,
-    )
-    tiles_k = math.ceil(channels / config.kwargs["BLOCK_K"])
+    # several outputs for an input, or inputs for an output, are no vector
+    single = w.read == w.written == 1
+    unit = vector_unit(x, y, channels, *w.strides[3:]) if single else 1
+    if unit > 1:
+        config = launch.config(kernels.depthwise_conv2d_config, channels)
+    else:
+        config = launch.config(kernels.depthwise_conv2d_gather_config, channels_last)
+    rows, columns = math.ceil(p / stride_h), math.ceil(q / stride_w)
+    block_npq, block_k = config.kwargs["BLOCK_NPQ"], config.kwargs["BLOCK_K"]
+    block_p, block_q, tiles = pixel_blocks(n, rows, columns, block_npq, channels_last)
     launch.run(
         kernels.depthwise_conv2d_kernel,
-        (tiles * stride_h * stride_w * tiles_k,),
+        (tiles * stride_h * stride_w * math.ceil(channels / block_k),),
         x,
         weight,
         bias,
         y,
         n,
-        read,
+        w.read,
         *x.shape[2:],
-        geometry.groups,
-        written,
-        *taps,
+        geometry.groups // unit,
+        w.written,
+        *w.taps,
         p,
         q,
         block_p,
         block_q,
         bias.stride(0) if bias is not None else 1,
-        *x.stride(),
-        *strides,
-        *y.stride(),
+        *strides(x, unit),
+        *w.strides[:3],
+        *(s // unit for s in w.strides[3:]),
+        *strides(y, unit),
         *geometry.scalars(),
         *geometry.residues(transposed),
         on=y,
         config=config,
         TRANSPOSED=transposed,
+        UNIT=unit,
         CHANNELS_LAST=channels_last,
         HAS_BIAS=bias is not None,
         INDEX_64=is_wide(x, weight, y),
     )
 
 
-def grad_weight(
-    grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
-) -> Tensor:
-    """Partial gradients (splits, K, R, S, C) of the weight that `output` is the gradient of, to be added in order."""
-    outputs, inputs, *taps = output.shape
+def grad_weight(grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry) -> Tensor:
+    """Partial sums (splits, K, R, S, 1) of `output`, the gradient of the weight."""
+    outputs, _, *taps = output.shape
     n, _, p, q = grad_output.shape
     channels_last = grad_output.stride(1) == 1
-    config = launch.config(kernels.depthwise_conv2d_grad_weight_config, channels_last)
-    block_p, block_q, steps = pixel_blocks(n, p, q, config.kwargs["BLOCK_NPQ"], channels_last)
-    products = inputs * math.prod(taps)
-    tiles = math.ceil(outputs / config.kwargs["BLOCK_K"]) * math.ceil(
-        products / config.kwargs["BLOCK_CRS"]
-    )
-    steps_per_split = math.ceil(steps / reduce_kernels.num_splits(tiles, steps, _MIN_STEPS))
-    splits = max(1, math.ceil(steps / max(steps_per_split, 1)))
-    partial = input.new_empty((splits, outputs, *taps, inputs), dtype=accumulator_dtype(input.dtype))
+    multiplier = outputs // geometry.groups
+    unit = vector_unit(input, grad_output, outputs) if multiplier == 1 else 1
+    if unit > 1:
+        config = launch.config(kernels.depthwise_conv2d_grad_weight_config, input.itemsize)
+    else:
+        config = launch.config(kernels.depthwise_conv2d_grad_weight_gather_config, channels_last)
+    block_rs, block_npq, block_k = (config.kwargs[f"BLOCK_{axes}"] for axes in ("RS", "NPQ", "K"))
+    block_p, block_q, pixel_tiles = pixel_blocks(n, p, q, block_npq, channels_last)
+    tiles = math.ceil(outputs / block_k) * math.ceil(math.prod(taps) / block_rs)
+    splits, steps = split(tiles, pixel_tiles, _MIN_TILES)
+    shape, dtype = (splits, outputs, *taps, 1), accumulator_dtype(input.dtype)
+    partial = input.new_empty(shape, dtype=dtype)
     launch.run(
         kernels.depthwise_conv2d_grad_weight_kernel,
         (tiles, splits),
         grad_output,
         input,
         partial,
-        inputs,
         *input.shape[2:],
-        geometry.groups,
-        outputs // geometry.groups,
+        geometry.groups // unit,
+        multiplier,
         *taps,
         n,
         p,
         q,
         block_p,
         block_q,
-        steps_per_split,
-        *grad_output.stride(),
-        *input.stride(),
+        steps,
+        *strides(grad_output, unit),
+        *strides(input, unit),
         *geometry.scalars(),
         on=input,
         config=config,
+        UNIT=unit,
         CHANNELS_LAST=channels_last,
         INDEX_64=is_wide(grad_output, input, partial),
     )

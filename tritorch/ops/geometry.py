@@ -1,9 +1,10 @@
-"""What convolution kernels know of a call: strides, padding and dilation, channels by group, memory formats."""
+"""What convolution kernels know of a call: steps over the image, channels, memory formats."""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,22 +14,31 @@ from tritorch import launch
 from tritorch.ops import strided
 
 kernels = launch.kernels("conv")
+reduce_kernels = launch.kernels("reduce")
 
 
 class Geometry(NamedTuple):
-    """(vertical, horizontal) pairs; padding is that of the top and the left, the rest follows from the output size."""
+    """(vertical, horizontal) pairs; of the padding top and left, the output size tells the rest."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
 
+    @classmethod
+    def of(
+        cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+    ) -> Geometry:
+        """From the lists that a library op receives."""
+        (s_h, s_w), (p_h, p_w), (d_h, d_w) = stride, padding, dilation
+        return cls((s_h, s_w), (p_h, p_w), (d_h, d_w), groups)
+
     def scalars(self) -> tuple[int, ...]:
         """The kernels' arguments from `stride_h` to `dilation_w`."""
         return (*self.stride, *self.padding, *self.dilation)
 
     def residues(self, transposed: bool) -> tuple[int, ...]:
-        """The kernels' arguments `tap_step_h` to `inverse_w`, of `residue_taps` in kernels/conv.py."""
+        """The kernels' arguments `tap_step_h` to `inverse_w`, for `residue_taps` of conv.py."""
         if not transposed:
             return 1, 1, 0, 0
         gcds = [math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]
@@ -41,7 +51,7 @@ class Geometry(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A filter as one direction sees it: channels read and written per group, and strides (elements)."""
+    """A filter as one direction sees it: channels per group, taps, strides in elements."""
 
     read: int
     written: int
@@ -52,19 +62,48 @@ class Weight(NamedTuple):
 
 def oriented(weight: Tensor, groups: int, transposed: bool) -> Weight:
     """The filter of a convolution, or of the transposed one, which reads what the other writes."""
-    outputs, inputs, *taps = weight.shape
+    outputs, inputs, r, s = weight.shape
     outputs //= groups
-    over_outputs, over_inputs, *over_taps = weight.stride()
+    over_outputs, over_inputs, row, column = strides(weight)
     group = outputs * over_outputs
     if transposed:
-        return Weight(outputs, inputs, (taps[0], taps[1]), (group, over_inputs, over_outputs, *over_taps))
-    return Weight(inputs, outputs, (taps[0], taps[1]), (group, over_outputs, over_inputs, *over_taps))
+        return Weight(outputs, inputs, (r, s), (group, over_inputs, over_outputs, row, column))
+    return Weight(inputs, outputs, (r, s), (group, over_outputs, over_inputs, row, column))
+
+
+def strides(tensor: Tensor, unit: int = 1) -> tuple[int, int, int, int]:
+    """Strides of a 4-D tensor, divided by `unit` but for the channels; 0 along a single pixel.
+
+    There torch's stride may be anything, and no offset uses it.
+    """
+    n, c, h, w = tensor.stride()
+    rows, columns = tensor.shape[2:]
+    return n // unit, c, h // unit if rows > 1 else 0, w // unit if columns > 1 else 0
+
+
+def vector_unit(x: Tensor, y: Tensor, *numbers: int) -> int:
+    """8 if all channels are contiguous and 8 divides everything else, strides and numbers; or 1.
+
+    The kernels take those numbers in this unit, so that the compiler sees vectors of 16 bytes as
+    aligned: by itself Triton tells apart the multiples of 16 alone.
+    """
+    if x.stride(1) != 1 or y.stride(1) != 1:
+        return 1
+    others = *strides(x)[::2], strides(x)[3], *strides(y)[::2], strides(y)[3], *numbers
+    return 1 if any(number % 8 for number in others) else 8
+
+
+def split(programs: int, steps: int, min_steps: int) -> tuple[int, int]:
+    """Into how many sums one of `steps` is split to fill a GPU from `programs`; steps of each."""
+    splits = reduce_kernels.num_splits(programs, steps, min_steps)
+    steps_each = math.ceil(steps / splits)
+    return (math.ceil(steps / steps_each) if steps else 1), steps_each
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether torch takes a 4-D tensor for channels_last, dense or not, by the order of its strides.
+    """Whether torch takes a 4-D tensor for channels_last: by the order of strides, dense or not.
 
-    Sizes of 1 leave the order open; they follow the strides they have, as in torch's `suggest_memory_format`.
+    Source: `suggest_memory_format` of torch, which also decides what sizes of 1 leave open.
     """
     least = 0
     if tensor.stride(1) == 0:
@@ -84,9 +123,9 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def pixel_blocks(n: int, p: int, q: int, block: int, channels_last: bool) -> tuple[int, int, int]:
-    """Rows and columns of a tile of `block` pixels, and the number of tiles that cover n images of p x q.
+    """Rows and columns of a tile of `block` pixels, and how many tiles cover n images of p x q.
 
     Where pixels are contiguous a tile has rows of 16 at least, which are whole sectors of memory.
     """

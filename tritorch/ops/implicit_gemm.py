@@ -8,56 +8,63 @@ import torch
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops.geometry import Geometry, is_wide, oriented, pixel_blocks
+from tritorch.ops.geometry import (
+    Geometry,
+    is_wide,
+    oriented,
+    pixel_blocks,
+    split,
+    strides,
+    vector_unit,
+)
 from tritorch.ops.reduce import accumulator_dtype, split_sum
 
 kernels = launch.kernels("conv")
-reduce_kernels = launch.kernels("reduce")
 
-# slices of the inner axis, and tiles of pixels, that one program must have before it pays to split a sum
-_MIN_STEPS = 8
-_MIN_PIXEL_TILES = 4
+# what one program must have before it pays to split a sum: slices of channels, tiles of pixels
+_MIN_SLICES = 8
+_MIN_TILES = 4
 
 
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, geometry: Geometry, transposed: bool
 ) -> None:
     """Writes the convolution of x, or the transposed one, into y."""
-    groups = geometry.groups
-    if weight.stride(1) != 1 and weight.shape[1] >= 16:
-        # channels along memory: a copy of the small operand, where every tile would gather weights one by one
+    if weight.stride(1) != 1 and weight.shape[1] % 8 == 0:
+        # channels along memory: one copy of the small operand, where every tile would gather it
         weight = weight.contiguous(memory_format=torch.channels_last)
-    read, written, taps, strides = oriented(weight, groups, transposed)
+    groups = geometry.groups
+    w = oriented(weight, groups, transposed)
     n, _, p, q = y.shape
-    # transposed, every residue modulo the stride is an image of its own, and sees some of the taps
-    classes, class_taps = 1, math.prod(taps)
+    residues, num_taps = 1, math.prod(w.taps)
     if transposed:
-        tap_steps = geometry.residues(transposed)[:2]
-        classes = math.prod(geometry.stride)
-        p, q = (math.ceil(size / s) for size, s in zip((p, q), geometry.stride, strict=True))
-        class_taps = math.prod(
-            math.ceil(count / step) for count, step in zip(taps, tap_steps, strict=True)
-        )
+        # every residue modulo the stride is an image of its own, reached by some of the taps
+        residues = math.prod(geometry.stride)
+        p, q = math.ceil(p / geometry.stride[0]), math.ceil(q / geometry.stride[1])
+        step_h, step_w = geometry.residues(transposed)[:2]
+        num_taps = math.ceil(w.taps[0] / step_h) * math.ceil(w.taps[1] / step_w)
     pixels = n * p * q
-    config = launch.config(
-        kernels.conv2d_config, pixels, written, read, groups * classes, x.element_size()
-    )
+    unit = vector_unit(x, y, w.read, w.written, *(s for s in w.strides if s != 1))
+    if unit > 1:
+        tiles = groups * residues
+        config = launch.config(kernels.conv2d_config, pixels, w.written, tiles, x.itemsize)
+    else:
+        config = launch.config(kernels.conv2d_gather_config, pixels, w.written, x.itemsize)
     block_npq, block_k, block_crs = (config.kwargs[f"BLOCK_{axes}"] for axes in ("NPQ", "K", "CRS"))
-    flat = read < block_crs
-    steps = (
-        math.ceil(read * class_taps / block_crs)
-        if flat
-        else math.ceil(read / block_crs) * class_taps
+    slices, flat = (
+        math.ceil(w.read / block_crs) * num_taps,
+        math.ceil(w.read * num_taps / block_crs),
     )
-    tiles = math.ceil(pixels / block_npq) * math.ceil(written / block_k) * classes
-    splits = reduce_kernels.num_splits(tiles * groups, steps, _MIN_STEPS)
-    steps_per_split = math.ceil(steps / splits)
-    splits = math.ceil(steps / steps_per_split)
+    # flat slices cost divisions, which an eighth fewer of them pay for
+    is_flat = 8 * flat <= 7 * slices
+    tiles = math.ceil(pixels / block_npq) * math.ceil(w.written / block_k) * residues
+    # partial sums are as large as y, in float32: only a GPU that is mostly idle is worth them
+    splits, steps = split(2 * tiles * groups, flat if is_flat else slices, _MIN_SLICES)
     target = y
     if splits > 1:
-        target = torch.empty_strided(
-            (splits, *y.shape), (y.numel(), *y.stride()), dtype=accumulator_dtype(y.dtype), device=y.device
-        )
+        shape, order = (splits, *y.shape), (y.numel(), *y.stride())
+        dtype = accumulator_dtype(y.dtype)
+        target = torch.empty_strided(shape, order, dtype=dtype, device=y.device)
     launch.run(
         kernels.conv2d_kernel,
         (tiles, groups * splits),
@@ -66,24 +73,25 @@ def convolve(
         bias,
         target,
         n,
-        read,
+        w.read // unit,
         *x.shape[2:],
-        written,
-        *taps,
+        w.written // unit,
+        *w.taps,
         *y.shape[2:],
-        steps_per_split,
+        steps,
         splits,
         bias.stride(0) if bias is not None else 1,
-        *x.stride(),
-        *strides,
+        *strides(x, unit),
+        *(s if s == 1 else s // unit for s in w.strides),
         y.numel(),
-        *y.stride(),
+        *strides(y, unit),
         *geometry.scalars(),
         *geometry.residues(transposed),
         on=y,
         config=config,
         TRANSPOSED=transposed,
-        FLAT=flat,
+        FLAT_C=w.read if is_flat else 0,
+        UNIT=unit,
         X_CHANNELS_LAST=x.stride(1) == 1,
         Y_CHANNELS_LAST=y.stride(1) == 1,
         HAS_BIAS=bias is not None,
@@ -97,24 +105,26 @@ def convolve(
 def grad_weight(
     grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
 ) -> Tensor | None:
-    """Partial gradients (splits, K, R, S, C) to be added in order; None if one split wrote the gradient itself."""
+    """Partial sums (splits, K, R, S, C) of `output`, or None if it has been written itself."""
     outputs, inputs, *taps = output.shape
     groups = geometry.groups
+    k, crs = outputs // groups, inputs * math.prod(taps)
     n, _, p, q = grad_output.shape
-    products = inputs * math.prod(taps)
+    unit = vector_unit(input, grad_output, inputs, k)
     config = launch.config(
-        kernels.conv2d_grad_weight_config, outputs // groups, products, input.element_size()
+        kernels.conv2d_grad_weight_config if unit > 1 else kernels.conv2d_grad_weight_gather_config,
+        k,
+        crs,
+        input.itemsize,
     )
     block_k, block_crs, block_npq = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "CRS", "NPQ"))
-    channels_last = input.stride(1) == 1
-    block_p, block_q, steps = pixel_blocks(n, p, q, block_npq, channels_last)
-    tiles = math.ceil(outputs // groups / block_k) * math.ceil(products / block_crs)
-    splits = reduce_kernels.num_splits(tiles * groups, steps, _MIN_PIXEL_TILES)
-    steps_per_split = math.ceil(steps / splits)
-    splits = math.ceil(steps / steps_per_split) if steps else 1
-    target = output[None]
+    block_p, block_q, pixel_tiles = pixel_blocks(n, p, q, block_npq, input.stride(1) == 1)
+    tiles = math.ceil(k / block_k) * math.ceil(crs / block_crs)
+    splits, steps = split(tiles * groups, pixel_tiles, _MIN_TILES)
+    partial, target = None, output[None]
     if splits > 1:
-        partial = input.new_empty((splits, outputs, *taps, inputs), dtype=accumulator_dtype(input.dtype))
+        shape, dtype = (splits, outputs, *taps, inputs), accumulator_dtype(input.dtype)
+        partial = input.new_empty(shape, dtype=dtype)
         target = partial.permute(0, 1, 4, 2, 3)
     launch.run(
         kernels.conv2d_grad_weight_kernel,
@@ -122,26 +132,29 @@ def grad_weight(
         grad_output,
         input,
         target,
-        inputs,
+        inputs // unit,
         *input.shape[2:],
-        outputs // groups,
+        k // unit,
         *taps,
         n,
         p,
         q,
         block_p,
         block_q,
-        steps_per_split,
+        steps,
         splits,
-        *grad_output.stride(),
-        *input.stride(),
+        *strides(grad_output, unit),
+        *strides(input, unit),
         *target.stride(),
         *geometry.scalars(),
         on=input,
         config=config,
+        # few channels are a constant, whose divisions do not hide aligned vectors
+        FLAT_C=inputs if inputs < 64 else 0,
+        UNIT=unit,
         Y_CHANNELS_LAST=grad_output.stride(1) == 1,
-        X_CHANNELS_LAST=channels_last,
+        X_CHANNELS_LAST=input.stride(1) == 1,
         INPUT_PRECISION=launch.input_precision(input.dtype, "conv"),
         INDEX_64=is_wide(grad_output, input, target),
     )
-    return partial if splits > 1 else None
+    return partial
