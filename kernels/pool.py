@@ -12,8 +12,8 @@ from triton import Config
 POOL_CONFIGS = {
     itemsize: (
         # channels along memory
-        Config({"BLOCK_PIXELS": 32 // itemsize, "BLOCK_C": 64}, num_warps=4, num_stages=1),
-        Config({"BLOCK_PIXELS": 128 // itemsize, "BLOCK_C": 16}, num_warps=4, num_stages=1),
+        Config({"BLOCK_PIXELS": 16 // itemsize, "BLOCK_C": 64}, num_warps=2, num_stages=1),
+        Config({"BLOCK_PIXELS": 64 // itemsize, "BLOCK_C": 16}, num_warps=2, num_stages=1),
         # pixels along memory, one a thread: its offsets serve four channels
         Config({"BLOCK_PIXELS": 128, "BLOCK_C": 4}, num_warps=4, num_stages=1),
     )
@@ -21,8 +21,8 @@ POOL_CONFIGS = {
 }
 # windows of which the backward kernel holds gradient and tap in registers
 MAX_WINDOWS = 9
-# input pixels that share their windows, each with a store of its own
-MAX_CELL = 16
+# pairs of a window and a pixel of a cell that it writes out
+MAX_MEETINGS = 36
 # taps whose loads are issued before the first of them is needed
 MAX_UNROLL = 16
 
@@ -49,7 +49,7 @@ def windows_per_cell(kernel_size, stride, dilation):
 def holds_windows(r, s, stride_h, stride_w, dilation_h, dilation_w):
     """Whether few enough windows reach into a cell for `max_pool2d_backward_kernel`."""
     windows = windows_per_cell(r, stride_h, dilation_h) * windows_per_cell(s, stride_w, dilation_w)
-    return windows <= MAX_WINDOWS and stride_h * stride_w <= MAX_CELL
+    return windows <= MAX_WINDOWS and windows * stride_h * stride_w <= MAX_MEETINGS
 
 
 @triton.jit

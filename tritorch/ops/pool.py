@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks, launch
 from tritorch.ops import windows
+from tritorch.ops.geometry import is_channels_last
 from tritorch.ops.windows import Ints, Window
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -31,19 +32,19 @@ def max_pool2d_reference(
     # torch's CPU kernels round every addition of 16-bit gradients, its CUDA kernels do not
     widens = input.requires_grad and input.dtype in (torch.float16, torch.bfloat16)
     x = input.float() if widens else input
+    given: Any = (kernel_size, stride, padding, dilation, ceil_mode)
     if return_indices:
-        values, indices = F.max_pool2d(
-            x, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True
-        )
+        values, indices = F.max_pool2d(x, *given, return_indices=True)
         return values.to(input.dtype), indices
-    return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode).to(input.dtype)
+    output: Tensor = F.max_pool2d(x, *given)
+    return output.to(input.dtype)
 
 
 def _outputs(
     input: Tensor, window: Window, size: Sequence[int], keep_taps: bool, return_indices: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values, taps and indices; what is not asked for has no elements."""
-    channels_last = windows.is_channels_last(input)
+    channels_last = is_channels_last(input)
     shape, nothing = (*input.shape[:2], *size), (0, 0, 0, 0)
     taps_dtype = torch.uint8 if window[0] * window[1] <= 256 else torch.int32
     return (
@@ -153,11 +154,16 @@ class MaxPool2d(torch.autograd.Function):
         output, taps, indices = _max_pool2d_forward(input, window, size, keep_taps, return_indices)
         _save(ctx, input, taps, window)
         ctx.mark_non_differentiable(indices)
+        # zeros for the gradient of the indices would be as large as they are
+        ctx.set_materialize_grads(False)
         return output, indices
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        return _scatter(ctx, grad_output), None, None, None
+    def backward(
+        ctx: Any, grad_output: Tensor | None, _: None
+    ) -> tuple[Tensor | None, None, None, None]:
+        grad_input = None if grad_output is None else _scatter(ctx, grad_output)
+        return grad_input, None, None, None
 
 
 class MaxPool2dBackward(torch.autograd.Function):
@@ -201,7 +207,7 @@ def _save(ctx: Any, input: Tensor, taps: Tensor, window: Window) -> None:
     ctx.save_for_backward(taps)
     ctx.window = window
     ctx.shape = input.shape
-    ctx.channels_last = windows.is_channels_last(input)
+    ctx.channels_last = is_channels_last(input)
 
 
 def _scatter(ctx: Any, grad_output: Tensor) -> Tensor:

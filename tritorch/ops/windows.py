@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tritorch import checks, launch
-from tritorch.ops import strided
+from tritorch.ops import geometry, strided
 
 kernels = launch.kernels("pool")
 
 # one number for height and width, or one for each
-Ints = int | list[int] | tuple[int, ...]
+Ints = int | Sequence[int]
 # kernel_size, stride, padding and dilation, height and width of each
 Window = tuple[int, ...]
 
@@ -87,23 +87,14 @@ def _output_size(
     return count - 1 if (count - 1) * stride >= size + padding else count
 
 
-def is_channels_last(images: Tensor) -> bool:
-    """Whether torch makes results for these images channels_last: a rule about strides alone."""
-    least = 1
-    for dim in (1, 3, 2, 0):
-        if images.shape[dim] == 0 or images.stride(dim) < least:
-            return False
-        # images of one pixel and one channel read the same in both formats
-        if dim == 0 and least == images.stride(1):
-            return False
-        least = images.stride(dim) * images.shape[dim]
-    return True
-
-
 def empty(like: Tensor, size: Sequence[int], channels_last: bool, dtype: torch.dtype) -> Tensor:
     """Uninitialised images on the device of `like`."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(
+        size,
+        dtype=dtype,
+        device=like.device,
+        memory_format=geometry.memory_format(channels_last),
+    )
 
 
 def run(
@@ -137,7 +128,6 @@ def run(
         on=written,
         config=config,
         # with padding there can be more pixels than the tensors have
-        INDEX_64=strided.is_wide((pixels + block_pixels,), (1,))
-        or any(strided.is_wide(tensor.shape, tensor.stride()) for tensor in images),
+        INDEX_64=geometry.is_wide(*images) or strided.is_wide((pixels + block_pixels,), (1,)),
         **constants,
     )
