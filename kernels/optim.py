@@ -18,13 +18,6 @@ def sgd_step_config(itemsize):
 
 
 @triton.jit
-def scalar_of(bits, ACC: tl.constexpr):
-    """The number whose float64 bits are `bits`: a launch would pass a float as float32."""
-    # the interpreter hands over small integers as int32
-    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(ACC)
-
-
-@triton.jit
 def update_chunk(
     param_address, grad_address, buffer_address, start, END,
     lr, momentum, gain, weight_decay, first,
@@ -64,11 +57,11 @@ def update_chunk(
     tl.store(param_ptr + offs, param.to(ELEMENT), mask=mask)
 
 
-@triton.jit(do_not_specialize=["TENSORS", "lr", "momentum", "gain", "weight_decay", "first"])
+@triton.jit(do_not_specialize=["like_ptr", "TENSORS", "first"])
 def sgd_step_kernel(
     like_ptr, owner_ptr, table_ptr,
     TENSORS,
-    lr: tl.int64, momentum: tl.int64, gain: tl.int64, weight_decay: tl.int64, first,
+    lr: tl.float64, momentum: tl.float64, gain: tl.float64, weight_decay: tl.float64, first,
     HAS_MOMENTUM: tl.constexpr, HAS_WEIGHT_DECAY: tl.constexpr,
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):
@@ -92,10 +85,10 @@ def sgd_step_kernel(
     param_address += num_bytes
     grad_address += num_bytes
     buffer_address += num_bytes
-    lr = scalar_of(lr, ACC)
-    momentum = scalar_of(momentum, ACC)
-    gain = scalar_of(gain, ACC)
-    weight_decay = scalar_of(weight_decay, ACC)
+    lr = lr.to(ACC)
+    momentum = momentum.to(ACC)
+    gain = gain.to(ACC)
+    weight_decay = weight_decay.to(ACC)
     if aligned & (count >= BLOCK):
         update_chunk(
             param_address, grad_address, buffer_address, 0, BLOCK,
@@ -103,7 +96,7 @@ def sgd_step_kernel(
             ELEMENT, True, HAS_MOMENTUM, HAS_WEIGHT_DECAY, NESTEROV, MAXIMIZE, BLOCK,
         )
     else:
-        # one element per access: small pieces need few registers, and few programs come here
+        # ends and misaligned slices, one element per access: small pieces cost few registers
         PIECE: tl.constexpr = BLOCK // 4
         end = tl.minimum(count, BLOCK).to(tl.int32)
         for start in range(0, end, PIECE):

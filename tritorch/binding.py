@@ -21,18 +21,22 @@ _KEYS = ("CUDA", "CPU")
 
 
 def library_op(
-    schema: str, *, fake: Callable[..., Any], flops: Callable[..., int] | None = None
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes the decorated launch function the library op `tritorch::<schema>` and returns the op.
 
     `fake` makes the outputs without launching: the launch function allocates with the same helper, so that
     shapes and layouts are written once.  `flops` counts floating-point operations from the arguments' shapes,
-    as `torch.utils.flop_counter` passes them.
+    as `torch.utils.flop_counter` passes them.  `tags` tell torch.compile what the op does besides.
     """
 
     def bind(launch: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
-        _LIBRARY.define(schema)
+        _LIBRARY.define(schema, tags=tags)
         for key in _KEYS:
             _LIBRARY.impl(name, launch, key)
         torch.library.register_fake(f"tritorch::{name}", fake, lib=_LIBRARY)

@@ -58,6 +58,7 @@ def sgd_step_reference(
     "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
     "bool first) -> ()",
     fake=lambda *arguments: None,
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def _sgd_step_(
     params: list[Tensor],
@@ -71,6 +72,9 @@ def _sgd_step_(
     maximize: bool,
     first: bool,
 ) -> None:
+    like = params[0]
+    if _is_captured(like):
+        checks.fail(RuntimeError, "sgd_step", "a captured graph would outlive the table it reads")
     # elements are paired by their place in memory: strides would slow every model for a rare one
     dense = [param if _is_dense(param) else param.contiguous() for param in params]
     paired_grads = [_laid_out_like(*pair) for pair in zip(grads, dense, strict=True)]
@@ -79,7 +83,6 @@ def _sgd_step_(
         paired_buffers = [
             _laid_out_like(*pair) for pair in zip(momentum_buffers, dense, strict=True)
         ]
-    like = params[0]
     config = launch.config(kernels.sgd_step_config, like.element_size())
     device = like.device
     place = (device, torch.cuda.current_stream(device).cuda_stream if like.is_cuda else 0)
@@ -100,8 +103,11 @@ def _sgd_step_(
         owners,
         table,
         len(counts),
+        lr,
+        momentum,
         # a new buffer takes the gradient as it is
-        *_bits(lr, momentum, 1.0 if first else 1 - dampening, weight_decay),
+        1.0 if first else 1 - dampening,
+        weight_decay,
         int(first),
         on=like,
         config=config,
@@ -166,13 +172,6 @@ def _table(
 def _upload(table: Tensor, device: torch.device) -> Tensor:
     # a copy from pinned memory is queued: the host waits for nothing
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-
-
-def _bits(*scalars: float) -> list[int]:
-    bits: list[int] = (
-        torch.tensor(scalars, dtype=torch.float64, device="cpu").view(torch.int64).tolist()
-    )
-    return bits
 
 
 @torch.no_grad()
@@ -274,10 +273,11 @@ def _declined(
     dtype = params[0].dtype
     if any(tensor.dtype != dtype for tensor in (*grads, *momentum_buffers)):
         return "a gradient or a momentum buffer of another dtype than its parameter"
-    if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        # a graph would read the table at every replay, long after it is freed
-        return "a CUDA graph is being captured"
-    return None
+    return "a CUDA graph is being captured" if _is_captured(params[0]) else None
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _resnet50_shapes() -> list[tuple[int, ...]]:
