@@ -286,6 +286,20 @@ def test_any_layout_of_parameter_gradient_and_buffer(device, kernels):
     assert ours[2] == torchs[2]
 
 
+def test_a_steady_step_copies_no_tensor_and_builds_no_table(device, kernels):
+    images = integers((2, 3, 4, 5), 1).to(device).to(memory_format=torch.channels_last)
+    params = [nn.Parameter(images), nn.Parameter(integers((5, 6), 2).to(device).t())]
+    optimizer = optim.SGD(params, lr=0.5, momentum=0.5)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    names = {event.name for event in profile.events()}
+    # lift_fresh is what torch.tensor calls
+    assert not names & {"aten::clone", "aten::empty_like", "aten::lift_fresh"}
+
+
 def test_memory_around_a_slice_is_left_alone(device, kernels):
     flat = torch.full((2100,), 7.0, device=device)
     param = nn.Parameter(flat[1:2098])
