@@ -1,7 +1,7 @@
-"""Max pooling of images, without atomics: one program gathers each output and each gradient.
+"""Max and average pooling of images, without atomics: outputs and gradients are gathered.
 
-A tap is the number of a cell in its window, row by row.  Forward keeps the tap of each maximum, in
-one byte where that is enough, and backward compares it with the taps that meet a pixel.
+A tap is the number of a cell in its window, row by row.  The maximum's tap is kept for backward, in
+one byte where that is enough, and is compared there with the tap that meets a pixel.
 """
 
 import triton
@@ -256,3 +256,105 @@ def max_pool2d_gather_kernel(
     # every tap of a dilated window may miss a small image
     x = tl.load(x_ptrs, mask=mask & (h < H) & (w < W), other=0.0)
     tl.store(y_ptr + y_offsets, x, mask=mask)
+
+
+@triton.jit
+def window_divisors(h, w, H, W, R, S, padding_h, padding_w, divisor,
+                    COUNT_INCLUDE_PAD: tl.constexpr, HAS_DIVISOR: tl.constexpr):
+    """What the sum over the window that starts at row h and column w is divided by."""
+    if HAS_DIVISOR:
+        return tl.zeros_like(h) + divisor
+    # a window that reaches beyond the padding is cut off there in any case
+    if COUNT_INCLUDE_PAD:
+        rows = tl.minimum(R, H + padding_h - h)
+        columns = tl.minimum(S, W + padding_w - w)
+    else:
+        rows = tl.minimum(h + R, H) - tl.maximum(h, 0)
+        columns = tl.minimum(w + S, W) - tl.maximum(w, 0)
+    return rows * columns
+
+
+@triton.jit
+def avg_pool2d_forward_kernel(
+    x_ptr, y_ptr,
+    C, H, W, P, Q, NPQ,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+    y_stride_n, y_stride_c, y_stride_p, y_stride_q,
+    stride_h, stride_w, padding_h, padding_w, divisor,
+    R: tl.constexpr, S: tl.constexpr, UNROLL: tl.constexpr,
+    COUNT_INCLUDE_PAD: tl.constexpr, HAS_DIVISOR: tl.constexpr,
+    INDEX_64: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """One program computes BLOCK_PIXELS outputs of BLOCK_C channels."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    offs_npq, offs_c = tile_indices(C, BLOCK_PIXELS, BLOCK_C, INDEX_64)
+    mask_npq = offs_npq < NPQ
+    mask_c = (offs_c < C)[None, :]
+    q = offs_npq % Q
+    p = offs_npq // Q % P
+    n = offs_npq // Q // P
+    h = p * stride_h - padding_h
+    w = q * stride_w - padding_w
+    x_offsets = n * x_stride_n + h * x_stride_h + w * x_stride_w
+    x_ptrs = x_ptr + x_offsets[:, None] + (offs_c * x_stride_c)[None, :]
+    acc = tl.zeros((BLOCK_PIXELS, BLOCK_C), dtype=ACC)
+    for tap in tl.range(0, R * S, loop_unroll_factor=UNROLL):
+        r = tap // S
+        s = tap % S
+        if INDEX_64:
+            r = tl.cast(r, tl.int64)
+            s = tl.cast(s, tl.int64)
+        inside = mask_npq & (h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W)
+        acc += tl.load(x_ptrs + (r * x_stride_h + s * x_stride_w),
+                       mask=inside[:, None] & mask_c, other=0.0).to(ACC)
+    divisors = window_divisors(h, w, H, W, R, S, padding_h, padding_w, divisor,
+                               COUNT_INCLUDE_PAD, HAS_DIVISOR)
+    y = acc / divisors.to(ACC)[:, None]
+    y_offsets = n * y_stride_n + p * y_stride_p + q * y_stride_q
+    y_ptrs = y_ptr + y_offsets[:, None] + (offs_c * y_stride_c)[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_npq[:, None] & mask_c)
+
+
+@triton.jit
+def avg_pool2d_backward_kernel(
+    grad_y_ptr, grad_x_ptr,
+    C, H, W, P, Q, NHW,
+    grad_y_stride_n, grad_y_stride_c, grad_y_stride_p, grad_y_stride_q,
+    grad_x_stride_n, grad_x_stride_c, grad_x_stride_h, grad_x_stride_w,
+    R, S, stride_h, stride_w, padding_h, padding_w, divisor,
+    NUM_P: tl.constexpr, NUM_Q: tl.constexpr, UNROLL: tl.constexpr,
+    COUNT_INCLUDE_PAD: tl.constexpr, HAS_DIVISOR: tl.constexpr,
+    INDEX_64: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """One program computes BLOCK_PIXELS input pixels of BLOCK_C channels.
+
+    At most NUM_P x NUM_Q windows contain a pixel; they are added in the order of the outputs.
+    """
+    ACC: tl.constexpr = tl.float64 if grad_y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    offs_nhw, offs_c = tile_indices(C, BLOCK_PIXELS, BLOCK_C, INDEX_64)
+    mask_nhw = offs_nhw < NHW
+    mask_c = (offs_c < C)[None, :]
+    w = offs_nhw % W
+    h = offs_nhw // W % H
+    n = offs_nhw // W // H
+    first_p = (h + padding_h) // stride_h - (NUM_P - 1)
+    first_q = (w + padding_w) // stride_w - (NUM_Q - 1)
+    grad_y_ptrs = grad_y_ptr + (offs_c * grad_y_stride_c)[None, :]
+    acc = tl.zeros((BLOCK_PIXELS, BLOCK_C), dtype=ACC)
+    for i in tl.range(0, NUM_P * NUM_Q, loop_unroll_factor=UNROLL):
+        p = first_p + i // NUM_Q
+        q = first_q + i % NUM_Q
+        h_window = p * stride_h - padding_h
+        w_window = q * stride_w - padding_w
+        inside = mask_nhw & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+        inside &= (h < h_window + R) & (w < w_window + S)
+        offsets = n * grad_y_stride_n + p * grad_y_stride_p + q * grad_y_stride_q
+        grad_y = tl.load(grad_y_ptrs + offsets[:, None], mask=inside[:, None] & mask_c, other=0.0)
+        divisors = window_divisors(h_window, w_window, H, W, R, S, padding_h, padding_w, divisor,
+                                   COUNT_INCLUDE_PAD, HAS_DIVISOR)
+        # a window that is not there may have a divisor of 0
+        scale = 1.0 / tl.where(inside, divisors, 1).to(ACC)
+        acc += grad_y.to(ACC) * scale[:, None]
+    offsets = n * grad_x_stride_n + h * grad_x_stride_h + w * grad_x_stride_w
+    grad_x_ptrs = grad_x_ptr + offsets[:, None] + (offs_c * grad_x_stride_c)[None, :]
+    tl.store(grad_x_ptrs, acc.to(grad_x_ptr.dtype.element_ty), mask=mask_nhw[:, None] & mask_c)
