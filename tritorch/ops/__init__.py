@@ -1,6 +1,7 @@
 """The functional API: one line per family."""
 
 from tritorch.ops.activation import relu as relu
+from tritorch.ops.avg_pool import avg_pool2d as avg_pool2d
 from tritorch.ops.binary_cross_entropy import binary_cross_entropy as binary_cross_entropy
 from tritorch.ops.binary_cross_entropy import (
     binary_cross_entropy_with_logits as binary_cross_entropy_with_logits,
