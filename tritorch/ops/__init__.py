@@ -7,9 +7,10 @@ from tritorch.ops.binary_cross_entropy import (
     binary_cross_entropy_with_logits as binary_cross_entropy_with_logits,
 )
 from tritorch.ops.conv import conv2d as conv2d
-from tritorch.ops.loss import mse_loss as mse_loss
+from tritorch.ops.cross_entropy import cross_entropy as cross_entropy
 from tritorch.ops.matmul import linear as linear
 from tritorch.ops.matmul import matmul as matmul
+from tritorch.ops.mse_loss import mse_loss as mse_loss
 from tritorch.ops.norm import batch_norm as batch_norm
 from tritorch.ops.optim import sgd_step as sgd_step
 from tritorch.ops.pool import max_pool2d as max_pool2d

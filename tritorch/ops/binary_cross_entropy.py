@@ -275,7 +275,7 @@ def _workloads(make: Maker, *, logits: bool) -> Iterator[Sample]:
         ("odd", make.empty(1023, 1021), make.empty(1023, 1021), None),
     )
     for name, input, target, weight in pairs:
-        extra = {"pos_weight": weight} if logits else {}
+        extra: dict[str, Any] = {"pos_weight": weight} if logits else {}
         reduction = "none" if name == "odd" else "mean"
         yield Sample(name, input=input, target=target, weight=weight, reduction=reduction, **extra)
 
