@@ -10,67 +10,48 @@ from triton import Config
 
 from tritorch.kernels.tiles import strided_offsets
 
-# by bytes per element: 16-bit operands feed tensor cores, float32 runs TF32 or plain FMA
+
+def _tile(npq, k, crs, num_warps, num_stages, maxnreg=None):
+    blocks = {"BLOCK_NPQ": npq, "BLOCK_K": k, "BLOCK_CRS": crs}
+    return Config(blocks, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
+
+
+# by bytes per element: 16-bit operands feed tensor cores, float32 runs TF32 or plain FMA; with a
+# limit of 255 registers ptxas does not aim for an occupancy that would spill a few scalars
 CONV2D_CONFIGS = {
     2: (
-        Config({"BLOCK_NPQ": 128, "BLOCK_K": 256, "BLOCK_CRS": 32}, num_warps=8, num_stages=4),
-        Config({"BLOCK_NPQ": 128, "BLOCK_K": 128, "BLOCK_CRS": 64}, num_warps=8, num_stages=3),
-        Config({"BLOCK_NPQ": 128, "BLOCK_K": 64, "BLOCK_CRS": 64}, num_warps=4, num_stages=3),
-        Config({"BLOCK_NPQ": 64, "BLOCK_K": 64, "BLOCK_CRS": 64}, num_warps=4, num_stages=4),
-        Config({"BLOCK_NPQ": 128, "BLOCK_K": 32, "BLOCK_CRS": 64}, num_warps=4, num_stages=3),
+        _tile(128, 256, 32, 8, 4),
+        _tile(128, 128, 64, 8, 3),
+        _tile(128, 64, 64, 4, 3),
+        _tile(64, 64, 64, 4, 4),
+        _tile(128, 32, 64, 4, 3),
     ),
     4: (
-        Config({"BLOCK_NPQ": 128, "BLOCK_K": 128, "BLOCK_CRS": 32}, num_warps=8, num_stages=3),
-        Config({"BLOCK_NPQ": 128, "BLOCK_K": 64, "BLOCK_CRS": 32}, num_warps=8, num_stages=3),
-        Config({"BLOCK_NPQ": 64, "BLOCK_K": 64, "BLOCK_CRS": 32}, num_warps=4, num_stages=3),
-        Config({"BLOCK_NPQ": 128, "BLOCK_K": 32, "BLOCK_CRS": 32}, num_warps=4, num_stages=3),
+        _tile(128, 128, 32, 8, 3, 255),
+        _tile(128, 64, 32, 8, 3, 255),
+        _tile(64, 64, 32, 4, 3, 255),
+        _tile(128, 32, 32, 4, 3, 255),
     ),
-    8: (
-        Config({"BLOCK_NPQ": 64, "BLOCK_K": 32, "BLOCK_CRS": 16}, num_warps=4, num_stages=2),
-    ),
+    8: (_tile(64, 32, 16, 4, 2),),
 }
 
 # for operands gathered element by element: each has an address of its own, so fewer per thread
 CONV2D_GATHER_CONFIGS = {
-    2: (
-        Config({"BLOCK_NPQ": 128, "BLOCK_K": 64, "BLOCK_CRS": 32}, num_warps=8, num_stages=3),
-        Config({"BLOCK_NPQ": 64, "BLOCK_K": 32, "BLOCK_CRS": 64}, num_warps=4, num_stages=3),
-    ),
-    4: (
-        Config({"BLOCK_NPQ": 64, "BLOCK_K": 64, "BLOCK_CRS": 32}, num_warps=8, num_stages=3),
-        Config({"BLOCK_NPQ": 64, "BLOCK_K": 32, "BLOCK_CRS": 32}, num_warps=4, num_stages=3),
-    ),
-    8: (
-        Config({"BLOCK_NPQ": 32, "BLOCK_K": 32, "BLOCK_CRS": 16}, num_warps=4, num_stages=2),
-    ),
+    2: (_tile(128, 64, 32, 8, 3, 255), _tile(64, 32, 32, 4, 3, 255)),
+    4: (_tile(64, 64, 16, 8, 3, 255), _tile(64, 32, 16, 4, 3, 255)),
+    8: (_tile(32, 32, 16, 4, 2, 255),),
 }
 
 CONV2D_GRAD_WEIGHT_CONFIGS = {
-    2: (
-        Config({"BLOCK_K": 128, "BLOCK_CRS": 128, "BLOCK_NPQ": 64}, num_warps=8, num_stages=3),
-        Config({"BLOCK_K": 64, "BLOCK_CRS": 128, "BLOCK_NPQ": 64}, num_warps=4, num_stages=3),
-        Config({"BLOCK_K": 64, "BLOCK_CRS": 64, "BLOCK_NPQ": 64}, num_warps=4, num_stages=4),
-    ),
-    4: (
-        Config({"BLOCK_K": 64, "BLOCK_CRS": 64, "BLOCK_NPQ": 32}, num_warps=4, num_stages=3),
-    ),
-    8: (
-        Config({"BLOCK_K": 32, "BLOCK_CRS": 32, "BLOCK_NPQ": 16}, num_warps=4, num_stages=2),
-    ),
+    2: (_tile(64, 128, 128, 8, 3), _tile(64, 64, 128, 4, 3), _tile(64, 64, 64, 4, 4)),
+    4: (_tile(32, 64, 64, 4, 3, 255),),
+    8: (_tile(16, 32, 32, 4, 2),),
 }
 
 CONV2D_GRAD_WEIGHT_GATHER_CONFIGS = {
-    2: (
-        Config({"BLOCK_K": 64, "BLOCK_CRS": 64, "BLOCK_NPQ": 64}, num_warps=8, num_stages=3),
-        Config({"BLOCK_K": 32, "BLOCK_CRS": 32, "BLOCK_NPQ": 64}, num_warps=4, num_stages=3),
-    ),
-    4: (
-        Config({"BLOCK_K": 64, "BLOCK_CRS": 64, "BLOCK_NPQ": 32}, num_warps=8, num_stages=3),
-        Config({"BLOCK_K": 32, "BLOCK_CRS": 32, "BLOCK_NPQ": 32}, num_warps=4, num_stages=3),
-    ),
-    8: (
-        Config({"BLOCK_K": 32, "BLOCK_CRS": 32, "BLOCK_NPQ": 16}, num_warps=4, num_stages=2),
-    ),
+    2: (_tile(32, 64, 64, 8, 3, 255), _tile(32, 32, 32, 4, 3, 255)),
+    4: (_tile(32, 64, 64, 8, 3, 255), _tile(32, 32, 32, 4, 3, 255)),
+    8: (_tile(16, 32, 32, 4, 2, 255),),
 }
 
 # weights per program of the sum over splits
@@ -145,9 +126,12 @@ def inside(position, size):
 
 
 @triton.jit
-def in_units(unit: tl.constexpr, a, b, c):
-    """Strides that come divided by `unit`, so that the compiler sees what divides them."""
-    return a * unit, b * unit, c * unit
+def in_units(UNIT: tl.constexpr, INDEX_64: tl.constexpr, a, b, c):
+    """Strides that come divided by UNIT, so that the compiler sees what divides them."""
+    if INDEX_64:
+        return tl.cast(a, tl.int64) * UNIT, tl.cast(b, tl.int64) * UNIT, tl.cast(c, tl.int64) * UNIT
+    else:
+        return a * UNIT, b * UNIT, c * UNIT
 
 
 @triton.jit
@@ -208,9 +192,12 @@ def conv2d_kernel(
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     C *= UNIT
     K *= UNIT
-    x_stride_n, x_stride_h, x_stride_w = in_units(UNIT, x_stride_n, x_stride_h, x_stride_w)
-    y_stride_n, y_stride_p, y_stride_q = in_units(UNIT, y_stride_n, y_stride_p, y_stride_q)
-    w_stride_group, w_stride_r, w_stride_s = in_units(UNIT, w_stride_group, w_stride_r, w_stride_s)
+    x_stride_n, x_stride_h, x_stride_w = in_units(
+        UNIT, INDEX_64, x_stride_n, x_stride_h, x_stride_w)
+    y_stride_n, y_stride_p, y_stride_q = in_units(
+        UNIT, INDEX_64, y_stride_n, y_stride_p, y_stride_q)
+    w_stride_group, w_stride_r, w_stride_s = in_units(
+        UNIT, INDEX_64, w_stride_group, w_stride_r, w_stride_s)
     if TRANSPOSED:
         w_stride_c *= UNIT
     else:
@@ -361,9 +348,10 @@ def conv2d_grad_weight_kernel(
     K *= UNIT
     if FLAT_C:
         C = FLAT_C
-    x_stride_n, x_stride_h, x_stride_w = in_units(UNIT, x_stride_n, x_stride_h, x_stride_w)
+    x_stride_n, x_stride_h, x_stride_w = in_units(
+        UNIT, INDEX_64, x_stride_n, x_stride_h, x_stride_w)
     grad_y_stride_n, grad_y_stride_p, grad_y_stride_q = in_units(
-        UNIT, grad_y_stride_n, grad_y_stride_p, grad_y_stride_q)
+        UNIT, INDEX_64, grad_y_stride_n, grad_y_stride_p, grad_y_stride_q)
     num_k = tl.cdiv(K, BLOCK_K)
     pid_k = tl.program_id(0) % num_k
     pid_crs = tl.program_id(0) // num_k

@@ -16,16 +16,27 @@ from tritorch.kernels.conv import (
     tile_axes,
 )
 
-DEPTHWISE_CONV2D_CONFIGS = (
-    Config({"BLOCK_NPQ": 64, "BLOCK_K": 64}, num_warps=4),
-    Config({"BLOCK_NPQ": 128, "BLOCK_K": 32}, num_warps=4),
-)
+# by bytes per element: four vectors of 16 bytes per thread
+DEPTHWISE_CONV2D_CONFIGS = {
+    2: (
+        Config({"BLOCK_NPQ": 64, "BLOCK_K": 64}, num_warps=4, maxnreg=128),
+        Config({"BLOCK_NPQ": 128, "BLOCK_K": 32}, num_warps=4, maxnreg=128),
+    ),
+    4: (
+        Config({"BLOCK_NPQ": 32, "BLOCK_K": 64}, num_warps=4, maxnreg=128),
+        Config({"BLOCK_NPQ": 64, "BLOCK_K": 32}, num_warps=4, maxnreg=128),
+    ),
+    8: (
+        Config({"BLOCK_NPQ": 16, "BLOCK_K": 64}, num_warps=4, maxnreg=128),
+        Config({"BLOCK_NPQ": 32, "BLOCK_K": 32}, num_warps=4, maxnreg=128),
+    ),
+}
 
 # where operands are gathered element by element: fewer of them a thread, each with its own address
 DEPTHWISE_CONV2D_GATHER_CONFIGS = (
     # along channels, along pixels
-    Config({"BLOCK_NPQ": 32, "BLOCK_K": 64}, num_warps=4),
-    Config({"BLOCK_NPQ": 512, "BLOCK_K": 4}, num_warps=4),
+    Config({"BLOCK_NPQ": 32, "BLOCK_K": 32}, num_warps=4, maxnreg=255),
+    Config({"BLOCK_NPQ": 256, "BLOCK_K": 4}, num_warps=4, maxnreg=255),
 )
 
 # by bytes per element: the vectors of a pixel's channels make up the threads of a warp, or half
@@ -38,13 +49,13 @@ DEPTHWISE_CONV2D_GRAD_WEIGHT_CONFIGS = {
 DEPTHWISE_CONV2D_GRAD_WEIGHT_GATHER_CONFIGS = (
     # along channels, along pixels
     Config({"BLOCK_RS": 16, "BLOCK_NPQ": 4, "BLOCK_K": 32}, num_warps=4, maxnreg=255),
-    Config({"BLOCK_RS": 16, "BLOCK_NPQ": 128, "BLOCK_K": 1}, num_warps=4, maxnreg=255),
+    Config({"BLOCK_RS": 16, "BLOCK_NPQ": 64, "BLOCK_K": 1}, num_warps=4, maxnreg=255),
 )
 
 
-def depthwise_conv2d_config(k):
+def depthwise_conv2d_config(k, itemsize):
     """The tile of more channels, unless the last one is half empty."""
-    return DEPTHWISE_CONV2D_CONFIGS[0 if (k - 1) % 64 >= 32 else 1]
+    return DEPTHWISE_CONV2D_CONFIGS[itemsize][0 if (k - 1) % 64 >= 32 else 1]
 
 
 def depthwise_conv2d_gather_config(channels_last):
@@ -82,8 +93,10 @@ def depthwise_conv2d_kernel(
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     GROUPS *= UNIT
-    x_stride_n, x_stride_h, x_stride_w = in_units(UNIT, x_stride_n, x_stride_h, x_stride_w)
-    y_stride_n, y_stride_p, y_stride_q = in_units(UNIT, y_stride_n, y_stride_p, y_stride_q)
+    x_stride_n, x_stride_h, x_stride_w = in_units(
+        UNIT, INDEX_64, x_stride_n, x_stride_h, x_stride_w)
+    y_stride_n, y_stride_p, y_stride_q = in_units(
+        UNIT, INDEX_64, y_stride_n, y_stride_p, y_stride_q)
     w_stride_r *= UNIT
     w_stride_s *= UNIT
     num_k = tl.cdiv(GROUPS * K, BLOCK_K)
@@ -134,7 +147,7 @@ def depthwise_conv2d_kernel(
     mask_npq = (n < N) & (p < P) & (q < Q)
     pixels, channels = tile_axes(mask_npq, offs_k < GROUPS * K, CHANNELS_LAST)
     x_rows = n * x_stride_n + x_h * x_stride_h + x_w * x_stride_w
-    rows, columns = tile_axes(x_rows, group * (C * x_stride_c), CHANNELS_LAST)
+    rows, columns = tile_axes(x_rows, group * C * x_stride_c, CHANNELS_LAST)
     x_offsets = rows + columns
     w_columns = group * w_stride_group + offs_k % K * w_stride_k
     x_h, w_offsets = tile_axes(x_h, w_columns, CHANNELS_LAST)
@@ -179,9 +192,10 @@ def depthwise_conv2d_grad_weight_kernel(
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     GROUPS *= UNIT
-    x_stride_n, x_stride_h, x_stride_w = in_units(UNIT, x_stride_n, x_stride_h, x_stride_w)
+    x_stride_n, x_stride_h, x_stride_w = in_units(
+        UNIT, INDEX_64, x_stride_n, x_stride_h, x_stride_w)
     grad_y_stride_n, grad_y_stride_p, grad_y_stride_q = in_units(
-        UNIT, grad_y_stride_n, grad_y_stride_p, grad_y_stride_q)
+        UNIT, INDEX_64, grad_y_stride_n, grad_y_stride_p, grad_y_stride_q)
     num_k = tl.cdiv(GROUPS * K, BLOCK_K)
     pid_k = tl.program_id(0) % num_k
     pid_rs = tl.program_id(0) // num_k

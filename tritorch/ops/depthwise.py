@@ -47,7 +47,7 @@ def convolve(
     single = w.read == w.written == 1
     unit = vector_unit(x, y, channels, *w.strides[3:]) if single else 1
     if unit > 1:
-        config = launch.config(kernels.depthwise_conv2d_config, channels)
+        config = launch.config(kernels.depthwise_conv2d_config, channels, x.itemsize)
     else:
         config = launch.config(kernels.depthwise_conv2d_gather_config, channels_last)
     rows, columns = math.ceil(p / stride_h), math.ceil(q / stride_w)
