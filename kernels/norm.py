@@ -1,7 +1,8 @@
 """Batch normalisation: statistics and sums by split reductions, and elementwise passes.
 
-R counts the elements of one channel: batch and pixels, in one loop nest.  A tile is BLOCK_R of
-these for each of BLOCK_C channels; R_AXIS is the axis they run along, 1 if pixels are contiguous.
+R counts the elements of a channel: batch and pixels, in one loop nest.  A tile is BLOCK_R of these
+by BLOCK_C channels.  VECTOR_R by VECTOR_C elements lie together in memory, aligned and masked as
+one: of a size or a stride Triton itself sees only whether 16 divides it.
 """
 
 import triton
@@ -10,18 +11,21 @@ from triton import Config
 
 from tritorch.kernels.tiles import activate, strided_offsets
 
-# by bytes per element: a thread has four 128-bit accesses to each tensor of a tile
-BATCH_NORM_CONFIGS = {
-    itemsize: (
-        # channels along memory
-        Config({"BLOCK_R": rows, "BLOCK_C": 64, "R_AXIS": 0}, num_warps=8, num_stages=1),
-        Config({"BLOCK_R": 2 * rows, "BLOCK_C": 32, "R_AXIS": 0}, num_warps=8, num_stages=1),
-        Config({"BLOCK_R": 4 * rows, "BLOCK_C": 16, "R_AXIS": 0}, num_warps=8, num_stages=1),
-        # pixels along memory: the offset of a pixel serves several channels
-        Config({"BLOCK_R": 8 * rows, "BLOCK_C": 8, "R_AXIS": 1}, num_warps=8, num_stages=1),
+
+def tiles(rows):
+    """Tiles of 64 * rows elements: three of channels along memory, one of pixels along memory."""
+    return (
+        Config({"BLOCK_R": rows, "BLOCK_C": 64}, num_warps=8, num_stages=1),
+        Config({"BLOCK_R": 2 * rows, "BLOCK_C": 32}, num_warps=8, num_stages=1),
+        Config({"BLOCK_R": 4 * rows, "BLOCK_C": 16}, num_warps=8, num_stages=1),
+        # the offset of a pixel, which costs divisions, serves several channels
+        Config({"BLOCK_R": 8 * rows, "BLOCK_C": 8}, num_warps=8, num_stages=1),
     )
-    for itemsize, rows in ((2, 128), (4, 64), (8, 32))
-}
+
+
+# by bytes per element: a thread has four 128-bit accesses to each tensor of a tile; without vectors
+# of that size it spends registers on addresses, and takes no more than of a wider type
+BATCH_NORM_CONFIGS = {2: (*tiles(128), *tiles(64)), 4: tiles(64), 8: tiles(32)}
 # tiles that one program of a reduction sums at least, and one of an elementwise pass takes at most
 MIN_STEPS = 2
 MAX_STEPS = 4
@@ -33,9 +37,10 @@ BLOCK_C = 16
 MERGE_WARPS = 8
 
 
-def batch_norm_config(channels_last, channels, itemsize):
+def batch_norm_config(channels_last, channels, vector, itemsize):
     """A tile along channels that are contiguous, no wider than they; else one along the pixels."""
     configs = BATCH_NORM_CONFIGS[itemsize]
+    configs = configs[:4] if vector * itemsize == 16 else configs[-4:]
     if not channels_last:
         return configs[3]
     return configs[0 if channels > 32 else 1 if channels > 16 else 2]
@@ -48,50 +53,55 @@ def num_steps(tiles):
 
 @triton.jit
 def own_tile(C, STEPS, INDEX_64: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Slice, channels and first rows of this program; the channels run fastest over programs."""
+    """Slice, first rows and channels of this program; the channels run fastest over programs."""
     pid = tl.program_id(0)
     if INDEX_64:
         pid = pid.to(tl.int64)
     num_c = tl.cdiv(C, BLOCK_C)
     split = pid // num_c
-    offs_c = pid % num_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    return split, offs_c, split * STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = split * STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
+    return split, offs_r, pid % num_c * BLOCK_C + tl.arange(0, BLOCK_C)
 
 
 @triton.jit
-def tile_mask(offs_c, offs_r, C, R, R_AXIS: tl.constexpr):
+def tile_mask(offs_r, offs_c, R, C, VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr):
     """Where the tile lies in the tensor."""
-    return tl.expand_dims(offs_c < C, R_AXIS) & tl.expand_dims(offs_r < R, 1 - R_AXIS)
+    mask = (offs_r < R)[:, None] & (offs_c < C)[None, :]
+    if VECTOR_R * VECTOR_C > 1:
+        mask = tl.max_constancy(mask, (VECTOR_R, VECTOR_C))
+    return mask
 
 
 @triton.jit
 def tile_offsets(
-    offs_c, offs_r, R_AXIS: tl.constexpr,
-    size_1, size_2, size_3, size_4,
+    offs_r, offs_c, size_1, size_2, size_3, size_4,
     stride_c, stride_0, stride_1, stride_2, stride_3, stride_4,
+    VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr,
 ):
     """Offsets of the tile in a tensor of those strides."""
     rows = strided_offsets(offs_r, size_1, size_2, size_3, size_4,
                            stride_0, stride_1, stride_2, stride_3, stride_4)
-    return tl.expand_dims(offs_c * stride_c, R_AXIS) + tl.expand_dims(rows, 1 - R_AXIS)
+    offsets = rows[:, None] + (offs_c * stride_c)[None, :]
+    if VECTOR_R * VECTOR_C > 1:
+        offsets = tl.max_contiguous(offsets, (VECTOR_R, VECTOR_C))
+        offsets = tl.multiple_of(offsets, (VECTOR_R, VECTOR_C))
+    return offsets
 
 
 @triton.jit
-def load_channels(
-    ptr, offs_c, C, R_AXIS: tl.constexpr, OTHER: tl.constexpr, DTYPE: tl.constexpr
-):
-    """One value per channel, to broadcast along the rows; OTHER where there is no such tensor."""
+def load_channels(ptr, offs_c, C, OTHER: tl.constexpr, DTYPE: tl.constexpr):
+    """One value per channel; OTHER where there is no such tensor."""
     if ptr is None:
         values = tl.full(offs_c.shape, OTHER, DTYPE)
     else:
         values = tl.load(ptr + offs_c, mask=offs_c < C, other=OTHER).to(DTYPE)
-    return tl.expand_dims(values, R_AXIS)
+    return values
 
 
 @triton.jit
-def inverse_std(var_ptr, offs_c, C, eps, R_AXIS: tl.constexpr, DTYPE: tl.constexpr):
+def inverse_std(var_ptr, offs_c, C, eps, DTYPE: tl.constexpr):
     """1 / sqrt(var + eps) per channel; eps is added as the float64 that it is."""
-    var = load_channels(var_ptr, offs_c, C, R_AXIS, 1.0, tl.float64)
+    var = load_channels(var_ptr, offs_c, C, 1.0, tl.float64)
     return 1.0 / tl.sqrt((var + eps).to(DTYPE))
 
 
@@ -101,39 +111,43 @@ def batch_norm_stats_kernel(
     C, R, STEPS, size_1, size_2, size_3, size_4,
     x_stride_c, x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
     INDEX_64: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, R_AXIS: tl.constexpr,
+    VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One program writes mean, squared deviations and count of STEPS tiles of its channels."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    split, offs_c, offs_r = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
-    mask_c = tl.expand_dims(offs_c < C, R_AXIS)
+    split, offs_r, offs_c = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
+    mask_c = offs_c < C
     count = tl.minimum(R - split * STEPS * BLOCK_R, STEPS * BLOCK_R)
 
-    mask = tile_mask(offs_c, offs_r, C, R, R_AXIS)
-    offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4, x_stride_c,
-                           x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4)
+    mask = tile_mask(offs_r, offs_c, R, C, VECTOR_R, VECTOR_C)
+    offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
+                           x_stride_c, x_stride_0, x_stride_1,
+                           x_stride_2, x_stride_3, x_stride_4,
+                           VECTOR_R, VECTOR_C)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
     # deviations from the mean of the first tile: far from zero the squares would cancel, and from
     # this shift they are at most 1 + STEPS times the result
-    shift = tl.sum(x, R_AXIS, keep_dims=True) / tl.minimum(count, BLOCK_R).to(ACC)
+    shift = tl.sum(x, 0) / tl.minimum(count, BLOCK_R).to(ACC)
     # an infinite value makes the mean infinite, as in torch, and not NaN
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
-    sum1 = tl.where(mask, x - shift, 0.0)
+    sum1 = tl.where(mask, x - shift[None, :], 0.0)
     sum2 = sum1 * sum1
     for _ in range(1, STEPS):
         offs_r += BLOCK_R
-        mask = tile_mask(offs_c, offs_r, C, R, R_AXIS)
-        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4, x_stride_c,
-                               x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4)
+        mask = tile_mask(offs_r, offs_c, R, C, VECTOR_R, VECTOR_C)
+        offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
+                               x_stride_c, x_stride_0, x_stride_1,
+                               x_stride_2, x_stride_3, x_stride_4,
+                               VECTOR_R, VECTOR_C)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
-        deviation = tl.where(mask, x - shift, 0.0)
+        deviation = tl.where(mask, x - shift[None, :], 0.0)
         sum1 += deviation
         sum2 += deviation * deviation
 
     count = count.to(ACC)
-    total = tl.sum(sum1, R_AXIS, keep_dims=True)
-    m2 = tl.sum(sum2, R_AXIS, keep_dims=True) - total * total / count
-    row = statistics_ptr + split * 3 * C + tl.expand_dims(offs_c, R_AXIS)
+    total = tl.sum(sum1, 0)
+    m2 = tl.sum(sum2, 0) - total * total / count
+    row = statistics_ptr + split * 3 * C + offs_c
     tl.store(row, shift + total / count, mask=mask_c)
     tl.store(row + C, m2, mask=mask_c)
     tl.store(row + 2 * C, tl.zeros_like(m2) + count, mask=mask_c)
@@ -205,28 +219,34 @@ def batch_norm_forward_kernel(
     y_stride_c, y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4,
     eps: tl.float64,
     ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, R_AXIS: tl.constexpr,
+    VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One program normalises STEPS tiles of its channels, adds the residual and activates."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    _, offs_c, offs_r = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
-    mean = load_channels(mean_ptr, offs_c, C, R_AXIS, 0.0, ACC)
-    weight = load_channels(weight_ptr, offs_c, C, R_AXIS, 1.0, ACC)
-    bias = load_channels(bias_ptr, offs_c, C, R_AXIS, 0.0, ACC)
-    scale = inverse_std(var_ptr, offs_c, C, eps, R_AXIS, ACC) * weight
+    _, offs_r, offs_c = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
+    mean = load_channels(mean_ptr, offs_c, C, 0.0, ACC)
+    weight = load_channels(weight_ptr, offs_c, C, 1.0, ACC)
+    bias = load_channels(bias_ptr, offs_c, C, 0.0, ACC)
+    scale = inverse_std(var_ptr, offs_c, C, eps, ACC) * weight
     for _ in range(STEPS):
-        mask = tile_mask(offs_c, offs_r, C, R, R_AXIS)
-        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4, x_stride_c,
-                               x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4)
-        y = (tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC) - mean) * scale + bias
+        mask = tile_mask(offs_r, offs_c, R, C, VECTOR_R, VECTOR_C)
+        offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
+                               x_stride_c, x_stride_0, x_stride_1,
+                               x_stride_2, x_stride_3, x_stride_4,
+                               VECTOR_R, VECTOR_C)
+        deviation = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC) - mean[None, :]
+        y = deviation * scale[None, :] + bias[None, :]
         if residual_ptr is not None:
-            offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+            offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                    residual_stride_c, residual_stride_0, residual_stride_1,
-                                   residual_stride_2, residual_stride_3, residual_stride_4)
+                                   residual_stride_2, residual_stride_3, residual_stride_4,
+                                   VECTOR_R, VECTOR_C)
             y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(ACC)
         y = activate(y, ACTIVATION)
-        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4, y_stride_c,
-                               y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4)
+        offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
+                               y_stride_c, y_stride_0, y_stride_1,
+                               y_stride_2, y_stride_3, y_stride_4,
+                               VECTOR_R, VECTOR_C)
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
         offs_r += BLOCK_R
 
@@ -249,52 +269,54 @@ def batch_norm_backward_reduce_kernel(
     x_stride_c, x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
     eps: tl.float64,
     ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, R_AXIS: tl.constexpr,
+    VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One program sums grad_y and grad_y * normalised x over STEPS tiles of its channels.
 
     ACTIVATION masks grad_y by y computed again.  With y_ptr it is masked by y itself, and written.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    split, offs_c, offs_r = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
-    mask_c = tl.expand_dims(offs_c < C, R_AXIS)
-    mean = load_channels(mean_ptr, offs_c, C, R_AXIS, 0.0, ACC)
-    invstd = inverse_std(var_ptr, offs_c, C, eps, R_AXIS, ACC)
-    scale = invstd * load_channels(weight_ptr, offs_c, C, R_AXIS, 1.0, ACC)
-    bias = load_channels(bias_ptr, offs_c, C, R_AXIS, 0.0, ACC)
-    if R_AXIS == 0:
-        grad_sum = tl.zeros((BLOCK_R, BLOCK_C), dtype=ACC)
-    else:
-        grad_sum = tl.zeros((BLOCK_C, BLOCK_R), dtype=ACC)
-    product_sum = tl.zeros_like(grad_sum)
+    split, offs_r, offs_c = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
+    mean = load_channels(mean_ptr, offs_c, C, 0.0, ACC)
+    invstd = inverse_std(var_ptr, offs_c, C, eps, ACC)
+    scale = invstd * load_channels(weight_ptr, offs_c, C, 1.0, ACC)
+    bias = load_channels(bias_ptr, offs_c, C, 0.0, ACC)
+    grad_sum = tl.zeros((BLOCK_R, BLOCK_C), dtype=ACC)
+    product_sum = tl.zeros((BLOCK_R, BLOCK_C), dtype=ACC)
     for _ in range(STEPS):
-        mask = tile_mask(offs_c, offs_r, C, R, R_AXIS)
-        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+        mask = tile_mask(offs_r, offs_c, R, C, VECTOR_R, VECTOR_C)
+        offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                grad_y_stride_c, grad_y_stride_0, grad_y_stride_1,
-                               grad_y_stride_2, grad_y_stride_3, grad_y_stride_4)
+                               grad_y_stride_2, grad_y_stride_3, grad_y_stride_4,
+                               VECTOR_R, VECTOR_C)
         grad = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(ACC)
-        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4, x_stride_c,
-                               x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4)
-        deviation = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC) - mean
+        offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
+                               x_stride_c, x_stride_0, x_stride_1,
+                               x_stride_2, x_stride_3, x_stride_4,
+                               VECTOR_R, VECTOR_C)
+        deviation = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC) - mean[None, :]
         if ACTIVATION == "relu":
-            grad = mask_by_output(grad, deviation * scale + bias, x_ptr.dtype.element_ty)
+            y = deviation * scale[None, :] + bias[None, :]
+            grad = mask_by_output(grad, y, x_ptr.dtype.element_ty)
         if y_ptr is not None:
-            offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+            offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                    y_stride_c, y_stride_0, y_stride_1,
-                                   y_stride_2, y_stride_3, y_stride_4)
+                                   y_stride_2, y_stride_3, y_stride_4,
+                                   VECTOR_R, VECTOR_C)
             y = tl.load(y_ptr + offsets, mask=mask, other=0.0)
             grad = mask_by_output(grad, y, y_ptr.dtype.element_ty)
-            offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+            offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                    masked_stride_c, masked_stride_0, masked_stride_1,
-                                   masked_stride_2, masked_stride_3, masked_stride_4)
+                                   masked_stride_2, masked_stride_3, masked_stride_4,
+                                   VECTOR_R, VECTOR_C)
             tl.store(masked_ptr + offsets, grad.to(masked_ptr.dtype.element_ty), mask=mask)
         grad_sum += grad
         product_sum += grad * deviation
         offs_r += BLOCK_R
 
-    row = sums_ptr + split * 2 * C + tl.expand_dims(offs_c, R_AXIS)
-    tl.store(row, tl.sum(grad_sum, R_AXIS, keep_dims=True), mask=mask_c)
-    tl.store(row + C, tl.sum(product_sum, R_AXIS, keep_dims=True) * invstd, mask=mask_c)
+    row = sums_ptr + split * 2 * C + offs_c
+    tl.store(row, tl.sum(grad_sum, 0), mask=offs_c < C)
+    tl.store(row + C, tl.sum(product_sum, 0) * invstd, mask=offs_c < C)
 
 
 @triton.jit
@@ -308,35 +330,40 @@ def batch_norm_grad_input_kernel(
     grad_x_stride_2, grad_x_stride_3, grad_x_stride_4,
     eps: tl.float64,
     ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, R_AXIS: tl.constexpr,
+    VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One program computes STEPS tiles of the gradient of x; sums are None for fixed statistics."""
     ACC: tl.constexpr = tl.float64 if grad_y_ptr.dtype.element_ty == tl.float64 else tl.float32
-    _, offs_c, offs_r = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
-    mean = load_channels(mean_ptr, offs_c, C, R_AXIS, 0.0, ACC)
-    invstd = inverse_std(var_ptr, offs_c, C, eps, R_AXIS, ACC)
-    scale = invstd * load_channels(weight_ptr, offs_c, C, R_AXIS, 1.0, ACC)
-    bias = load_channels(bias_ptr, offs_c, C, R_AXIS, 0.0, ACC)
+    _, offs_r, offs_c = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
+    mean = load_channels(mean_ptr, offs_c, C, 0.0, ACC)
+    invstd = inverse_std(var_ptr, offs_c, C, eps, ACC)
+    scale = invstd * load_channels(weight_ptr, offs_c, C, 1.0, ACC)
+    bias = load_channels(bias_ptr, offs_c, C, 0.0, ACC)
     if sums_ptr is not None:
-        grad_mean = load_channels(sums_ptr, offs_c, C, R_AXIS, 0.0, ACC) / COUNT
-        slope = load_channels(sums_ptr + C, offs_c, C, R_AXIS, 0.0, ACC) / COUNT * invstd
+        grad_mean = load_channels(sums_ptr, offs_c, C, 0.0, ACC) / COUNT
+        slope = load_channels(sums_ptr + C, offs_c, C, 0.0, ACC) / COUNT * invstd
     for _ in range(STEPS):
-        mask = tile_mask(offs_c, offs_r, C, R, R_AXIS)
-        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+        mask = tile_mask(offs_r, offs_c, R, C, VECTOR_R, VECTOR_C)
+        offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                grad_y_stride_c, grad_y_stride_0, grad_y_stride_1,
-                               grad_y_stride_2, grad_y_stride_3, grad_y_stride_4)
+                               grad_y_stride_2, grad_y_stride_3, grad_y_stride_4,
+                               VECTOR_R, VECTOR_C)
         grad = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(ACC)
         if x_ptr is not None:
-            offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+            offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                    x_stride_c, x_stride_0, x_stride_1,
-                                   x_stride_2, x_stride_3, x_stride_4)
-            deviation = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC) - mean
+                                   x_stride_2, x_stride_3, x_stride_4,
+                                   VECTOR_R, VECTOR_C)
+            deviation = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC) - mean[None, :]
             if ACTIVATION == "relu":
-                grad = mask_by_output(grad, deviation * scale + bias, x_ptr.dtype.element_ty)
+                y = deviation * scale[None, :] + bias[None, :]
+                grad = mask_by_output(grad, y, x_ptr.dtype.element_ty)
             if sums_ptr is not None:
-                grad -= grad_mean + deviation * slope
-        offsets = tile_offsets(offs_c, offs_r, R_AXIS, size_1, size_2, size_3, size_4,
+                grad -= grad_mean[None, :] + deviation * slope[None, :]
+        grad_x = (grad * scale[None, :]).to(grad_x_ptr.dtype.element_ty)
+        offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                grad_x_stride_c, grad_x_stride_0, grad_x_stride_1,
-                               grad_x_stride_2, grad_x_stride_3, grad_x_stride_4)
-        tl.store(grad_x_ptr + offsets, (grad * scale).to(grad_x_ptr.dtype.element_ty), mask=mask)
+                               grad_x_stride_2, grad_x_stride_3, grad_x_stride_4,
+                               VECTOR_R, VECTOR_C)
+        tl.store(grad_x_ptr + offsets, grad_x, mask=mask)
         offs_r += BLOCK_R

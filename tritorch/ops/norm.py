@@ -263,7 +263,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("weight-only", 4, 33, affine="w", activation="relu")
     yield sample("bias-only", 4, 3, 5, affine="b", stats=False)
     yield sample("eval-length", 3, 2, 7, training=False)
-    yield sample("eval-rows", 3, 18, training=False, affine="", activation="relu")
+    yield sample("eval-rows", 3, 18, training=False, affine="", activation="relu", residual=True)
     yield sample("eval-float32", 2, 3, 5, 3, training=False, float32=True)
     yield sample("float32-parameters", 5, 3, 7, 3, float32=True, activation="relu")
     if make.dtype != torch.float64:
@@ -308,7 +308,12 @@ def _workloads(make: Maker) -> Iterator[Sample]:
     yield sample("rows", make.empty(4096, 1024))
     yield sample("few-channels", make.empty(64, 24, 56, 56).to(memory_format=torch.channels_last))
     yield sample("fewer-channels", make.empty(64, 16, 56, 56).to(memory_format=torch.channels_last))
-    yield sample("odd", make.empty(31, 67, 13, 13), activation="relu")
+    odd = make.empty(31, 67, 13, 13)
+    yield sample("odd", odd, activation="relu", residual=odd)
+    odd = odd.to(memory_format=torch.channels_last)
+    yield sample("odd-channels-last", odd, activation="relu", residual=odd)
+    odd = make.empty(31, 29, 13, 13).to(memory_format=torch.channels_last)
+    yield sample("few-odd-channels", odd, activation="relu", residual=odd)
 
 
 def _rejects(make: Maker) -> Iterator[Reject]:
@@ -396,7 +401,6 @@ register(
             "norm.batch_norm_backward_reduce_kernel",
             "norm.batch_norm_grad_input_kernel",
             "reduce.channel_sum_kernel",
-            "reduce.split_sum_kernel",
             "activation.relu_backward_kernel",
         ),
         gradients=("input", "weight", "bias", "residual"),

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tritorch import binding, launch
@@ -31,7 +32,7 @@ class _Walk(NamedTuple):
     sizes: tuple[int, ...]
     # of each tensor along the channels and along the nest; zeros for None
     strides: tuple[int, ...]
-    wide: bool
+    constants: dict[str, int]
 
 
 def _walk(*tensors: Tensor | None, reduces: bool) -> _Walk:
@@ -40,8 +41,15 @@ def _walk(*tensors: Tensor | None, reduces: bool) -> _Walk:
     last = given[-1]
     channels = last.shape[1]
     rows = last.numel() // channels
-    channels_last = channels > 1 and last.stride(1) == 1
-    config = launch.config(kernels.batch_norm_config, channels_last, channels, last.element_size())
+    nest = strided.nest("batch_norm", *(tensor.select(1, 0) for tensor in given))
+    vector = _vector(given, nest)
+    config = launch.config(
+        kernels.batch_norm_config,
+        channels > 1 and last.stride(1) == 1,
+        channels,
+        max(vector),
+        last.element_size(),
+    )
     blocks = math.ceil(channels / config.kwargs["BLOCK_C"])
     tiles = math.ceil(rows / config.kwargs["BLOCK_R"])
     if reduces:
@@ -49,24 +57,40 @@ def _walk(*tensors: Tensor | None, reduces: bool) -> _Walk:
     else:
         steps = kernels.num_steps(blocks * tiles)
     slices = math.ceil(tiles / steps)
-    nest = strided.nest("batch_norm", *(tensor.select(1, 0) for tensor in given))
     along = iter(nest.strides)
     strides: tuple[int, ...] = ()
     for tensor in tensors:
         strides += (0,) * 6 if tensor is None else (tensor.stride(1), *next(along))
     # the rows of the last tiles pass the end
     overrun = (steps + 1) * config.kwargs["BLOCK_R"]
+    wide = rows + overrun >= 2**31 or any(strided.is_wide(t.shape, t.stride()) for t in given)
+    constants = {"INDEX_64": wide, "VECTOR_R": vector[0], "VECTOR_C": vector[1]}
     return _Walk(
         config,
         slices,
         blocks * slices,
         (channels, rows, steps, *nest.sizes[1:]),
         strides,
-        rows + overrun >= 2**31 or any(strided.is_wide(t.shape, t.stride()) for t in given),
+        constants,
     )
 
 
-def _vector(tensor: Tensor | None) -> Tensor | None:
+def _vector(tensors: Sequence[Tensor], nest: strided.Nest) -> tuple[int, int]:
+    """Rows and channels, 16 bytes at most, that lie together and aligned in every tensor."""
+    vector = 16 // tensors[0].element_size()
+    along_channels = [tensor.stride(1) for tensor in tensors]
+    if all(stride == 1 for stride in along_channels):
+        strides = (stride for along in nest.strides for stride in along)
+        return 1, math.gcd(vector, tensors[0].shape[1], *strides)
+    # the innermost dimension of the nest; behind it is padding
+    inner = max((dim for dim, size in enumerate(nest.sizes) if size > 1), default=0)
+    if any(along[inner] != 1 for along in nest.strides):
+        return 1, 1
+    outer = (s for along in nest.strides for dim, s in enumerate(along) if dim != inner)
+    return math.gcd(vector, nest.sizes[inner], *along_channels, *outer), 1
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
     # one value per channel: to copy the odd strided one is cheaper than to give each a stride
     return None if tensor is None else tensor.contiguous()
 
@@ -102,7 +126,7 @@ def batch_norm_stats(
         *walk.strides,
         on=input,
         config=walk.config,
-        INDEX_64=walk.wide,
+        **walk.constants,
     )
     launch.run(
         kernels.batch_norm_gather_stats_kernel,
@@ -122,6 +146,10 @@ def batch_norm_stats(
         BLOCK_C=kernels.BLOCK_C,
         num_warps=kernels.MERGE_WARPS,
     )
+    for running in (running_mean, running_var):
+        # the dispatcher does not count what a kernel writes, and inference tensors are not counted
+        if running is not None and not running.is_inference():
+            torch.autograd.graph.increment_version(running)
     return mean, var
 
 
@@ -148,7 +176,7 @@ def batch_norm_elemt(
         (walk.programs,),
         input,
         residual,
-        *map(_vector, (mean, var, weight, bias)),
+        *map(_contiguous, (mean, var, weight, bias)),
         output,
         *walk.sizes,
         *walk.strides,
@@ -156,7 +184,7 @@ def batch_norm_elemt(
         on=input,
         config=walk.config,
         ACTIVATION=activation,
-        INDEX_64=walk.wide,
+        **walk.constants,
     )
     return output
 
@@ -204,7 +232,7 @@ def batch_norm_backward_reduce(
         grad_output,
         output,
         input,
-        *map(_vector, (mean, var, weight, bias)),
+        *map(_contiguous, (mean, var, weight, bias)),
         written,
         partial,
         *walk.sizes,
@@ -213,7 +241,7 @@ def batch_norm_backward_reduce(
         on=input,
         config=walk.config,
         ACTIVATION=activation,
-        INDEX_64=walk.wide,
+        **walk.constants,
     )
     if walk.slices == 1:
         return partial[0], masked
@@ -250,7 +278,7 @@ def batch_norm_backward_elemt(
         (walk.programs,),
         grad_output,
         input,
-        *map(_vector, (mean, var, weight, bias)),
+        *map(_contiguous, (mean, var, weight, bias)),
         sums,
         grad_input,
         *walk.sizes,
@@ -260,6 +288,6 @@ def batch_norm_backward_elemt(
         on=grad_output,
         config=walk.config,
         ACTIVATION=activation,
-        INDEX_64=walk.wide,
+        **walk.constants,
     )
     return grad_input
