@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +42,8 @@ def environment() -> dict[str, Json]:
     UTC, ISO 8601, seconds. `tf32` holds torch's two switches, `triton_env` the TRITON_* variables.
     """
     commit, dirty = _commit()
+    # `allow_tf32` raises once a program has set a newer switch; torch gives those no types
+    backends: Any = torch.backends
     return {
         **_gpu(),
         "cuda": torch.version.cuda,
@@ -53,9 +56,8 @@ def environment() -> dict[str, Json]:
         "dirty": dirty,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "tf32": {
-            # the switches of this name raise once a program has set one of the newer kind
-            "matmul": torch.backends.cuda.matmul.fp32_precision == "tf32",
-            "conv": torch.backends.cudnn.conv.fp32_precision == "tf32",
+            "matmul": backends.cuda.matmul.fp32_precision == "tf32",
+            "conv": backends.cudnn.conv.fp32_precision == "tf32",
         },
         "triton_env": {k: v for k, v in sorted(os.environ.items()) if k.startswith("TRITON_")},
     }

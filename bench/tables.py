@@ -1,6 +1,7 @@
 """The generated tables of the documentation: what the specs declare and what result files say.
 
-`python -m tritorch.bench.tables README.md` rewrites every block between `<!-- table: name -->` and `<!-- end -->`
+`python -m tritorch.bench.tables README.md` rewrites every block between `<!-- table: name -->` and
+`<!-- end -->`
 of the files named; `--check` only says whether one is stale.
 """
 
@@ -10,12 +11,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-import tritorch.ops
 from tritorch.registry import OpSpec, specs
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -62,7 +62,9 @@ def _second_gradient(spec: OpSpec) -> str:
 
 
 def results_table(folder: Path = RESULTS) -> str:
-    """One row per timed row of every committed result file, slowest claim first to be checked: verified or not."""
+    """One row per timed row of every committed result file, slowest claim first to be checked:
+    verified or not.
+    """
     rows = [
         (
             str(environment.get("gpu")),
@@ -71,7 +73,9 @@ def results_table(folder: Path = RESULTS) -> str:
             str(row["pass"]),
             str(row["implementation"]),
             f"{row['median_us']:.1f}",
-            f"{row['speedup']:.2f}" if row.get("verified") and row.get("speedup") else "not verified",
+            f"{row['speedup']:.2f}"
+            if row.get("verified") and row.get("speedup")
+            else "not verified",
         )
         for environment, row in _timed(folder)
     ]
@@ -89,7 +93,7 @@ def _timed(folder: Path) -> Iterator[tuple[dict[str, object], dict[str, float]]]
                 yield result["environment"], row
 
 
-def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [header, ("--",) * len(header), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -103,9 +107,13 @@ def regenerated(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if one is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing, exit 1 if one is stale"
+    )
     options = parser.parse_args()
     stale = []
     for path in options.files:
@@ -115,7 +123,9 @@ def main() -> None:
             if not options.check:
                 path.write_text(new)
     if options.check and stale:
-        sys.exit(f"stale: {', '.join(map(str, stale))}; run python -m tritorch.bench.tables on them")
+        sys.exit(
+            f"stale: {', '.join(map(str, stale))}; run python -m tritorch.bench.tables on them"
+        )
 
 
 if __name__ == "__main__":

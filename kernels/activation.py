@@ -44,18 +44,22 @@ def relu_backward_kernel(
     grad_x_stride_0, grad_x_stride_1, grad_x_stride_2, grad_x_stride_3, grad_x_stride_4,
     INDEX_64: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One program computes BLOCK consecutive elements of the gradient from the output y of the forward pass."""
+    """One program computes BLOCK consecutive elements of the gradient from the output y of the
+    forward pass.
+    """
     pid = tl.program_id(0)
     if INDEX_64:
         pid = pid.to(tl.int64)
     index = pid * BLOCK + tl.arange(0, BLOCK)
     mask = index < NUMEL
-    grad_y_offsets = strided_offsets(index, size_1, size_2, size_3, size_4, grad_y_stride_0,
-                                     grad_y_stride_1, grad_y_stride_2, grad_y_stride_3, grad_y_stride_4)
+    grad_y_offsets = strided_offsets(index, size_1, size_2, size_3, size_4,
+                                     grad_y_stride_0, grad_y_stride_1, grad_y_stride_2,
+                                     grad_y_stride_3, grad_y_stride_4)
     y_offsets = strided_offsets(index, size_1, size_2, size_3, size_4,
                                 y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4)
-    grad_x_offsets = strided_offsets(index, size_1, size_2, size_3, size_4, grad_x_stride_0,
-                                     grad_x_stride_1, grad_x_stride_2, grad_x_stride_3, grad_x_stride_4)
+    grad_x_offsets = strided_offsets(index, size_1, size_2, size_3, size_4,
+                                     grad_x_stride_0, grad_x_stride_1, grad_x_stride_2,
+                                     grad_x_stride_3, grad_x_stride_4)
     grad_y = tl.load(grad_y_ptr + grad_y_offsets, mask=mask, other=0.0)
     y = tl.load(y_ptr + y_offsets, mask=mask, other=0.0)
     # torch passes the gradient where y is NaN

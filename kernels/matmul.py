@@ -1,4 +1,6 @@
-"""Batched matrix product with bias and activation; both of its gradients are the same kernel, transposed strides."""
+"""Batched matrix product with bias and activation; both of its gradients are the same kernel,
+transposed strides.
+"""
 
 import triton
 import triton.language as tl
@@ -6,21 +8,27 @@ from triton import Config
 
 from tritorch.kernels.tiles import activate, grouped_programs
 
-# by bytes per element: 16-bit operands feed tensor cores, float32 runs TF32 or plain FMA, float64 its own units
+
+def tile(m, n, k, group, **options):
+    return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group}, **options)
+
+
+# by bytes per element: 16-bit operands feed tensor cores, float32 runs TF32 or plain FMA, float64
+# its own units
 MATMUL_CONFIGS = {
     2: (
-        Config({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 32, "GROUP_M": 8}, num_warps=8, num_stages=3),
-        Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=8, num_stages=3),
+        tile(128, 256, 32, 8, num_warps=8, num_stages=3),
+        tile(128, 128, 64, 8, num_warps=8, num_stages=3),
         # without a limit of its own ptxas aims for occupancy and spills two scalars
-        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=4, num_stages=3, maxnreg=255),
-        Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 1}, num_warps=4, num_stages=4),
+        tile(64, 64, 64, 8, num_warps=4, num_stages=3, maxnreg=255),
+        tile(16, 64, 64, 1, num_warps=4, num_stages=4),
     ),
     4: (
-        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=8, num_stages=3, maxnreg=255),
-        Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 1}, num_warps=4, num_stages=3),
+        tile(64, 64, 16, 8, num_warps=8, num_stages=3, maxnreg=255),
+        tile(16, 64, 16, 1, num_warps=4, num_stages=3),
     ),
     8: (
-        Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=4, num_stages=3),
+        tile(32, 32, 16, 8, num_warps=4, num_stages=3),
     ),
 }
 # tiles that keep most multiprocessors of a large GPU busy
@@ -34,7 +42,8 @@ def matmul_config(m, n, k, batch, itemsize):
         return configs[-1]
     if itemsize > 2:
         return configs[0]
-    # rows that do not start on 16 bytes are loaded through registers, and the largest tile has none to spare
+    # rows that do not start on 16 bytes are loaded through registers, and the largest tile has none
+    # to spare
     aligned = m % 16 == 0 and n % 16 == 0 and k % 16 == 0
     for config in configs[0 if aligned else 1:2]:
         sizes = config.kwargs
@@ -51,12 +60,17 @@ def matmul_kernel(
     a_stride_batch, a_stride_m, a_stride_k,
     b_stride_batch, b_stride_k, b_stride_n,
     y_stride_split, y_stride_batch, y_stride_m,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, INPUT_PRECISION: tl.constexpr, INDEX_64: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    INDEX_64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
-    """One program computes a BLOCK_M x BLOCK_N tile of one batch entry over STEPS slices of BLOCK_K of the inner axis."""
+    """One program computes a BLOCK_M x BLOCK_N tile of one batch entry over STEPS slices of BLOCK_K
+    of the inner axis.
+    """
     ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
-    pid_m, pid_n = grouped_programs(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    num_m = tl.cdiv(M, BLOCK_M)
+    num_n = tl.cdiv(N, BLOCK_N)
+    pid_m, pid_n = grouped_programs(tl.program_id(0), num_m, num_n, GROUP_M)
     split = tl.program_id(1) % SPLITS
     batch = (tl.program_id(1) // SPLITS).to(tl.int64)
     # the tile's corner in 64 bits, once; inside the tile 32 bits are enough unless a stride is huge
@@ -74,7 +88,7 @@ def matmul_kernel(
     a_offsets = tile_m[:, None] * a_stride_m + tile_k[None, :] * a_stride_k
     b_offsets = tile_k[:, None] * b_stride_k + tile_n[None, :] * b_stride_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for step in range(0, STEPS):
+    for step in range(STEPS):
         mask_k = tile_k < K - first_k - step * BLOCK_K
         a = tl.load(a_ptr + a_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         b = tl.load(b_ptr + b_offsets, mask=mask_k[:, None] & mask_n[None, :], other=0.0)

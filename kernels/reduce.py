@@ -1,4 +1,6 @@
-"""Sums: over everything but the channels, and over the partial results of a split reduction, in a fixed order."""
+"""Sums: over everything but the channels, and over the partial results of a split reduction, in a
+fixed order.
+"""
 
 import triton
 import triton.language as tl
@@ -15,17 +17,21 @@ CHANNEL_SUM_CONFIGS = (
     # pixels along memory: few channels per program, long rows
     Config({"BLOCK_R": 512, "BLOCK_C": 8}, num_warps=4, num_stages=3),
 )
-# programs wanted: about two per multiprocessor of a large GPU, one constant so that sums repeat across GPUs
+# programs wanted: about two per multiprocessor of a large GPU, one constant so that sums repeat
+# across GPUs
 PROGRAMS = 256
 
 
 def channel_sum_config(channels_last):
-    """Tile of the channel sum: along the channels when they are contiguous, else along the pixels."""
+    """Tile of the channel sum: along the channels when they are contiguous, else along the pixels.
+    """
     return CHANNEL_SUM_CONFIGS[0 if channels_last else 1]
 
 
 def num_splits(tiles, steps, min_steps):
-    """Slices of a reduction of `steps` steps so that `tiles` output tiles fill a GPU, each of min_steps at least."""
+    """Slices of a reduction of `steps` steps so that `tiles` output tiles fill a GPU, each of
+    min_steps at least.
+    """
     return max(1, min(PROGRAMS // max(tiles, 1), steps // min_steps))
 
 
@@ -36,7 +42,9 @@ def channel_sum_kernel(
     x_stride_c, x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
     INDEX_64: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """One program sums STEPS tiles of BLOCK_R elements of each of its BLOCK_C channels into row `split` of y."""
+    """One program sums STEPS tiles of BLOCK_R elements of each of its BLOCK_C channels into row
+    `split` of y.
+    """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     split = tl.program_id(1)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -48,7 +56,7 @@ def channel_sum_kernel(
     else:
         x_ptrs = x_ptr + offs_c[None, :] * x_stride_c
     acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=ACC)
-    for _ in range(0, STEPS):
+    for _ in range(STEPS):
         offsets = strided_offsets(offs_r, size_1, size_2, size_3, size_4,
                                   x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4)
         mask = (offs_r < R)[:, None] & mask_c[None, :]
@@ -64,11 +72,13 @@ def split_sum_kernel(
     NUMEL, SPLITS, COLUMNS, bias_stride,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One program adds BLOCK elements of the SPLITS rows of x in order, then the bias of their column, and rounds once."""
+    """One program adds BLOCK elements of the SPLITS rows of x in order, then the bias of their
+    column, and rounds once.
+    """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < NUMEL
     acc = tl.zeros((BLOCK,), dtype=x_ptr.dtype.element_ty)
-    for _ in range(0, SPLITS):
+    for _ in range(SPLITS):
         acc += tl.load(x_ptr + index, mask=mask, other=0.0)
         x_ptr += NUMEL
     if HAS_BIAS:

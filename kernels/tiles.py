@@ -1,4 +1,6 @@
-"""Device helpers that several families share: program order, strided offsets, accumulators, activations."""
+"""Device helpers that several families share: program order, strided offsets, accumulators,
+activations.
+"""
 
 import triton
 import triton.language as tl
@@ -6,7 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def grouped_programs(pid, num_m, num_n, GROUP_M: tl.constexpr):
-    """Row and column tile of a program, ordered in groups of GROUP_M rows so that neighbours share operands in L2."""
+    """Row and column tile of a program, ordered in groups of GROUP_M rows so that neighbours share
+    operands in L2.
+    """
     num_in_group = GROUP_M * num_n
     first_m = pid // num_in_group * GROUP_M
     group_m = min(num_m - first_m, GROUP_M)
@@ -21,8 +25,10 @@ def strided_offsets(
 ):
     """Offset of the elements number `index` (row-major) of a tensor of up to five dimensions.
 
-    The integer width of the offsets is that of `index`.  Unused dimensions come last with size 1, which Triton
-    compiles as a constant: their divisions vanish, and a dense tensor costs nothing over `index` itself.
+    The integer width of the offsets is that of `index`.  Unused dimensions come last with size 1,
+    which Triton
+    compiles as a constant: their divisions vanish, and a dense tensor costs nothing over `index`
+    itself.
     """
     i4 = index % size_4
     index = index // size_4

@@ -1,4 +1,6 @@
-"""Which rung runs: reference (default), interpret, compile, or the whole suite on a GPU with --device cuda."""
+"""Which rung runs: reference (default), interpret, compile, or the whole suite on a GPU with
+--device cuda.
+"""
 
 import os
 from pathlib import Path
@@ -6,7 +8,8 @@ from pathlib import Path
 import pytest
 
 RUNGS = ("reference", "interpret", "compile", "cuda")
-# tests that a rung runs, by mark; a GPU runs the kernels' tests on itself and the reference path's on the CPU
+# tests that a rung runs, by mark; a GPU runs the kernels' tests on itself and the reference path's
+# on the CPU
 MARKS = {
     "reference": {"reference"},
     "interpret": {"interpret"},
@@ -72,7 +75,6 @@ def rung(request):
     return rung_of(request.config)
 
 
-
 def pytest_runtest_logreport(report):
     _REPORTS.append(report)
 
@@ -92,5 +94,7 @@ def pytest_sessionfinish(session, exitstatus):
         for report in _REPORTS
         if report.when == "call" or report.outcome != "passed"
     ]
-    counts = {name: sum(r["outcome"] == name for r in rows) for name in ("passed", "failed", "skipped")}
+    counts = {
+        name: sum(r["outcome"] == name for r in rows) for name in ("passed", "failed", "skipped")
+    }
     write_result(path, "tests", rows, counts=counts, exit_status=int(exitstatus))

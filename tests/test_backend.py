@@ -41,7 +41,7 @@ def test_strict_turns_a_fallback_into_an_error():
     with (
         backend.use("triton"),
         backend.strict(),
-        pytest.raises(backend.FallbackError, match="relu: the kernels do not take.*dtype int64"),
+        pytest.raises(backend.FallbackError, match=r"relu: the kernels do not take.*dtype int64"),
     ):
         ops.relu(torch.tensor([1]))
     with backend.use("triton"):
@@ -67,7 +67,7 @@ def test_use_is_a_switch_and_a_block():
 def test_a_cpu_launch_outside_the_interpreter_says_what_is_missing():
     with (
         backend.use("triton"),
-        pytest.raises(RuntimeError, match="needs a CUDA tensor, or TRITON_INTERPRET=1.*cpu"),
+        pytest.raises(RuntimeError, match=r"needs a CUDA tensor, or TRITON_INTERPRET=1.*cpu"),
     ):
         ops.relu(torch.tensor([1.0]))
 

@@ -19,7 +19,9 @@ NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", tor
 
 
 def compiled(spec, target, dtype, arguments, second=False):
-    """What the op launches for one call, forward and backward, with `second` also its second gradient."""
+    """What the op launches for one call, forward and backward, with `second` also its second
+    gradient.
+    """
     given = {
         name: value.detach().requires_grad_() if wants_gradient(spec, name, value) else value
         for name, value in arguments.items()
@@ -60,7 +62,9 @@ def configurations(family):
 
 
 def entries(spec, dtype):
-    """(name of the choosing function, entry) for every configuration that the op may run in this dtype."""
+    """(name of the choosing function, entry) for every configuration that the op may run in this
+    dtype.
+    """
     for family in sorted({kernel.partition(".")[0] for kernel in spec.kernels}):
         for name, table in configurations(family).items():
             by_dtype = table[dtype.itemsize] if isinstance(table, dict) else table
@@ -84,7 +88,9 @@ def check(kernels, target):
 @pytest.mark.parametrize("target", sorted(dry.TARGETS))
 @pytest.mark.parametrize(("spec", "dtype"), by_dtype())
 def test_workloads_compile_without_spills(spec, dtype, target):
-    """No spill, shared memory within the GPU's, tensor cores for 16-bit products: as selection chooses."""
+    """No spill, shared memory within the GPU's, tensor cores for 16-bit products: as selection
+    chooses.
+    """
     launched = set()
     calls = [(sample, False) for sample in spec.workloads(Maker(dtype))]
     # torch adds up second gradients for real: those of a small call are enough

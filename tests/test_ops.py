@@ -63,7 +63,9 @@ def check(found):
 
 @pytest.fixture(autouse=True)
 def kernels_only():
-    """A fallback to the reference path would compare the reference with itself: it is an error here."""
+    """A fallback to the reference path would compare the reference with itself: it is an error
+    here.
+    """
     backend.reset()
     yield
     unexpected = {
@@ -247,7 +249,9 @@ def test_gradgradcheck(spec, dtype, name, device):
         assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
         return
     outputs = [output for output in call(*inputs) if output.requires_grad]
-    grads = torch.autograd.grad(outputs, inputs, [torch.randn_like(o) for o in outputs], create_graph=True)
+    grads = torch.autograd.grad(
+        outputs, inputs, [torch.randn_like(o) for o in outputs], create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         torch.autograd.grad(sum(g.sum() for g in grads if g is not None), inputs)
 
@@ -331,7 +335,9 @@ def rejects():
 @pytest.mark.reference
 @pytest.mark.parametrize(("spec", "name"), rejects())
 def test_rejects_bad_calls(spec, name, device):
-    """The exception class is torch's on the same call; the message names op, rule and what was received."""
+    """The exception class is torch's on the same call; the message names op, rule and what was
+    received.
+    """
     make = Maker(torch.float32, device, seed(spec, name))
     reject = next(r for r in spec.rejects(make) if r.name == name)
     expected = reject.raises

@@ -1,6 +1,7 @@
 """Which path an op takes: the Triton kernels or the plain-PyTorch reference.
 
-The choice is made above torch's dispatcher, by one `if` in each public op, so that the reference keeps
+The choice is made above torch's dispatcher, by one `if` in each public op, so that the reference
+keeps
 torch's own autograd and is an independent oracle for the kernels.
 """
 
@@ -33,10 +34,13 @@ class FallbackError(RuntimeError):
 
 
 class use:
-    """Chooses the path of every later call: `use("reference")`, or `with use("triton"):` for a block.
+    """Chooses the path of every later call: `use("reference")`, or `with use("triton"):` for a
+    block.
 
-    "auto" (the default) takes the kernels for CUDA tensors, and for CPU tensors when Triton's interpreter
-    is on; "triton" takes them for every tensor; "reference" never does.  Process-wide, like torch's flags.
+    "auto" (the default) takes the kernels for CUDA tensors, and for CPU tensors when Triton's
+    interpreter
+    is on; "triton" takes them for every tensor; "reference" never does.  Process-wide, like torch's
+    flags.
     """
 
     def __init__(self, choice: Choice) -> None:
@@ -62,7 +66,9 @@ class use:
 
 
 class strict:
-    """Makes a fallback to the reference path an error: `strict()`, `strict(False)` or `with strict():`."""
+    """Makes a fallback to the reference path an error: `strict()`, `strict(False)` or `with
+    strict():`.
+    """
 
     def __init__(self, enabled: bool = True) -> None:
         global _strict
@@ -103,12 +109,15 @@ def reset() -> None:
 def runs_triton(op: str, *tensors: Tensor | None, declined: str | None = None) -> bool:
     """Whether this call takes the kernels.
 
-    `declined` is the op's own reason for not taking the call; with it, or with tensors that no kernel takes,
+    `declined` is the op's own reason for not taking the call; with it, or with tensors that no
+    kernel takes,
     the call goes to the reference path, is counted under its reason, and raises under `strict`.
     """
     if _choice == "reference":
         return False
-    if not (_choice == "triton" or INTERPRETING or any(t is not None and t.is_cuda for t in tensors)):
+    if not (
+        _choice == "triton" or INTERPRETING or any(t is not None and t.is_cuda for t in tensors)
+    ):
         return False
     reason = declined or _reason(tensors)
     if reason is None:
@@ -130,7 +139,8 @@ def _reason(tensors: tuple[Tensor | None, ...]) -> str | None:
             return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
         if tensor.layout != torch.strided:
             return f"layout {str(tensor.layout).removeprefix('torch.')}"
-    # the compiler traces functorch's transforms itself and never asks this question of a wrapped tensor
+    # the compiler traces functorch's transforms itself and never asks this question of a wrapped
+    # tensor
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     return None

@@ -1,7 +1,9 @@
 """Binds kernel launches to PyTorch: the only file that names `torch.library`.
 
-A launch becomes a low-level library op (`library_op`), so that torch.compile, export, the profiler and the FLOP
-counter see one opaque node with known shapes.  Ops wrap those in a `torch.autograd.Function`, whose forward and
+A launch becomes a low-level library op (`library_op`), so that torch.compile, export, the profiler
+and the FLOP
+counter see one opaque node with known shapes.  Ops wrap those in a `torch.autograd.Function`, whose
+forward and
 backward call them, and enter it by `apply`.
 """
 
@@ -29,8 +31,10 @@ def library_op(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes the decorated launch function the library op `tritorch::<schema>` and returns the op.
 
-    `fake` makes the outputs without launching: the launch function allocates with the same helper, so that
-    shapes and layouts are written once.  `flops` counts floating-point operations from the arguments' shapes,
+    `fake` makes the outputs without launching: the launch function allocates with the same helper,
+    so that
+    shapes and layouts are written once.  `flops` counts floating-point operations from the
+    arguments' shapes,
     as `torch.utils.flop_counter` passes them.  `tags` tell torch.compile what the op does besides.
     """
 
@@ -70,7 +74,9 @@ class NoContext:
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """`function.apply(*arguments)`, without autograd's bookkeeping when no argument needs a gradient."""
+    """`function.apply(*arguments)`, without autograd's bookkeeping when no argument needs a
+    gradient.
+    """
     if torch.compiler.is_compiling() or (
         torch.is_grad_enabled()
         and any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
@@ -80,7 +86,9 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 def autocast_to_lower(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Casts to the autocast dtype where autocast is on for the first tensor's device: matmul, linear, conv."""
+    """Casts to the autocast dtype where autocast is on for the first tensor's device: matmul,
+    linear, conv.
+    """
     device = _autocast_device(tensors)
     if device is None:
         return tensors

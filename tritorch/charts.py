@@ -27,7 +27,9 @@ def lines(
     title: str, x_name: str, series: Sequence[Series], *, log: bool = False, percent: bool = False
 ) -> str:
     """A figure with one line for each series; on a `log` axis zero lies at the bottom."""
-    values = [value for one in series for value in one.values if _is_number(value)]
+    values = [
+        value for one in series for value in one.values if value is not None and _is_number(value)
+    ]
     low, high, ticks = _log_axis(values) if log else _linear_axis(values)
     count = max(len(one.values) for one in series)
     drawn = _axes(ticks, low, high, log, percent) + _steps(count, x_name)
@@ -39,7 +41,7 @@ def lines(
 
 def dots(title: str, x_name: str, points: Sequence[tuple[str, float | None]]) -> str:
     """A figure with a dot for each share of a limit, which is a line at 1; None is beyond it."""
-    values = [value for _, value in points if _is_number(value)]
+    values = [value for _, value in points if value is not None and _is_number(value)]
     high = max(1.25, *values) * 1.02 if values else 1.25
     drawn = _axes(_linear_axis([0.0, high])[2], 0.0, high, False, False)
     y = _y(1.0, 0.0, high, False)

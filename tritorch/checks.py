@@ -1,4 +1,6 @@
-"""Argument checks: every message names the op, the rule and what was received; classes are torch's own."""
+"""Argument checks: every message names the op, the rule and what was received; classes are torch's
+own.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def same_dtype_and_device(op: str, first: Tensor, **others: Tensor | None) -> No
 
 
 def writable(op: str, tensor: Tensor) -> None:
-    """RuntimeError unless an in-place result can be written: not a leaf under autograd, no element twice."""
+    """RuntimeError unless an in-place result can be written: not a leaf under autograd, no element
+    twice.
+    """
     if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
         fail(
             RuntimeError,
@@ -70,8 +74,7 @@ def writable(op: str, tensor: Tensor) -> None:
             input=tensor,
         )
     if any(
-        size > 1 and stride == 0
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     ):
         fail(
             RuntimeError,
@@ -89,7 +92,5 @@ def ints(op: str, name: str, value: int | Sequence[int], count: int) -> tuple[in
     if len(values) == 1:
         return values * count
     if len(values) != count:
-        fail(
-            RuntimeError, op, f"{name} must be one integer or {count} of them", received=values
-        )
+        fail(RuntimeError, op, f"{name} must be one integer or {count} of them", received=values)
     return values

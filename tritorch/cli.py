@@ -128,8 +128,9 @@ def train(**options: Any) -> None:
     if wanted and kernels and device == "cpu" and not backend.INTERPRETING:
         raise Unable("tritorch was imported before: set TRITON_INTERPRET=1 before Python starts")
     # the products of both twins in full: one may use TF32 where the other does not
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    backends: Any = torch.backends
+    backends.cuda.matmul.fp32_precision = "ieee"
+    backends.cudnn.conv.fp32_precision = "ieee"
     settings = Settings(
         epochs=options["epochs"] or (_QUICK_EPOCHS if options["quick"] else _EPOCHS),
         replay_steps=wanted if kernels else 0,

@@ -1,6 +1,7 @@
 """Launches kernels: which configuration, on which device, under which of Triton's modes.
 
-Knows no op.  Kernels are imported when the first one is launched, so that the reference path needs no Triton.
+Knows no op.  Kernels are imported when the first one is launched, so that the reference path needs
+no Triton.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def kernels(family: str) -> Family:
 def config(choose: Callable[..., Any], *sizes: int) -> Any:
     """The configuration for these sizes: the forced one inside `override`, else what `choose` says.
 
-    `choose` is a kernel module's plain function `<kernel>_config`, from integers to a `triton.Config`.
+    `choose` is a kernel module's plain function `<kernel>_config`, from integers to a
+    `triton.Config`.
     """
     name = choose.__name__
     chosen = _overrides[name] if name in _overrides else choose(*sizes)
@@ -101,7 +103,8 @@ def run(
 ) -> None:
     """Launches `kernel` over `grid` on the device of `on`; a grid with a zero launches nothing.
 
-    `constants` are the kernel's `tl.constexpr` parameters (and num_warps where there is no `config`).
+    `constants` are the kernel's `tl.constexpr` parameters (and num_warps where there is no
+    `config`).
     """
     if 0 in grid:
         return
@@ -124,13 +127,14 @@ def run(
         kernel[grid](*arguments, **constants)
     else:
         raise RuntimeError(
-            f"launch: {kernel.__name__} needs a CUDA tensor, or TRITON_INTERPRET=1 in the environment "
-            f"before Python starts, received a tensor on {on.device}"
+            f"launch: {kernel.__name__} needs a CUDA tensor, or TRITON_INTERPRET=1 in the "
+            f"environment before Python starts, received a tensor on {on.device}"
         )
 
 
 def _num_stages(stages: int) -> int:
-    # AMD's pipeliner counts the stage being computed: two is its double buffering, more overflows 64 KiB
+    # AMD's pipeliner counts the stage being computed: two is its double buffering, more overflows
+    # 64 KiB
     return min(stages, 2) if is_amd() else stages
 
 
@@ -141,7 +145,10 @@ def is_amd() -> bool:
 
 
 def input_precision(dtype: torch.dtype, family: Literal["matmul", "conv"]) -> str:
-    """Triton's `input_precision` of a product: TF32 for float32 where torch's own flag of the family allows it."""
+    """Triton's `input_precision` of a product: TF32 for float32 where torch's own flag of the
+    family allows it.
+    """
     # the newer flags also answer for `allow_tf32`, which raises once a program has set one of them
-    flags = torch.backends.cuda.matmul if family == "matmul" else torch.backends.cudnn.conv
+    backends: Any = torch.backends
+    flags = backends.cuda.matmul if family == "matmul" else backends.cudnn.conv
     return "tf32" if dtype == torch.float32 and flags.fp32_precision == "tf32" else "ieee"

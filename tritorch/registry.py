@@ -1,4 +1,6 @@
-"""One declaration per op: tests, compile checks, benchmarks and documentation tables loop over `specs()`."""
+"""One declaration per op: tests, compile checks, benchmarks and documentation tables loop over
+`specs()`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ FLOATING: tuple[torch.dtype, ...] = (
 class Sample:
     """One call of an op, every argument by name.
 
-    `layouts` marks the samples that are repeated with every memory layout of every tensor argument, and
+    `layouts` marks the samples that are repeated with every memory layout of every tensor argument,
+    and
     `gradcheck` the ones small enough for finite differences in the interpreter.
     """
 
@@ -70,9 +73,11 @@ class Cost:
 
 
 class Maker:
-    """Makes the tensors of samples: one dtype, one device, one seed, so that a sample is the same every time.
+    """Makes the tensors of samples: one dtype, one device, one seed, so that a sample is the same
+    every time.
 
-    `integers` makes every floating tensor hold integers in [-2, 2], so that sums are exact in every dtype.
+    `integers` makes every floating tensor hold integers in [-2, 2], so that sums are exact in every
+    dtype.
     """
 
     def __init__(
@@ -92,7 +97,9 @@ class Maker:
     def __call__(
         self, *shape: int, low: float | None = None, high: float | None = None, scale: float = 1.0
     ) -> Tensor:
-        """A tensor of the dtype under test: standard normal times `scale`, or uniform in [low, high]."""
+        """A tensor of the dtype under test: standard normal times `scale`, or uniform in [low,
+        high].
+        """
         if self.device.type == "meta":
             return torch.empty(shape, dtype=self.dtype, device="meta")
         if self.integers and low is None:
@@ -140,7 +147,8 @@ class OpSpec:
     rejects: Callable[[Maker], Iterable[Reject]]
     # passes "forward" and "backward" of one call, from its arguments
     cost: Callable[..., Mapping[str, Cost]]
-    # "exact": bitwise torch's; "multilinear": the tolerance rule with scales derived from the reference;
+    # "exact": bitwise torch's; "multilinear": the tolerance rule with scales derived from the
+    # reference;
     # "composite": the rule with the fallback scales of a non-linear reduction
     accuracy: Literal["exact", "multilinear", "composite"]
     source: str

@@ -74,10 +74,10 @@ def replay(
         with _recorded({**_layers(model), "loss": loss}) as calls:
             loss(model(images), labels).backward()
         found = [check for call in calls for check in _judge(call)]
-        twins = [_update(optimizer, dtype) for dtype in (torch.float64, images.dtype)]
+        truth, baseline = (_update(optimizer, d) for d in (torch.float64, images.dtype))
         optimizer.step()
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return found + list(_judge_update(optimizer, *twins, names))
+    return found + list(_judge_update(optimizer, truth, baseline, names))
 
 
 def _layers(model: Module) -> dict[str, Module]:

@@ -81,7 +81,8 @@ class ReluBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, output: Tensor) -> Tensor:
         ctx.save_for_backward(output)
-        return _relu_backward(grad_output, output)
+        grad_input: Tensor = _relu_backward(grad_output, output)
+        return grad_input
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -113,7 +114,8 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """max(input, 0) elementwise; NaN and -0.0 pass, as in torch.
 
     Args:
-        input: any shape and strides; float32, float16, bfloat16 or float64 for the kernels, other dtypes take
+        input: any shape and strides; float32, float16, bfloat16 or float64 for the kernels, other
+        dtypes take
             the reference path.
         inplace: write the result into `input` and return it.
 

@@ -19,7 +19,8 @@ from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 kernels = launch.kernels("matmul")
 reduce_kernels = launch.kernels("reduce")
 
-# slices of the inner axis that one program must have before it pays to split the axis over more programs
+# slices of the inner axis that one program must have before it pays to split the axis over more
+# programs
 _MIN_STEPS = 8
 
 
@@ -112,7 +113,8 @@ class Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return _matmul(a, b, None, None)
+        output: Tensor = _matmul(a, b, None, None)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -126,13 +128,15 @@ class Matmul(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """activation(input @ weight.T + bias); with an activation its output is kept, not the value before it."""
+    """activation(input @ weight.T + bias); with an activation its output is kept, not the value
+    before it.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
     ) -> Tensor:
-        output = _matmul(_rows(input), weight.t(), bias, activation)
+        output: Tensor = _matmul(_rows(input), weight.t(), bias, activation)
         output = output.view(*input.shape[:-1], weight.shape[0])
         ctx.activation = activation
         ctx.save_for_backward(input, weight, output if activation is not None else None)
@@ -156,8 +160,10 @@ class Linear(torch.autograd.Function):
 
 
 def _rows(input: Tensor) -> Tensor:
-    # a view unless the leading dimensions do not merge into one stride; there torch copies too, since a kernel
-    # over every stride pattern of the rows would gather what one copy makes contiguous for three products
+    # a view unless the leading dimensions do not merge into one stride; there torch copies too,
+    # since a kernel
+    # over every stride pattern of the rows would gather what one copy makes contiguous for three
+    # products
     return input.reshape(-1, input.shape[-1]) if input.dim() != 2 else input
 
 
@@ -169,11 +175,13 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
         other: (..., K, N) or (K,), the same dtype and device.
 
     Returns:
-        (..., M, N) without the dimensions that a vector lacks, contiguous.  Sums are kept in float32 (float64
+        (..., M, N) without the dimensions that a vector lacks, contiguous.  Sums are kept in
+        float32 (float64
         for float64); float32 products use TF32 where `torch.backends.cuda.matmul` allows it.
 
     Raises:
-        RuntimeError: inner sizes or batches that do not match, scalars, different dtypes or devices.
+        RuntimeError: inner sizes or batches that do not match, scalars, different dtypes or
+        devices.
 
     Source: `torch.matmul`.
     """
@@ -200,7 +208,7 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     a = a[None] if left else a
     b = b[:, None] if right else b
     if b.dim() == 2:
-        y = binding.apply(Matmul, _rows(a), b).view(*a.shape[:-1], b.shape[-1])
+        y: Tensor = binding.apply(Matmul, _rows(a), b).view(*a.shape[:-1], b.shape[-1])
     else:
         y = binding.apply(Matmul, a.flatten(0, -3), b.flatten(0, -3))
         y = y.view(*a.shape[:-1], b.shape[-1])
@@ -211,13 +219,12 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
 def _check_batches(input: Tensor, other: Tensor) -> None:
     pairs = zip(reversed(input.shape[:-2]), reversed(other.shape[:-2]), strict=False)
     if any(a != b and 1 not in (a, b) for a, b in pairs):
-        checks.fail(
-            RuntimeError, "matmul", "batches do not broadcast", input=input, other=other
-        )
+        checks.fail(RuntimeError, "matmul", "batches do not broadcast", input=input, other=other)
 
 
 def _declined(input: Tensor, other: Tensor) -> str | None:
-    # its gradient is a sum of products over the batch, which would round every product before adding it
+    # its gradient is a sum of products over the batch, which would round every product before
+    # adding it
     broadcast = other.dim() > 2 and input.shape[:-2] != other.shape[:-2]
     return "batches that broadcast" if broadcast else None
 
@@ -301,10 +308,15 @@ def _matmul_workloads(make: Maker) -> Iterator[Sample]:
 
 
 def _matmul_rejects(make: Maker) -> Iterator[Reject]:
-    yield Reject("inner", r"matmul: inner sizes 3 and 4 differ.*\(2, 3\)", input=make(2, 3), other=make(4, 5))
+    yield Reject(
+        "inner", r"matmul: inner sizes 3 and 4 differ.*\(2, 3\)", input=make(2, 3), other=make(4, 5)
+    )
     yield Reject("scalar", r"matmul: both arguments need a dimension", input=make(), other=make(4))
     yield Reject(
-        "batch", r"matmul: batches do not broadcast.*\(2, 3, 4\)", input=make(2, 3, 4), other=make(3, 4, 5)
+        "batch",
+        r"matmul: batches do not broadcast.*\(2, 3, 4\)",
+        input=make(2, 3, 4),
+        other=make(3, 4, 5),
     )
 
 
@@ -335,7 +347,9 @@ def _linear_samples(make: Maker) -> Iterator[Sample]:
         activation="relu",
         gradcheck=True,
     )
-    yield Sample("splits", input=make(3, 4099), weight=make(5, 4099), bias=make(5), activation="relu")
+    yield Sample(
+        "splits", input=make(3, 4099), weight=make(5, 4099), bias=make(5), activation="relu"
+    )
     yield Sample("vector-weight", input=make(4, 3), weight=make(3), bias=None, activation=None)
 
 
@@ -353,9 +367,22 @@ def _linear_workloads(make: Maker) -> Iterator[Sample]:
 
 def _linear_rejects(make: Maker) -> Iterator[Reject]:
     weight, bias = make(5, 3), make(5)
-    yield Reject("features", r"linear: weight expects 3 input features.*\(2, 4\)", input=make(2, 4), weight=weight)
-    yield Reject("bias", r"linear: bias must have one element for each row.*\(4,\)", input=make(2, 3), weight=weight, bias=make(4))
-    yield Reject("weight-dim", r"linear: weight must have 1 or 2", input=make(2, 3), weight=make(1, 5, 3))
+    yield Reject(
+        "features",
+        r"linear: weight expects 3 input features.*\(2, 4\)",
+        input=make(2, 4),
+        weight=weight,
+    )
+    yield Reject(
+        "bias",
+        r"linear: bias must have one element for each row.*\(4,\)",
+        input=make(2, 3),
+        weight=weight,
+        bias=make(4),
+    )
+    yield Reject(
+        "weight-dim", r"linear: weight must have 1 or 2", input=make(2, 3), weight=make(1, 5, 3)
+    )
     yield Reject(
         "activation",
         r"linear: activation must be None or 'relu'.*'tanh'",

@@ -153,7 +153,7 @@ def _broadcast(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.Si
         checks.fail(
             ValueError, "mse_loss", "weight must have the input's shape", weight=weight, input=input
         )
-    shape: torch.Size = torch.broadcast_shapes(input.shape, target.shape)  # type: ignore[no-untyped-call]
+    shape: torch.Size = torch.broadcast_shapes(input.shape, target.shape)
     return shape
 
 

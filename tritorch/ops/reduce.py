@@ -101,7 +101,8 @@ class ChannelSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, dim: int) -> Tensor:
         ctx.dim, ctx.shape = dim, input.shape
-        return _channel_sum(input, dim)
+        output: Tensor = _channel_sum(input, dim)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
@@ -118,7 +119,8 @@ def channel_sum(input: Tensor, dim: int = 1) -> Tensor:
         dim: the dimension that stays.
 
     Returns:
-        A tensor of shape (input.shape[dim],) in the input's dtype; the sum itself is kept in float32 (float64 for
+        A tensor of shape (input.shape[dim],) in the input's dtype; the sum itself is kept in
+        float32 (float64 for
         float64) and added in an order that depends on the shape alone.
 
     Raises:
@@ -156,7 +158,13 @@ def _workloads(make: Maker) -> Iterator[Sample]:
 
 
 def _rejects(make: Maker) -> Iterator[Reject]:
-    yield Reject("dim", r"channel_sum: dim 2 is not a dimension.*\(3, 4\)", input=make(3, 4), dim=2, raises=IndexError)
+    yield Reject(
+        "dim",
+        r"channel_sum: dim 2 is not a dimension.*\(3, 4\)",
+        input=make(3, 4),
+        dim=2,
+        raises=IndexError,
+    )
 
 
 def _cost(input: Tensor, dim: int = 1) -> dict[str, Cost]:

@@ -1,4 +1,6 @@
-"""Views an elementwise call as one loop nest: merged dimensions, and strides of every tensor along them."""
+"""Views an elementwise call as one loop nest: merged dimensions, and strides of every tensor along
+them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ _INT32_MAX = 2**31 - 1
 
 
 class Nest(NamedTuple):
-    """Sizes and strides (elements) of tensors of one shape, outermost first; padded with size 1 at the end."""
+    """Sizes and strides (elements) of tensors of one shape, outermost first; padded with size 1 at
+    the end.
+    """
 
     numel: int
     sizes: tuple[int, ...]
@@ -24,16 +28,18 @@ class Nest(NamedTuple):
 
 
 def nest(op: str, *tensors: Tensor) -> Nest:
-    """The loop nest over tensors of one shape; ordered and merged so that the first one is walked along memory.
+    """The loop nest over tensors of one shape; ordered and merged so that the first one is walked
+    along memory.
 
     Raises:
         NotImplementedError: more than `RANK` dimensions are left after merging.
     """
     first = tensors[0]
-    # outermost = largest stride of the tensors, in their order: the last ones are written, and decide ties
+    # outermost = largest stride of the tensors, in their order: the last ones are written, and
+    # decide ties
     order = sorted(
         (dim for dim in range(first.dim()) if first.shape[dim] != 1),
-        key=lambda dim: tuple(-tensor.stride(dim) for tensor in reversed(tensors)),
+        key=lambda dim: tuple(-tensor.stride()[dim] for tensor in reversed(tensors)),
     )
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in tensors]
@@ -73,5 +79,7 @@ def is_wide(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """An uninitialised result of an elementwise op: dense, in the tensor's order of dimensions, as torch makes it."""
+    """An uninitialised result of an elementwise op: dense, in the tensor's order of dimensions, as
+    torch makes it.
+    """
     return torch.empty_like(tensor, memory_format=torch.preserve_format)

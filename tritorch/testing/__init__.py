@@ -1,1 +1,3 @@
-"""Tools to test kernels: the corrected interpreter, the dry driver, the tolerance rule, generated cases."""
+"""Tools to test kernels: the corrected interpreter, the dry driver, the tolerance rule, generated
+cases.
+"""

@@ -1,6 +1,8 @@
-"""Runs one sample of an op as a user could: any layout, any gradient, poisoned memory, inputs watched.
+"""Runs one sample of an op as a user could: any layout, any gradient, poisoned memory, inputs
+watched.
 
-`truth` and `outcome` turn a spec and a sample into values, and `verdicts` judges one against the other by the
+`truth` and `outcome` turn a spec and a sample into values, and `verdicts` judges one against the
+other by the
 tolerance rule; tests and checks are loops over these three.
 """
 
@@ -54,7 +56,8 @@ def sample_of(spec: OpSpec, name: str, make: Maker) -> Sample:
 def relayout(tensor: Tensor, layout: str) -> Tensor:
     """The same values in other memory; what lies between the elements is NaN (or a large integer).
 
-    "expanded" repeats the first slice of the first dimension by a stride of 0, so its values differ.
+    "expanded" repeats the first slice of the first dimension by a stride of 0, so its values
+    differ.
     """
     if layout == "expanded":
         return tensor[:1].expand(tensor.shape) if tensor.dim() and tensor.shape[0] else tensor
@@ -130,8 +133,10 @@ def run(
 ) -> Outcome:
     """Calls `function` on copies of `arguments` and differentiates it.
 
-    `wanted`: the arguments that require a gradient, by default all that can.  `grad_outputs`: makes the
-    gradient of each differentiable output.  `dtype`: what floating-point tensors are converted to first.
+    `wanted`: the arguments that require a gradient, by default all that can.  `grad_outputs`: makes
+    the
+    gradient of each differentiable output.  `dtype`: what floating-point tensors are converted to
+    first.
 
     Raises:
         Mutated: an argument that the spec does not list in `mutates` has changed.
@@ -145,7 +150,9 @@ def run(
         if name in chosen and isinstance(copied, Tensor) and copied.is_floating_point():
             copied.requires_grad_()
         given[name] = copied
-    before = {name: map_tensors(value, lambda t: t.detach().clone()) for name, value in given.items()}
+    before = {
+        name: map_tensors(value, lambda t: t.detach().clone()) for name, value in given.items()
+    }
 
     with poisoned_memory():
         result = function(**given)
@@ -189,17 +196,23 @@ def _tensors(value: Argument) -> list[Tensor]:
 
 def _bitwise_equal(value: Argument, before: Argument) -> bool:
     return all(
-        torch.equal(now.detach().contiguous().view(torch.uint8), then.contiguous().view(torch.uint8))
+        torch.equal(
+            now.detach().contiguous().view(torch.uint8), then.contiguous().view(torch.uint8)
+        )
         if now.dim()
-        else torch.equal(now.detach().reshape(1).view(torch.uint8), then.reshape(1).view(torch.uint8))
+        else torch.equal(
+            now.detach().reshape(1).view(torch.uint8), then.reshape(1).view(torch.uint8)
+        )
         for now, then in zip(_tensors(value), _tensors(before), strict=True)
     )
 
 
 def random_gradient(seed: str, layout: str | None = None) -> Callable[[Tensor], Tensor]:
-    """Makes gradients of outputs: standard normal (integers for an integer output's maker), laid out as asked.
+    """Makes gradients of outputs: standard normal (integers for an integer output's maker), laid
+    out as asked.
 
-    The same seed gives every output shape the same values in every dtype, up to rounding to `like`'s.
+    The same seed gives every output shape the same values in every dtype, up to rounding to
+    `like`'s.
     """
 
     def make(like: Tensor) -> Tensor:
@@ -223,7 +236,9 @@ def verdicts(
     *,
     unit_in: float = 0.0,
 ) -> list[tuple[str, tolerances.Verdict]]:
-    """Runs the op, its reference in the same dtype and its reference in float64, and compares every result."""
+    """Runs the op, its reference in the same dtype and its reference in float64, and compares every
+    result.
+    """
     actual = run(spec.op, spec, arguments, grad_outputs=grad_outputs)
     return judge(spec, arguments, actual, grad_outputs, unit_in=unit_in)
 
@@ -236,7 +251,9 @@ def judge(
     *,
     unit_in: float = 0.0,
 ) -> list[tuple[str, tolerances.Verdict]]:
-    """Compares an outcome with the truth; the gradients of outputs are rounded to the tested dtype first."""
+    """Compares an outcome with the truth; the gradients of outputs are rounded to the tested dtype
+    first.
+    """
     dtypes = iter([o.dtype for o in actual.outputs])
     given: list[Tensor] = []
 
@@ -279,11 +296,17 @@ def _scales(spec: OpSpec, arguments: dict[str, Argument], grads: list[Tensor]) -
 
     def first_output(*values: Argument) -> Tensor:
         given = dict(zip(names, values, strict=True))
-        # torch refuses a gradient of what has none, and what the op writes would be written three times
-        fixed = {n: map_tensors(v, Tensor.detach) for n, v in given.items() if n not in spec.gradients}
+        # torch refuses a gradient of what has none, and what the op writes would be written three
+        # times
+        fixed = {
+            n: map_tensors(v, Tensor.detach) for n, v in given.items() if n not in spec.gradients
+        }
         fresh = {n: map_tensors(given[n], lambda t: t.detach().clone()) for n in spec.mutates}
         result = spec.reference(**given | fixed | fresh)
-        return result[0] if isinstance(result, tuple) else result
+        first = result[0] if isinstance(result, tuple) else result
+        # an op with gradients has an output
+        assert first is not None
+        return first
 
     derived = derive(first_output, list(arguments.values()), grads[0] if grads else None)
     found = {"output 0": derived.output}

@@ -364,7 +364,8 @@ def problems(launch: Launch, target: str | Target) -> list[str]:
         found.append(f"spills: {used.stack} bytes of stack per thread, {used.spills} {kind}")
     assembly = launch.compiled.asm
     dots = len(_SIXTEEN_BIT_DOT.findall(assembly["ttir"]))
-    # PTX says it as well as machine code, which takes ten times as long to disassemble as this to read
+    # PTX says it as well as machine code, which takes ten times as long to disassemble as this to
+    # read
     if dots and not _MATRIX_PRODUCT.search(assembly.get("ptx") or assembly["amdgcn"]):
         found.append(f"has {dots} 16-bit dot products and no tensor-core instruction")
     return [f"{launch.kernel} on {limits.name} {text} ({launch.config})" for text in found]

@@ -134,9 +134,8 @@ def derive_conditions(
         draws = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         return tensor * (1 + _STEP * draws.to(tensor.device))
 
-    results = [
-        _evaluate(function, args, grad_output, kind) for kind in (torch.clone, *[shake] * _PROBES)
-    ]
+    kinds: list[Callable[[Tensor], Tensor]] = [torch.clone, *[shake] * _PROBES]
+    results = [_evaluate(function, args, grad_output, kind) for kind in kinds]
     output, *grads = (_condition(*found) for found in zip(*results, strict=True))
     assert output is not None
     return Scales(output, tuple(grads))
