@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import tritorch.ops  # noqa: F401  declares the specs
 from tritorch.registry import OpSpec, specs
 
 RESULTS = Path(__file__).resolve().parent / "results"

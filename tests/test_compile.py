@@ -80,6 +80,11 @@ def by_dtype():
     ]
 
 
+def by_itemsize():
+    """The tables of configurations are by itemsize: bfloat16 has float16's, compiled once."""
+    return [parameters for parameters in by_dtype() if parameters.values[1] != torch.bfloat16]
+
+
 def check(kernels, target):
     problems = [sentence for kernel in kernels for sentence in dry.problems(kernel, target)]
     assert not problems, "\n".join(problems)
@@ -104,7 +109,7 @@ def test_workloads_compile_without_spills(spec, dtype, target):
 
 
 @pytest.mark.parametrize("target", sorted(dry.TARGETS))
-@pytest.mark.parametrize(("spec", "dtype"), by_dtype())
+@pytest.mark.parametrize(("spec", "dtype"), by_itemsize())
 def test_every_configuration_compiles_without_spills(spec, dtype, target):
     """Each entry of the tables, also one that no workload chooses."""
     sample = next(iter(spec.workloads(Maker(dtype))))
