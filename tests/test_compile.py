@@ -90,8 +90,17 @@ def check(kernels, target):
     assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("target", sorted(dry.TARGETS))
-@pytest.mark.parametrize(("spec", "dtype"), by_dtype())
+def by_dtype_and_target():
+    """bfloat16 on sm_90 alone: on every GPU its code is float16's with another instruction."""
+    return [
+        pytest.param(*parameters.values, target, id=f"{parameters.id}-{target}")
+        for parameters in by_dtype()
+        for target in sorted(dry.TARGETS)
+        if parameters.values[1] != torch.bfloat16 or target == "sm_90"
+    ]
+
+
+@pytest.mark.parametrize(("spec", "dtype", "target"), by_dtype_and_target())
 def test_workloads_compile_without_spills(spec, dtype, target):
     """No spill, shared memory within the GPU's, tensor cores for 16-bit products: as selection
     chooses.
