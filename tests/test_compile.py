@@ -52,7 +52,7 @@ def wants_gradient(spec, name, value):
 
 @functools.cache
 def configurations(family):
-    """The entries of each `<KERNEL>_CONFIGS` by the name of the function that chooses among them."""
+    """The entries of each `<KERNEL>_CONFIGS` by the name of the function that chooses."""
     module = importlib.import_module(f"tritorch.kernels.{family}")
     found = {}
     for name, function in inspect.getmembers(module, inspect.isfunction):

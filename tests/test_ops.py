@@ -17,7 +17,7 @@ NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", tor
 
 
 def samples(select=lambda spec, sample: True, dtypes=tuple(NAMES), where=lambda spec: True):
-    """Parameters (spec, dtype, sample name) for every sample that is selected; made without memory."""
+    """Parameters (spec, dtype, sample name) of every selected sample, made without memory."""
     return [
         pytest.param(spec, dtype, sample.name, id=f"{spec.name}-{NAMES[dtype]}-{sample.name}")
         for spec in specs()
@@ -52,7 +52,7 @@ def differentiable(spec):
 
 
 def layouts_sample(spec):
-    """The spec's first sample that is repeated with every layout: small, and with every argument."""
+    """The first sample that is repeated with every layout: small, with every argument."""
     return next(s.name for s in spec.samples(Maker(torch.float32, "meta")) if s.layouts)
 
 

@@ -94,7 +94,7 @@ def current() -> Choice:
 
 
 def explain() -> dict[str, dict[str, int]]:
-    """How often each op left the kernels for the reference path, by reason, since the last `reset`."""
+    """How often each op took the reference path, by reason, since the last `reset`."""
     table: dict[str, dict[str, int]] = {}
     for (op, reason), count in sorted(_fallbacks.items()):
         table.setdefault(op, {})[reason] = count

@@ -59,7 +59,7 @@ def config(choose: Callable[..., Any], *sizes: int) -> Any:
 
 @contextlib.contextmanager
 def override(name: str, forced: Any) -> Iterator[None]:
-    """Inside the block the function called `name` (`matmul_config`, ...) always chooses `forced`."""
+    """Inside the block the function `name` (`matmul_config`, ...) always chooses `forced`."""
     previous = _overrides.get(name)
     _overrides[name] = forced
     try:

@@ -123,7 +123,7 @@ class Maker:
         return drawn.to(dtype).to(self.device)
 
     def float32(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
-        """A float32 tensor whatever the dtype under test: parameters and statistics of batch norm."""
+        """A float32 tensor whatever the dtype under test: statistics of batch norm, say."""
         if self.device.type == "meta":
             return torch.empty(shape, dtype=torch.float32, device="meta")
         unit = torch.rand(shape, generator=self.generator, dtype=torch.float64)

@@ -48,7 +48,7 @@ class Screen:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[int, int, str], None]]:
-        """A bar, on a terminal; gives what moves it: number of the step, of all steps, and a text."""
+        """A bar, on a terminal; gives what moves it: step, number of steps, and a text."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

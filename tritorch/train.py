@@ -244,7 +244,7 @@ def _gaps(losses: Tensor) -> Tensor:
 
 
 def curves_of(losses: Tensor, dtype: torch.dtype) -> Curves:
-    """From the losses by step of torch.nn, tritorch and the noise twins, (twins, steps), float64."""
+    """From the losses of torch.nn, tritorch and the noise twins: (twins, steps), float64."""
     gaps = _gaps(losses).cummax(1).values
     noise = gaps[1:].amax(0)
     limit = _MARGIN * noise + _FLOOR * unit_roundoff(dtype) * losses[0].cummax(0).values

@@ -1,4 +1,4 @@
-"""Matrix product and linear layer: references, launch, gradients, public functions, declarations."""
+"""Matrix product and linear layer: references, launch, gradients, functions, declarations."""
 
 from __future__ import annotations
 
