@@ -22,7 +22,7 @@ CONV2D_CONFIGS = {
     2: (
         _tile(128, 256, 32, 8, 4),
         _tile(128, 128, 64, 8, 3),
-        _tile(128, 64, 64, 4, 3),
+        _tile(128, 64, 64, 4, 3, 255),
         _tile(64, 64, 64, 4, 4),
         _tile(128, 32, 64, 4, 3),
     ),
@@ -45,7 +45,7 @@ CONV2D_GATHER_CONFIGS = {
 CONV2D_GRAD_WEIGHT_CONFIGS = {
     2: (_tile(64, 128, 128, 8, 3), _tile(64, 64, 128, 4, 3), _tile(64, 64, 64, 4, 4)),
     4: (_tile(32, 64, 64, 4, 3, 255),),
-    8: (_tile(16, 32, 32, 4, 2),),
+    8: (_tile(16, 32, 32, 4, 2, 255),),
 }
 
 CONV2D_GRAD_WEIGHT_GATHER_CONFIGS = {
