@@ -20,7 +20,7 @@ CROSS_ENTROPY_CONFIGS = (
     Config({"BLOCK_N": 16, "BLOCK_C": 64}, num_warps=4),
     Config({"BLOCK_N": 8, "BLOCK_C": 128}, num_warps=4),
     # a warp for each row, along which it walks if there are more classes
-    Config({"BLOCK_N": 4, "BLOCK_C": 256}, num_warps=4),
+    Config({"BLOCK_N": 4, "BLOCK_C": 256}, num_warps=4, maxnreg=255),
     # long rows, or too few of them
     Config({"BLOCK_N": 1, "BLOCK_C": 2048}, num_warps=8),
     # classes apart in memory: rows side by side
