@@ -304,7 +304,7 @@ def _workloads(make: Maker) -> Iterator[Sample]:
         yield sample(f"{name}-channels-last-relu", images, activation="relu")
         residual = torch.empty_like(images)
         yield sample(f"{name}-channels-last-residual", images, activation="relu", residual=residual)
-    yield sample("resnet50-s1-eval", images, training=False, activation="relu")
+    yield sample("resnet50-s4-channels-last-eval", images, training=False, activation="relu")
     yield sample("rows", make.empty(4096, 1024))
     yield sample("few-channels", make.empty(64, 24, 56, 56).to(memory_format=torch.channels_last))
     yield sample("fewer-channels", make.empty(64, 16, 56, 56).to(memory_format=torch.channels_last))
@@ -377,12 +377,13 @@ def _cost(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> dict[str, Cost]:
-    """Traversals of the tensor: statistics and result, sums and gradient."""
+    """All gradients wanted; counts how often a tensor of the input's size is read or written."""
     size = input.numel() * input.element_size()
-    fused = residual is not None
-    forward = 2 + training + fused
-    # two sums of two tensors, and the mask with its masked gradient
-    backward = 2 + 3 + 2 * (fused and activation is not None)
+    forward = 2 + training + (residual is not None)
+    # read by the sums, read and written by the gradient, which needs the input or does not
+    from_output = activation is not None and residual is not None
+    from_input = activation is not None and residual is None
+    backward = 2 + 2 + (training or from_input) + 2 * from_output
     return {
         "forward": Cost((4 + 4 * training) * input.numel(), forward * size),
         "backward": Cost(10 * input.numel(), backward * size),
