@@ -13,9 +13,9 @@ BLOCK = 1024
 
 CHANNEL_SUM_CONFIGS = (
     # channels along memory: a row of 64 channels is one to four 128-byte lines
-    Config({"BLOCK_R": 64, "BLOCK_C": 64}, num_warps=4, num_stages=3),
+    Config({"BLOCK_R": 64, "BLOCK_C": 64}, num_warps=4, num_stages=3, maxnreg=255),
     # pixels along memory: few channels per program, long rows
-    Config({"BLOCK_R": 512, "BLOCK_C": 8}, num_warps=4, num_stages=3),
+    Config({"BLOCK_R": 512, "BLOCK_C": 8}, num_warps=4, num_stages=3, maxnreg=255),
 )
 # programs wanted: about two per multiprocessor of a large GPU, one constant so that sums repeat
 # across GPUs
