@@ -47,6 +47,8 @@ def channel_sum_kernel(
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     split = tl.program_id(1)
+    if INDEX_64:
+        split = split.to(tl.int64)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     offs_r = split * STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
