@@ -47,7 +47,7 @@ def main() -> None:
 @click.option(
     "--lr",
     type=click.FloatRange(0),
-    default=0.1,
+    default=0.05,
     show_default=True,
     help="Learning rate of the first step; falls linearly to zero.",
 )
@@ -127,6 +127,9 @@ def train(**options: Any) -> None:
 
     if wanted and kernels and device == "cpu" and not backend.INTERPRETING:
         raise Unable("tritorch was imported before: set TRITON_INTERPRET=1 before Python starts")
+    if device == "cpu":
+        # tensors this small are computed before a second thread wakes, which a busy machine delays
+        torch.set_num_threads(1)
     # the products of both twins in full: one may use TF32 where the other does not
     backends: Any = torch.backends
     backends.cuda.matmul.fp32_precision = "ieee"

@@ -25,7 +25,7 @@ class Settings:
 
     epochs: int = 12
     batch: int = 64
-    lr: float = 0.1
+    lr: float = 0.05
     momentum: float = 0.9
     seed: int = 0
     dtype: torch.dtype = torch.float32
