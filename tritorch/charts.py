@@ -32,7 +32,8 @@ def lines(
     ]
     low, high, ticks = _log_axis(values) if log else _linear_axis(values)
     count = max(len(one.values) for one in series)
-    drawn = _axes(ticks, low, high, log, percent) + _steps(count, x_name)
+    zero = log and any(value <= 0 for value in values)
+    drawn = _axes(ticks, low, high, log, percent, zero) + _steps(count, x_name)
     for one in series:
         drawn += f'<path class="line {one.kind}" d="{_path(one.values, count, low, high, log)}"/>'
     keys = "".join(f'<span class="{one.kind}">{escape(one.name)}</span>' for one in series)
@@ -113,11 +114,18 @@ def _path(values: Sequence[float | None], count: int, low: float, high: float, l
     return path
 
 
-def _axes(ticks: Sequence[float], low: float, high: float, log: bool, percent: bool) -> str:
+def _axes(
+    ticks: Sequence[float], low: float, high: float, log: bool, percent: bool, zero: bool = False
+) -> str:
+    """Grid and labels; `zero`: the lowest value of a logarithmic axis stands for zero."""
     drawn = ""
+    if zero:
+        ticks = [*(tick for tick in ticks if tick > 2 * low), low]
     for tick in ticks:
         y = _y(tick, low, high, log)
         text = f"{tick:.0%}" if percent else f"{tick:.0e}" if log else f"{tick:g}"
+        if zero and tick == low:
+            text = "0"
         drawn += f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>'
         drawn += _label(_LEFT - 6, y + 4, text, "end")
     return drawn

@@ -186,8 +186,8 @@ def _story(run: Mapping[str, Any]) -> str:
         "reference": "on its plain-PyTorch reference path",
     }[summary["path"]]
     story = (
-        f"A convolutional network of {summary['layers']} layers and {summary['parameters']:,} "
-        f"parameters, {summary['layers_converted']} of them layers of tritorch, learnt "
+        f"A convolutional network of {summary['parameters']:,} parameters, with "
+        f"{summary['layers_converted']} of its {summary['layers']} layers tritorch's, learnt "
         f"{summary['digits_train']:,} handwritten digits {path}, beside its torch.nn twin, from "
         f"the same weights and the same batches (seed {settings['seed']})."
     )
