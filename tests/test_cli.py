@@ -46,7 +46,7 @@ def test_version_is_the_package_s():
     ("options", "said"),
     [
         (("--epochs", "0"), "--epochs"),
-        (("--dtype", "int8"), "--dtype"),
+        (("--dtype", "float64"), "--dtype"),
         (("--no-replay", "--replay-steps", "2"), "contradict"),
     ],
 )

@@ -59,9 +59,7 @@ def main() -> None:
     show_default=True,
     help="Of the split, the weights and the order of the digits.",
 )
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
-)
+@click.option("--dtype", type=click.Choice(["float32"]), default="float32", show_default=True)
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -161,7 +159,9 @@ def train(**options: Any) -> None:
     screen.summary(result)
     _write(result, command, out, json_file, force, screen)
     if result.failures:
-        screen.problem("different: the twins do not agree", command, result.failures)
+        screen.problem(
+            "refused: the twins are different, or did not learn", command, result.failures
+        )
         sys.exit(_DIFFERENT)
     screen.equal(result)
     if wanted and not kernels:
