@@ -176,7 +176,7 @@ def cross_entropy_forward_kernel(
             largest, total, cost, q_sum,
             x_ptr, y_ptr, weight_ptr, starts, shift, y_starts, mask_n, first, end, kept, spread,
             x_stride_c, y_stride_c, weight_stride, SPREAD, PROBABILITIES, False, BLOCK_C)
-    outer = max(inner, C // BLOCK_C * BLOCK_C)
+    outer = C // BLOCK_C * BLOCK_C
     for first in range(outer, C + ALIGN - 1 if SHIFTED else C, BLOCK_C):
         largest, total, cost, q_sum = add_tile(
             largest, total, cost, q_sum,

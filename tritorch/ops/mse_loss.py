@@ -135,11 +135,13 @@ def mse_loss(
     if not backend.runs_triton("mse_loss", x, y, w, declined=_declined(x, y, w, shape)):
         return mse_loss_reference(input, target, reduction, weight)
     if x.shape != y.shape:
-        checks.warn(
-            f"Using a target size ({target.shape}) that is different to the input size "
-            f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
-            "Please ensure they have the same size."
-        )
+        # a warning would break the graph of a compiled caller
+        if not torch.compiler.is_compiling():
+            checks.warn(
+                f"Using a target size ({target.shape}) that is different to the input size "
+                f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
+                "Please ensure they have the same size."
+            )
         x, y = x.expand(shape), y.expand(shape)
     result: Tensor = binding.apply(MseLoss, x, y, w, reduction)
     return result
