@@ -56,6 +56,19 @@ class MaxPool2d(torch.nn.MaxPool2d):
         )
 
 
+class AvgPool2d(torch.nn.AvgPool2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.avg_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+
+
 def _batch_norm(layer: batchnorm._BatchNorm, input: Tensor) -> Tensor:
     layer._check_input_dim(input)
     tracks = layer.training and layer.track_running_stats

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import ops
+from tritorch.ops import avg_pool2d as avg_pool2d
 from tritorch.ops import batch_norm as batch_norm
 from tritorch.ops import conv2d as conv2d
 from tritorch.ops import linear as linear

@@ -319,5 +319,6 @@ register(
         # linear, but a mean of integers is not exact
         accuracy="composite",
         source="torch.nn.functional.avg_pool2d",
+        layers=("AvgPool2d",),
     )
 )
