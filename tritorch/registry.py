@@ -152,8 +152,6 @@ class OpSpec:
     # "composite": the rule with the fallback scales of a non-linear reduction
     accuracy: Literal["exact", "multilinear", "composite"]
     source: str
-    # terms of the longest sum behind one output element, for composite ops
-    terms: Callable[..., int] | None = None
     # names of the arguments that the op writes (running statistics, in-place results)
     mutates: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOATING

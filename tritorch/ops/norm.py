@@ -360,10 +360,6 @@ def _rejects(make: Maker) -> Iterator[Reject]:
     yield reject("activation", r"None or 'relu'", 4, 3, activation="tanh", raises=ValueError)
 
 
-def _terms(input: Tensor, *others: Any, **more: Any) -> int:
-    return max(input.numel() // max(input.shape[1], 1), 1)
-
-
 def _cost(
     input: Tensor,
     running_mean: Tensor | None,
@@ -411,7 +407,6 @@ register(
         cost=_cost,
         accuracy="composite",
         source="torch.nn.functional.batch_norm, https://arxiv.org/abs/1502.03167",
-        terms=_terms,
         mutates=("running_mean", "running_var"),
         layers=("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
     )

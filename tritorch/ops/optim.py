@@ -372,8 +372,6 @@ register(
         rejects=_rejects,
         cost=_cost,
         accuracy="composite",
-        # weight decay, momentum, learning rate
-        terms=lambda **arguments: 3,
         source="torch.optim.SGD",
         mutates=("params", "momentum_buffers"),
         double_backward=False,
