@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import tritorch
 import tritorch.nn as nn
 import tritorch.nn.functional as tritorch_functional
-from tritorch import launch
+from tritorch import launch, ops
 
 pytestmark = [pytest.mark.reference, pytest.mark.interpret]
 
@@ -27,6 +27,14 @@ FUNCTIONS = (
     "mse_loss",
     "relu",
 )
+
+
+def test_modules_of_ours_hold_torchs_names_too():
+    assert tritorch.testing.assert_close is torch.testing.assert_close
+    assert tritorch.ops.aten is torch.ops.aten
+    assert tritorch.ops.relu is ops.relu
+    for module in (tritorch.ops, tritorch.testing):
+        assert not hasattr(module, "rellu")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -6,9 +6,10 @@ not define is torch's own object: `torch.tensor`, `nn.Sequential`, `from tritorc
 DataLoader`.  The import statements must say tritorch: whatever `torch` stands for in a program,
 `import torch.nn` imports torch.
 
-What differs under that name: `__version__` is tritorch's; `ops`, `testing` and `data` are
-tritorch's modules; `a @ b` is a method of torch's tensors and stays torch's, and so do a layer's
-full path (`tritorch.nn.modules.conv.Conv2d`) and lazy layers.
+What differs under that name: `__version__` is tritorch's; `ops` and `testing` are tritorch's
+modules, which hold torch's names as well; `data` is tritorch's alone; `a @ b` is a method of torch's
+tensors and stays torch's, and so do a layer's full path (`tritorch.nn.modules.conv.Conv2d`) and
+lazy layers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,12 @@
-"""The functional API: one line per family."""
+"""The functional API: one line per family.
+
+The namespaces of ops that torch has registered (`aten`, ...) are found here too, for programs that
+import tritorch as torch.
+"""
+
+from typing import Any
+
+import torch
 
 from tritorch.ops.activation import relu as relu
 from tritorch.ops.avg_pool import avg_pool2d as avg_pool2d
@@ -15,3 +23,11 @@ from tritorch.ops.norm import batch_norm as batch_norm
 from tritorch.ops.optim import sgd_step as sgd_step
 from tritorch.ops.pool import max_pool2d as max_pool2d
 from tritorch.ops.reduce import channel_sum as channel_sum
+
+
+def __getattr__(name: str) -> Any:
+    # torch.ops makes a namespace of any name: one of ours, misspelt, must not become one
+    registered = {op.partition("::")[0] for op in torch._C._dispatch_get_all_op_names()}
+    if name in registered:
+        return getattr(torch.ops, name)
+    raise AttributeError(f"tritorch has no op, and torch no namespace of ops, {name!r}")
