@@ -7,9 +7,9 @@ DataLoader`.  The import statements must say tritorch: whatever `torch` stands f
 `import torch.nn` imports torch.
 
 What differs under that name: `__version__` is tritorch's; `ops` and `testing` are tritorch's
-modules, which hold torch's names as well; `data` is tritorch's alone; `a @ b` is a method of torch's
-tensors and stays torch's, and so do a layer's full path (`tritorch.nn.modules.conv.Conv2d`) and
-lazy layers.
+modules, which hold torch's names as well; `data` is tritorch's alone; `a @ b` is a method of
+torch's tensors and stays torch's, and so do lazy layers and a layer's full path
+(`tritorch.nn.modules.conv.Conv2d`).
 """
 
 from __future__ import annotations
