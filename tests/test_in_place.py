@@ -1,0 +1,59 @@
+"""What is in place writes its argument, says so to autograd, and refuses what torch refuses."""
+
+import pytest
+import torch
+
+import tritorch
+from tritorch import nn, ops
+
+pytestmark = [pytest.mark.reference, pytest.mark.interpret]
+
+IN_PLACE = {
+    "ops.relu": lambda x: ops.relu(x, inplace=True),
+    "relu_": tritorch.relu_,
+    "nn.functional.relu_": nn.functional.relu_,
+    "nn.functional.relu": lambda x: nn.functional.relu(x, inplace=True),
+    "nn.ReLU": nn.ReLU(inplace=True),
+}
+
+
+@pytest.mark.parametrize("function", IN_PLACE.values(), ids=IN_PLACE)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_the_argument_is_written_and_returned(function, layout, device):
+    x = torch.tensor([[-1.0, 2.0, -3.0], [4.0, -5.0, 6.0]], device=device)
+    x = x.t() if layout == "transposed" else x
+    expected, version = torch.relu(x), x._version
+    result = function(x)
+    assert result is x
+    assert torch.equal(x, expected)
+    assert x._version > version
+
+
+@pytest.mark.parametrize("function", IN_PLACE.values(), ids=IN_PLACE)
+def test_a_gradient_that_needs_the_old_value_is_refused(function, device):
+    """Also where the write itself is not recorded."""
+    weight = torch.tensor([2.0, 3.0], device=device, requires_grad=True)
+    x = torch.tensor([-1.0, 5.0], device=device)
+    y = weight * x
+    with torch.no_grad():
+        function(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("function", IN_PLACE.values(), ids=IN_PLACE)
+def test_a_leaf_is_left_alone(function, device):
+    leaf = torch.tensor([-1.0, 2.0], device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf"):
+        function(leaf)
+    assert leaf.tolist() == [-1.0, 2.0]
+    with torch.no_grad():
+        function(leaf)
+    assert leaf.tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("function", IN_PLACE.values(), ids=IN_PLACE)
+def test_gradient_goes_through(function, device):
+    x = torch.tensor([-1.0, 2.0, 0.0], device=device, requires_grad=True)
+    function(x * 3).sum().backward()
+    assert x.grad.tolist() == [0.0, 3.0, 0.0]
