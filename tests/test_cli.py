@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 import tritorch
-from tritorch import ops
+from tritorch import backend, ops
 from tritorch.cli import main
 
 pytestmark = pytest.mark.reference
@@ -46,6 +46,10 @@ def test_version_is_the_package_s():
     ("options", "said"),
     [
         (("--epochs", "0"), "--epochs"),
+        (("--lr", "nan"), "not a finite number"),
+        (("--momentum", "inf"), "not a finite number"),
+        (("--json", __file__ + "/run.json"), "not a folder to write in"),
+        (("--out", __file__), "is a file"),
         (("--dtype", "float64"), "--dtype"),
         (("--no-replay", "--replay-steps", "2"), "contradict"),
     ],
@@ -99,6 +103,27 @@ def test_missing_triton_is_status_3_unless_no_replay_is_asked(monkeypatch):
     assert result.exit_code == 3
     assert "the kernels were not checked" in result.output
     assert call(*SHORT, "--no-replay").exit_code == 0
+
+
+def test_a_result_that_cannot_be_written_is_status_3(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tritorch.bench.environment.write_result", full)
+    result = call(*SHORT, "--no-replay", "--json", str(tmp_path / "run.json"))
+    assert result.exit_code == 3
+    assert "could not be written: [Errno 28] No space left" in result.output
+
+
+def test_a_call_that_leaves_the_kernels_is_status_1(monkeypatch):
+    def leaves(*arguments, **options):
+        raise backend.FallbackError("conv2d: the kernels do not take this call: why")
+
+    monkeypatch.setattr("tritorch.train.run", leaves)
+    result = call(*SHORT, "--no-replay")
+    assert result.exit_code == 1
+    assert "do not take this call: why" in result.output
+    assert "reproduce: tritorch train" in result.output
 
 
 def test_failure_says_how_to_see_it_again(monkeypatch):

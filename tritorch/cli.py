@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import sys
 import tempfile
@@ -33,6 +34,12 @@ class Unable(click.ClickException):
     exit_code = _UNABLE
 
 
+def _finite(context: click.Context, option: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number", context, option)
+    return value
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tritorch")
 def main() -> None:
@@ -47,11 +54,14 @@ def main() -> None:
 @click.option(
     "--lr",
     type=click.FloatRange(0),
+    callback=_finite,
     default=0.05,
     show_default=True,
     help="Learning rate of the first step; falls linearly to zero.",
 )
-@click.option("--momentum", type=click.FloatRange(0), default=0.9, show_default=True)
+@click.option(
+    "--momentum", type=click.FloatRange(0), callback=_finite, default=0.9, show_default=True
+)
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
@@ -157,7 +167,10 @@ def train(**options: Any) -> None:
         screen.note("reproduce", command)
         raise
     screen.summary(result)
-    _write(result, command, out, json_file, force, screen)
+    try:
+        _write(result, command, out, json_file, force, screen)
+    except OSError as error:
+        raise Unable(f"the result could not be written: {error}") from error
     if result.failures:
         screen.problem(
             "refused: the twins are different, or did not learn", command, result.failures
@@ -209,6 +222,9 @@ def _command(settings: Settings, device: str, replay_steps: int) -> str:
 
 def _check_free(out: Path | None, json_file: Path | None, force: bool) -> None:
     """Before minutes of work whose result could not be written."""
+    for path in (out, json_file):
+        if path is not None and str(path) != "-":
+            _check_folder(path if path is out else path.parent)
     if force:
         return
     if json_file is not None and str(json_file) != "-" and json_file.exists():
@@ -217,6 +233,13 @@ def _check_free(out: Path | None, json_file: Path | None, force: bool) -> None:
         raise click.UsageError(
             f"--out {out} holds something else than a report: name a new folder, or add --force"
         )
+
+
+def _check_folder(folder: Path) -> None:
+    """The nearest folder of `folder`'s path that exists must be one to write in."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise click.UsageError(f"{folder}: {existing} is not a folder to write in")
 
 
 def _is_report(folder: Path) -> bool:
