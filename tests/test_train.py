@@ -1,13 +1,19 @@
 """`tritorch train` as a user runs it: exit status, files, and a wrong layer or kernel is seen."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from tritorch import train as training
+from tritorch.train import Curves, Epoch
+from tritorch.twins import Settings
 
 pytestmark = pytest.mark.reference
 
@@ -65,6 +71,32 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     run = train("--quick", "--no-replay", "--device", "cpu", "--out", str(tmp_path))
     assert run.returncode == 2
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+CURVES = Curves([2.0, 1.0], [2.0, 1.0], [0.0, 0.1], [0.0, 0.1], [0.2, 0.3])
+LAST = Epoch(12, 1.0, 1.0, 0.1, 0.1, 0.99, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("curves", "last", "epochs", "said"),
+    [
+        ({}, {}, 12, []),
+        ({"gap": [0.0, 0.4]}, {}, 12, ["step 2: the losses are 0.4 apart, the limit is 0.3"]),
+        ({"gap": [math.nan, 0.0]}, {}, 12, ["step 1: the losses are nan apart"]),
+        ({"loss_tritorch": [2.0, math.inf]}, {}, 12, ["the loss of tritorch is not finite"]),
+        ({"loss_torch": [math.nan, 1.0]}, {}, 12, ["the loss of torch.nn is not finite"]),
+        ({}, {"accuracy_torch": 0.9901}, 12, []),
+        ({}, {"accuracy_torch": 0.985}, 12, ["accuracies are 2 of 360 test digits apart"]),
+        ({}, {"accuracy_torch": 0.97, "accuracy_tritorch": 0.97}, 12, ["less than 98%"]),
+        ({}, {"accuracy_torch": 0.97, "accuracy_tritorch": 0.97}, 11, []),
+    ],
+)
+def test_reasons_to_refuse(curves, last, epochs, said):
+    failures = training._failures(
+        Settings(epochs=epochs), replace(CURVES, **curves), replace(LAST, **last), 360, {}
+    )
+    assert len(failures) == len(said), failures
+    assert all(part in failure for part, failure in zip(said, failures, strict=True))
 
 
 def test_a_wrong_layer_is_different():
