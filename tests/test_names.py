@@ -69,6 +69,7 @@ def functional_calls():
     yield "max_pool2d", (images, 2, 1, 1, 1, True), {}
     yield "max_pool2d", (images, 2), {"return_indices": True}
     yield "max_pool2d_with_indices", (images, 2), {"stride": 1}
+    yield "max_pool2d_with_indices", (images, 2, 2, 1, 2, True), {}
     yield "avg_pool2d", (images, 2, 1, 1, True, False, 3), {}
     yield "batch_norm", (images, mean, var, None, None, False, 0.1, 1e-3), {}
     yield "relu", (x,), {}

@@ -264,6 +264,21 @@ def test_batch_norm_without_buffers(buffers, training, device):
     assert_close(*results)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_that_stops_tracking(training, device):
+    """The flag cleared after construction leaves buffers that are neither used nor written."""
+    case = Case("BatchNorm2d", {"num_features": 3}, IMAGES)
+    results, buffers = [], []
+    for module in (nn, torch.nn):
+        layer = make_layer(module, case, device).train(training)
+        layer.running_mean.fill_(0.5)
+        layer.track_running_stats = False
+        results.append(run(layer, make_call(case, device)))
+        buffers.append(dict(layer.named_buffers()))
+    assert_close(*results)
+    assert_close(*buffers, rtol=0, atol=0)
+
+
 def test_batch_norm_counts_a_batch_that_fails():
     layer, torchs = nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     for one in (layer, torchs):
