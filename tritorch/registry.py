@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -130,28 +130,20 @@ class Maker:
         return (low + (high - low) * unit).float().to(self.device)
 
 
-@dataclass(frozen=True)
-class OpSpec:
-    """Everything that tests, benchmarks and tables need to know of one op."""
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A callable and what it claims to compute: all that the checks of `tritorch.testing` need."""
 
     name: str
     op: Callable[..., Output]
     # the definition: plain PyTorch, same arguments, any dtype including float64
     reference: Callable[..., Output]
-    # "family.kernel_name", every kernel that the op can launch, forward and backward
-    kernels: tuple[str, ...]
     # names of the arguments that a gradient flows to
     gradients: tuple[str, ...]
     samples: Callable[[Maker], Iterable[Sample]]
-    workloads: Callable[[Maker], Iterable[Sample]]
-    rejects: Callable[[Maker], Iterable[Reject]]
-    # passes "forward" and "backward" of one call, from its arguments
-    cost: Callable[..., Mapping[str, Cost]]
     # "exact": bitwise torch's; "multilinear": the tolerance rule with scales derived from the
-    # reference;
-    # "composite": the rule with the fallback scales of a non-linear reduction
+    # reference; "composite": the rule with the fallback scales of a non-linear reduction
     accuracy: Literal["exact", "multilinear", "composite"]
-    source: str
     # names of the arguments that the op writes (running statistics, in-place results)
     mutates: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOATING
@@ -160,9 +152,22 @@ class OpSpec:
     double_backward: bool = True
     # arguments where NaN and infinities have a defined result
     non_finite: tuple[str, ...] = ("input",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpSpec(Subject):
+    """Everything that tests, benchmarks and tables need to know of one op."""
+
+    # "family.kernel_name", every kernel that the op can launch, forward and backward
+    kernels: tuple[str, ...]
+    workloads: Callable[[Maker], Iterable[Sample]]
+    rejects: Callable[[Maker], Iterable[Reject]]
+    # passes "forward" and "backward" of one call, from its arguments
+    cost: Callable[..., Mapping[str, Cost]]
+    source: str
     # the layers of tritorch.nn that call the op
     layers: tuple[str, ...] = ()
-    notes: str = field(default="")
+    notes: str = ""
 
 
 _SPECS: dict[str, OpSpec] = {}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritorch.registry import Argument, Maker, OpSpec, Sample
+from tritorch.registry import Argument, Maker, Sample, Subject
 from tritorch.testing import tolerances
 
 LAYOUTS = ("sliced", "transposed", "channels_last", "misaligned", "expanded")
@@ -46,7 +46,7 @@ class Mutated(AssertionError):
     """A call wrote into an argument that it must leave alone."""
 
 
-def sample_of(spec: OpSpec, name: str, make: Maker) -> Sample:
+def sample_of(spec: Subject, name: str, make: Maker) -> Sample:
     """The sample of that name, its tensors made by `make`."""
     for sample in spec.samples(make):
         if sample.name == name:
@@ -128,7 +128,7 @@ def poisoned_memory() -> Iterator[None]:
 
 def run(
     function: Callable[..., Any],
-    spec: OpSpec,
+    spec: Subject,
     arguments: dict[str, Argument],
     *,
     wanted: Iterable[str] | None = None,
@@ -234,7 +234,7 @@ def integer_gradient(seed: str) -> Callable[[Tensor], Tensor]:
 
 
 def verdicts(
-    spec: OpSpec,
+    spec: Subject,
     arguments: dict[str, Argument],
     grad_outputs: Callable[[Tensor], Tensor],
     *,
@@ -248,7 +248,7 @@ def verdicts(
 
 
 def judge(
-    spec: OpSpec,
+    spec: Subject,
     arguments: dict[str, Argument],
     actual: Outcome,
     grad_outputs: Callable[[Tensor], Tensor],
@@ -290,7 +290,7 @@ def judge(
     return found
 
 
-def _scales(spec: OpSpec, arguments: dict[str, Argument], grads: list[Tensor]) -> dict[str, Any]:
+def _scales(spec: Subject, arguments: dict[str, Argument], grads: list[Tensor]) -> dict[str, Any]:
     """Keyword arguments of `compare` for the first output and the gradients."""
     if spec.accuracy == "exact" or not spec.gradients:
         return {}
