@@ -1,17 +1,17 @@
 """What is wrong with Triton's interpreter, and what a GPU does instead.
 
-Each function replaces one of the interpreter's own inside `interpreter.corrected`.  All that
-tritorch knows of the interpreter's private parts is in this file.
+Each function replaces one of the interpreter's own inside `interpreter.corrected`.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from tritorch.testing import patches
 
 Array = npt.NDArray[Any]
 
@@ -24,32 +24,24 @@ _lib: Any = None
 _tl: Any = None
 _min_dot_size: Any = None
 
-_patches: list[tuple[Any, str, Any]] = []
+_patches: list[patches.Patch] = []
 # what the patches replaced, by its name
 _originals: dict[str, Any] = {}
 # functions for which this launch has patched the language already
 _seen: set[Any] = set()
-
-_MISSING = object()
 
 
 def patch() -> None:
     """Puts the corrections in place; raises RuntimeError where Triton lacks a part to correct."""
     if not _patches:
         _load()
-    for owner, name, replacement in _patches:
-        _originals[name] = getattr(owner, name, _MISSING)
-        setattr(owner, name, replacement)
+    patches.put(_patches, _originals)
 
 
 def restore() -> None:
     """Puts back what `patch` replaced."""
     _seen.clear()
-    for owner, name, _ in _patches:
-        if _originals[name] is _MISSING:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, _originals[name])
+    patches.restore(_patches, _originals)
 
 
 def _load() -> None:
@@ -60,33 +52,24 @@ def _load() -> None:
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 80, 32)
     for path in _USED:
         _require(lib, path)
-    patches = [
+    found = [
         (_require(lib, path) if path else lib, name, replacement)
         for path, replacements in _REPLACEMENTS.items()
         for name, replacement in replacements.items()
     ]
-    for owner, name, _ in patches:
+    for owner, name, _ in found:
         # 3.6 has no get_bf16: that it is missing is the defect
         if name != "get_bf16":
             _require(owner, name)
     if hasattr(lib._interpreter, "fma_fp32"):
         # this Triton rounds once
-        patches = [patch for patch in patches if patch[1] != "create_fma"]
+        found = [patch for patch in found if patch[1] != "create_fma"]
     _lib, _tl, _min_dot_size = lib, lib.tl, _require(nvidia, "min_dot_size")(target)
-    _patches.extend(patches)
+    _patches.extend(found)
 
 
 def _require(owner: Any, path: str) -> Any:
-    """The attribute at the dotted `path` below `owner`."""
-    for name in path.split("."):
-        if not hasattr(owner, name):
-            raise RuntimeError(
-                f"interpreter.corrected: triton {sys.modules['triton'].__version__} has no "
-                f"{getattr(owner, '__name__', owner)}.{name}, which the corrections need "
-                "(they know 3.6.0, 3.7.1 and 3.9.0)"
-            )
-        owner = getattr(owner, name)
-    return owner
+    return patches.require(owner, path, "interpreter.corrected")
 
 
 # bfloat16: numpy has no such type.  A corrected handle of bfloat16 holds float32 numbers that
@@ -189,14 +172,14 @@ def _create_masked_load(
     original = _originals["create_masked_load"]
     element = ptrs.get_element_ty()
     if other is None:
-        other = _lib.TensorHandle(_poison(ptrs.data.shape, _lib._get_np_dtype(element)), element)
+        other = _lib.TensorHandle(poison(ptrs.data.shape, _lib._get_np_dtype(element)), element)
     if not _is_bf16(element):
         return original(self, ptrs, mask, other, *rest, **named)
     loaded = original(self, _pointers_to_bits(ptrs), mask, _to_bits(other), *rest, **named)
     return _from_bits(loaded.data)
 
 
-def _poison(shape: tuple[int, ...], dtype: Any) -> Array:
+def poison(shape: tuple[int, ...], dtype: Any) -> Array:
     """What a masked lane holds that is loaded without `other`: anything, so nothing harmless."""
     if np.issubdtype(dtype, np.floating):
         return np.full(shape, np.nan, dtype)
@@ -282,10 +265,15 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, *rest: 
     m, n, k = _min_dot_size(a.dtype, b.dtype)
     if a.data.shape[-2] < m or b.data.shape[-1] < n or a.data.shape[-1] < k:
         # the words of the compiler for CUDA, which has the largest least tile
-        raise AssertionError(f"Input shapes should have M >= {m}, N >= {n} and K >= {k}")
+        refuse_tile(f"Input shapes should have M >= {m}, N >= {n} and K >= {k}")
     if tf32 and a.data.dtype == np.float32 and input_precision == _lib._ir.INPUT_PRECISION.TF32:
         a, b = _to_tf32(a), _to_tf32(b)
     return _originals["create_dot"](self, a, b, d, input_precision, *rest)
+
+
+def refuse_tile(message: str) -> None:
+    """Raises, as a compiler does; the detectors replace it by a finding and go on."""
+    raise AssertionError(message)
 
 
 def _to_tf32(handle: Any) -> Any:
