@@ -1,4 +1,4 @@
-"""Causal attention with grouped queries: several heads of q share one head of k and v.
+"""Causal attention of many heads of q to one head of k and v, and the log-sum of each row.
 
 Blocks of keys left of the diagonal need no mask, those right of it are never read.
 """
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-INPUTS = "q[B, T, G, H, D] k[B, T, H, D] v[B, T, H, D]"
+INPUTS = "q[T, H, D] k[T, D] v[T, D]"
 # exp underflows sooner in float32 than in the float64 truth: 0 * inf is NaN, tiny * inf is inf
 NON_FINITE = ()
 
@@ -35,10 +35,9 @@ def _attend(
     BLOCK_D: tl.constexpr,
 ):
     offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
     for start_n in range(lo, hi, BLOCK_N):
-        offs_n = tl.cast(start_n + tl.arange(0, BLOCK_N), tl.int64)
-        mask = (offs_n < T)[:, None] & mask_d[None, :]
+        offs_n = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+        mask = (offs_n < T)[:, None] & (offs_d < D)[None, :]
         k = tl.load(K + offs_n[:, None] * stride_kt + offs_d[None, :], mask=mask, other=0.0)
         v = tl.load(V + offs_n[:, None] * stride_vt + offs_d[None, :], mask=mask, other=0.0)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -60,15 +59,13 @@ def _causal_attention_fwd(
     V,
     Out,
     Lse,
-    stride_kb,
+    stride_qt,
+    stride_qh,
+    stride_qd,
     stride_kt,
-    stride_kh,
-    stride_vb,
     stride_vt,
-    stride_vh,
     scale,
     T,
-    G,
     H,
     D,
     BLOCK_M: tl.constexpr,
@@ -77,18 +74,12 @@ def _causal_attention_fwd(
 ):
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    group = head // H
-    kv_head = head % H
     offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_q = (offs_m < T)[:, None] & (offs_d < D)[None, :]
-
-    # q, the output and the log-sum are contiguous
-    rows = ((batch * T + offs_m) * G + group) * H + kv_head
-    q = tl.load(Q + rows[:, None] * D + offs_d[None, :], mask=mask_q, other=0.0)
-    K += batch * stride_kb + kv_head * stride_kh
-    V += batch * stride_vb + kv_head * stride_vh
+    mask_m = offs_m < T
+    mask_q = mask_m[:, None] & (offs_d < D)[None, :]
+    q_ptrs = Q + head * stride_qh + offs_m[:, None] * stride_qt + offs_d[None, :] * stride_qd
+    q = tl.load(q_ptrs, mask=mask_q, other=0.0)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -104,46 +95,47 @@ def _causal_attention_fwd(
         True, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
+    # the output and the log-sum are contiguous
+    rows = offs_m * H + head
     out = acc / l_i[:, None]
     tl.store(Out + rows[:, None] * D + offs_d[None, :], out.to(Out.dtype.element_ty), mask=mask_q)
-    tl.store(Lse + rows, m_i + tl.log(l_i), mask=offs_m < T)
+    tl.store(Lse + rows, m_i + tl.log(l_i), mask=mask_m)
 
 
 def causal_attention(q, k, v):
-    B, T, G, H, D = q.shape
-    q = q.contiguous()
+    T, H, D = q.shape
     k = k if k.stride(-1) == 1 else k.contiguous()
     v = v if v.stride(-1) == 1 else v.contiguous()
-    out = torch.empty_like(q)
-    lse = torch.empty((B, T, G, H), dtype=torch.float32, device=q.device)
-    if out.numel():
-        # a multiple of BLOCK_N, so that the diagonal lies in whole blocks of keys
-        BLOCK_M = 32
-        _causal_attention_fwd[(triton.cdiv(T, BLOCK_M), G * H, B)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            *k.stride()[:3],
-            *v.stride()[:3],
-            1 / math.sqrt(D),
-            T,
-            G,
-            H,
-            D,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=16,
-            BLOCK_D=max(16, triton.next_power_of_2(D)),
-        )
+    out = torch.empty((T, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((T, H), dtype=torch.float32, device=q.device)
+    # a multiple of BLOCK_N, so that the diagonal lies in whole blocks of keys
+    BLOCK_M = 32
+    scale = 1 / math.sqrt(D) if D else 0.0
+    _causal_attention_fwd[(triton.cdiv(T, BLOCK_M), H)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *q.stride(),
+        k.stride(0),
+        v.stride(0),
+        scale,
+        T,
+        H,
+        D,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=16,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+    )
     return out, lse
 
 
 def reference(q, k, v):
-    scores = torch.einsum("btghd,bshd->bghts", q, k) / math.sqrt(q.shape[-1])
-    T = q.shape[1]
+    T, _, D = q.shape
+    scores = torch.einsum("thd,sd->hts", q, k) * (1 / math.sqrt(D) if D else 0.0)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     scores = scores.masked_fill(future, -math.inf)
-    out = torch.einsum("bghts,bshd->btghd", scores.softmax(-1), v)
+    out = torch.einsum("hts,sd->thd", scores.softmax(-1), v)
     wide = scores if q.dtype == torch.float64 else scores.float()
-    return out, wide.logsumexp(-1).permute(0, 3, 1, 2)
+    return out, wide.logsumexp(-1).T

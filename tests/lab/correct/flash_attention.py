@@ -87,8 +87,8 @@ def flash_attention(q, k, v):
     B, H, M, D = q.shape
     N = k.shape[2]
     out = torch.empty((B, H, M, D), dtype=q.dtype, device=q.device)
-    if out.numel() == 0:
-        return out
+    if N == 0 or out.numel() == 0:
+        return out.zero_()
     # exp(x) = exp2(x / ln 2), and the GPU has an instruction for exp2
     qk_scale = 1 / (math.sqrt(D) * math.log(2))
     grid = (triton.cdiv(M, 64), B * H)

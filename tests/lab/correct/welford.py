@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 
 INPUTS = "x[M, N]"
+# merging takes differences of means: inf - inf
+NON_FINITE = ()
 
 
 @triton.jit
@@ -31,8 +33,7 @@ def welford_kernel(x_ptr, mean_ptr, var_ptr, stride_m, stride_n, N, BLOCK: tl.co
         m2 = tl.where(mask, m2 + delta * (x - mean), m2)
     mean, m2, weight = tl.reduce((mean, m2, weight), 0, combine)
     tl.store(mean_ptr + row, mean.to(mean_ptr.dtype.element_ty))
-    # of the sample: unbiased
-    tl.store(var_ptr + row, (m2 / (weight - 1)).to(var_ptr.dtype.element_ty))
+    tl.store(var_ptr + row, (m2 / weight).to(var_ptr.dtype.element_ty))
 
 
 def welford(x):
@@ -47,6 +48,5 @@ def welford(x):
 
 def reference(x):
     wide = x if x.dtype == torch.float64 else x.float()
-    # torch.var warns of rows of one element, whose variance is NaN
-    squares = (wide - wide.mean(-1, keepdim=True)).square().sum(-1)
-    return wide.mean(-1).to(x.dtype), (squares / (x.shape[-1] - 1)).to(x.dtype)
+    variance = (wide - wide.mean(-1, keepdim=True)).square().mean(-1)
+    return wide.mean(-1).to(x.dtype), variance.to(x.dtype)
