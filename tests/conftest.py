@@ -22,6 +22,7 @@ ONLY = {
     "test_interpreter_numbers.py": "interpret",
     "test_dry.py": "compile",
     "test_compile.py": "compile",
+    "test_launch.py": "compile",
     # builds a wheel, which a machine that only has a GPU need not be able to
     "test_packaging.py": "reference",
 }

@@ -7,9 +7,11 @@ no Triton.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -82,6 +84,23 @@ def choices() -> Iterator[list[tuple[str, Any]]]:
         _choices.remove(record)
 
 
+_Plan = TypeVar("_Plan")
+
+
+def planned(plan: Callable[..., _Plan]) -> Callable[..., _Plan]:
+    """Remembers what `plan` makes of its arguments, all hashable: layouts, numbers.
+
+    Inside `override` and `choices` it is asked again, because it may ask for a configuration.
+    """
+    remembered = functools.lru_cache(maxsize=4096)(plan)
+
+    @functools.wraps(plan)
+    def planned(*arguments: Any) -> _Plan:
+        return (plan if _overrides or _choices else remembered)(*arguments)
+
+    return planned
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[str]]:
     """Collects the names of the kernels launched inside the block, in order."""
@@ -103,33 +122,122 @@ def run(
 ) -> None:
     """Launches `kernel` over `grid` on the device of `on`; a grid with a zero launches nothing.
 
-    `constants` are the kernel's `tl.constexpr` parameters (and num_warps where there is no
-    `config`).
+    `arguments` are all parameters but the last, `constants` the rest: the kernel's `tl.constexpr`
+    parameters (and num_warps where there is no `config`).
     """
     if 0 in grid:
         return
     for names in _recorders:
         names.append(kernel.__name__)
-    if config is not None:
-        constants |= config.kwargs
-        constants["num_warps"] = config.num_warps
-        constants["num_stages"] = _num_stages(config.num_stages)
-        if config.maxnreg is not None and not is_amd():
-            constants["maxnreg"] = config.maxnreg
     if on.is_cuda:
-        # a launch goes to the current device, which need not be the tensor's
-        with torch.cuda.device(on.device):
-            kernel[grid](*arguments, **constants)
+        _run_on_gpu(kernel, grid, arguments, on.get_device(), config, constants)
     elif backend.INTERPRETING:
         with interpreter.corrected():
-            kernel[grid](*arguments, **constants)
+            kernel[grid](*arguments, **_options(config, constants))
     elif dry.active() is not None:
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, **_options(config, constants))
     else:
         raise RuntimeError(
             f"launch: {kernel.__name__} needs a CUDA tensor, or TRITON_INTERPRET=1 in the "
             f"environment before Python starts, received a tensor on {on.device}"
         )
+
+
+class _Bound(NamedTuple):
+    """A loaded kernel, and what Triton's launcher takes besides grid, stream and arguments."""
+
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    constants: tuple[Any, ...]
+    # kept alive, so that no other object can have their ids, which the key consists of
+    owners: tuple[Any, ...]
+
+
+_bound: dict[tuple[Any, ...], _Bound] = {}
+# shapes that change with every call must not fill the memory
+_MAX_BOUND = 1 << 14
+
+
+def _run_on_gpu(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    device: int,
+    config: Any,
+    constants: dict[str, Any],
+) -> None:
+    """`kernel[grid](...)`, which takes ten times as long to find out what this finds in one look.
+
+    Triton compiles for dtype and alignment of tensors and for some properties of integers: their
+    values tell all of them.  Of other numbers the type alone matters.
+    """
+    if device != torch.cuda.current_device():
+        # a launch goes to the current device, which need not be the tensor's
+        with torch.cuda.device(device):
+            return _run_on_gpu(kernel, grid, arguments, device, config, constants)
+    key = (
+        id(kernel),
+        id(config),
+        device,
+        *constants.items(),
+        *[
+            (argument.dtype, argument.data_ptr() % 16)
+            if isinstance(argument, Tensor)
+            else float
+            if isinstance(argument, float)
+            else argument
+            for argument in arguments
+        ],
+    )
+    bound = _bound.get(key)
+    if bound is None or _is_watched():
+        options = _options(config, constants)
+        compiled = kernel[grid](*arguments, **options)
+        if len(_bound) >= _MAX_BOUND:
+            _bound.clear()
+        _bound[key] = _bind(kernel, compiled, len(arguments), options, config)
+        return
+    bound.run(
+        grid[0],
+        grid[1] if len(grid) > 1 else 1,
+        grid[2] if len(grid) > 2 else 1,
+        torch._C._cuda_getCurrentRawStream(device),
+        bound.function,
+        bound.metadata,
+        None,
+        None,
+        None,
+        *arguments,
+        *bound.constants,
+    )
+
+
+def _bind(kernel: Any, compiled: Any, given: int, options: dict[str, Any], config: Any) -> _Bound:
+    # the launcher takes a value for every parameter, also for those that were compiled in
+    rest = tuple(
+        options.get(parameter.name, parameter.default) for parameter in kernel.params[given:]
+    )
+    return _Bound(compiled.run, compiled.function, compiled.packed_metadata, rest, (kernel, config))
+
+
+def _is_watched() -> bool:
+    """Whether a profiler wants to hear of launches from Triton itself."""
+    runtime = sys.modules["triton"].knobs.runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+def _options(config: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """Constants, and what a configuration adds to them, as Triton takes them by keyword."""
+    if config is None:
+        return constants
+    options: dict[str, Any] = constants | config.kwargs
+    options["num_warps"] = config.num_warps
+    options["num_stages"] = _num_stages(config.num_stages)
+    if config.maxnreg is not None and not is_amd():
+        options["maxnreg"] = config.maxnreg
+    return options
 
 
 def _num_stages(stages: int) -> int:

@@ -1,0 +1,127 @@
+"""A launch on a GPU, remembered: what reaches Triton's launcher is what `kernel[grid]` passes."""
+
+import pytest
+import torch
+
+from tritorch import backend, launch, ops
+from tritorch.testing import dry
+
+pytestmark = pytest.mark.compile
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Launches on CPU tensors take the way of a GPU's; what the launcher is called with."""
+    seen = []
+    original = dry._Launcher.__call__
+
+    def spy(self, grid_x, grid_y, grid_z, stream, function, metadata, *rest):
+        # launch metadata and hooks come first
+        seen.append((self.source.fn.__name__, (grid_x, grid_y, grid_z), function, *rest[3:]))
+        original(self, grid_x, grid_y, grid_z)
+
+    def run(kernel, grid, *arguments, on, config=None, **constants):
+        launch._run_on_gpu(kernel, grid, arguments, 0, config, constants)
+
+    monkeypatch.setattr(dry._Launcher, "__call__", spy)
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    monkeypatch.setattr(launch, "_bound", {})
+    with backend.use("triton"), backend.strict(), dry.compiling_for("sm_90"):
+        yield seen
+
+
+CALLS = {
+    "relu": lambda: ops.relu(torch.ones(4, 6)),
+    "matmul": lambda: ops.matmul(torch.ones(32, 16), torch.ones(16, 48)),
+    "conv2d": lambda: ops.conv2d(torch.ones(2, 8, 6, 6), torch.ones(4, 8, 3, 3), torch.ones(4)),
+    "max_pool2d": lambda: ops.max_pool2d(torch.ones(2, 3, 8, 8), 2),
+    "batch_norm": lambda: ops.batch_norm(
+        torch.ones(4, 3, 5, 5), torch.zeros(3), torch.ones(3), training=True, momentum=0.3
+    ),
+}
+
+
+def shown(arguments):
+    """Tensors by what a launch looks at; constants by Triton's own wrapper or not."""
+    return [
+        (a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else getattr(a, "value", a)
+        for a in arguments
+    ]
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_remembered_launch_passes_what_the_first_did(op, launches):
+    CALLS[op]()
+    first = launches.copy()
+    launches.clear()
+    bound = len(launch._bound)
+    CALLS[op]()
+    assert len(launch._bound) == bound
+    assert [shown(arguments) for arguments in launches] == [shown(a) for a in first]
+    assert first
+
+
+def kernel_of(call):
+    """The compiled kernel that a call launches."""
+    known = set(launch._bound)
+    call()
+    ((key, bound),) = ((k, b) for k, b in launch._bound.items() if k not in known)
+    return bound.metadata, bound.run
+
+
+def test_what_triton_specialises_for_is_told_apart(launches):
+    x = torch.ones(64)
+    results = [
+        kernel_of(lambda: ops.relu(x)),
+        kernel_of(lambda: ops.relu(torch.ones(65)[1:])),
+        kernel_of(lambda: ops.relu(x.double())),
+        kernel_of(lambda: ops.relu(torch.ones(63))),
+        kernel_of(lambda: ops.relu(torch.ones(1))),
+    ]
+    assert len({id(run) for _, run in results}) == len(results)
+
+
+def test_another_configuration_is_another_launch(launches):
+    a = torch.ones(64, 64)
+    kernels = launch.kernels("matmul")
+    seen = set()
+    for config in kernels.MATMUL_CONFIGS[4]:
+        with launch.override("matmul_config", config):
+            seen.add(id(kernel_of(lambda: ops.matmul(a, a))[1]))
+    assert len(seen) == len(kernels.MATMUL_CONFIGS[4])
+
+
+def test_floats_share_one_launch(launches):
+    x = torch.ones(4, 3, 5, 5)
+    statistics = torch.zeros(3), torch.ones(3)
+    ops.batch_norm(x, *statistics, training=True, momentum=0.1)
+    bound = len(launch._bound)
+    ops.batch_norm(x, *statistics, training=True, momentum=0.7, eps=1e-3)
+    assert len(launch._bound) == bound
+    assert 0.7 in [a for name, *rest in launches for a in rest if isinstance(a, float)]
+
+
+def test_a_profiler_sees_launches_of_triton(launches, monkeypatch):
+    triton = pytest.importorskip("triton")
+    x = torch.ones(8)
+    ops.relu(x)
+    seen = []
+    launch_it = launch._bound[next(iter(launch._bound))].owners[0]
+    monkeypatch.setattr(launch_it, "pre_run_hooks", [lambda *a, **k: seen.append(1)])
+    ops.relu(x)
+    assert not seen
+    triton.knobs.runtime.launch_enter_hook.add(print)
+    try:
+        ops.relu(x)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(print)
+    assert seen == [1]
+
+
+def test_the_memory_is_bounded(launches, monkeypatch):
+    monkeypatch.setattr(launch, "_MAX_BOUND", 3)
+    for size in range(1, 9):
+        ops.relu(torch.ones(size))
+    assert len(launch._bound) <= 3
