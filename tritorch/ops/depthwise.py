@@ -17,6 +17,7 @@ from tritorch.ops.geometry import (
     vector_unit,
 )
 from tritorch.ops.reduce import accumulator_dtype
+from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("depthwise")
 
@@ -39,13 +40,14 @@ def convolve(
     if channels_last and weight.stride(0) != 1:
         # channels along memory, as in x and y: one small copy, where every tap would gather weights
         weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-    w = oriented(weight, geometry.groups, transposed)
+    x_layout, weight_layout, y_layout = map(Layout.of, (x, weight, y))
+    w = oriented(weight_layout, geometry.groups, transposed)
     n, channels, p, q = y.shape
     # transposed, every residue modulo the stride is an image of its own
     stride_h, stride_w = geometry.stride if transposed else (1, 1)
     # several outputs for an input, or inputs for an output, are no vector
     single = w.read == w.written == 1
-    unit = vector_unit(x, y, channels, *w.strides[3:]) if single else 1
+    unit = vector_unit(x_layout, y_layout, channels, *w.strides[3:]) if single else 1
     if unit > 1:
         config = launch.config(kernels.depthwise_conv2d_config, channels, x.itemsize)
     else:
@@ -71,10 +73,10 @@ def convolve(
         block_p,
         block_q,
         bias.stride(0) if bias is not None else 1,
-        *strides(x, unit),
+        *strides(x_layout, unit),
         *w.strides[:3],
         *(s // unit for s in w.strides[3:]),
-        *strides(y, unit),
+        *strides(y_layout, unit),
         *geometry.scalars(),
         *geometry.residues(transposed),
         on=y,
@@ -83,7 +85,7 @@ def convolve(
         UNIT=unit,
         CHANNELS_LAST=channels_last,
         HAS_BIAS=bias is not None,
-        INDEX_64=is_wide(x, weight, y),
+        INDEX_64=is_wide(x_layout, weight_layout, y_layout),
     )
 
 
@@ -93,7 +95,8 @@ def grad_weight(grad_output: Tensor, input: Tensor, output: Tensor, geometry: Ge
     n, _, p, q = grad_output.shape
     channels_last = grad_output.stride(1) == 1
     multiplier = outputs // geometry.groups
-    unit = vector_unit(input, grad_output, outputs) if multiplier == 1 else 1
+    x, y = Layout.of(input), Layout.of(grad_output)
+    unit = vector_unit(x, y, outputs) if multiplier == 1 else 1
     if unit > 1:
         config = launch.config(kernels.depthwise_conv2d_grad_weight_config, input.itemsize)
     else:
@@ -120,13 +123,13 @@ def grad_weight(grad_output: Tensor, input: Tensor, output: Tensor, geometry: Ge
         block_p,
         block_q,
         steps,
-        *strides(grad_output, unit),
-        *strides(input, unit),
+        *strides(y, unit),
+        *strides(x, unit),
         *geometry.scalars(),
         on=input,
         config=config,
         UNIT=unit,
         CHANNELS_LAST=channels_last,
-        INDEX_64=is_wide(grad_output, input, partial),
+        INDEX_64=is_wide(x, y, Layout.of(partial)),
     )
     return partial

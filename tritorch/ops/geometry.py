@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritorch import launch
 from tritorch.ops import strided
+from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("conv")
 reduce_kernels = launch.kernels("reduce")
@@ -60,7 +61,7 @@ class Weight(NamedTuple):
     strides: tuple[int, int, int, int, int]
 
 
-def oriented(weight: Tensor, groups: int, transposed: bool) -> Weight:
+def oriented(weight: Layout, groups: int, transposed: bool) -> Weight:
     """The filter of a convolution, or of the transposed one, which reads what the other writes."""
     outputs, inputs, r, s = weight.shape
     outputs //= groups
@@ -71,17 +72,17 @@ def oriented(weight: Tensor, groups: int, transposed: bool) -> Weight:
     return Weight(inputs, outputs, (r, s), (group, over_outputs, over_inputs, row, column))
 
 
-def strides(tensor: Tensor, unit: int = 1) -> tuple[int, int, int, int]:
+def strides(tensor: Layout, unit: int = 1) -> tuple[int, int, int, int]:
     """Strides of a 4-D tensor, divided by `unit` but for the channels; 0 along a single pixel.
 
     There torch's stride may be anything, and no offset uses it.
     """
-    n, c, h, w = tensor.stride()
+    n, c, h, w = tensor.strides
     rows, columns = tensor.shape[2:]
     return n // unit, c, h // unit if rows > 1 else 0, w // unit if columns > 1 else 0
 
 
-def vector_unit(x: Tensor, y: Tensor, *numbers: int) -> int:
+def vector_unit(x: Layout, y: Layout, *numbers: int) -> int:
     """8 if all channels are contiguous and 8 divides everything else, strides and numbers; or 1.
 
     The kernels take those numbers in this unit, so that the compiler sees vectors of 16 bytes as
@@ -105,15 +106,16 @@ def is_channels_last(tensor: Tensor) -> bool:
 
     Source: `suggest_memory_format` of torch, which also decides what sizes of 1 leave open.
     """
+    shape, strides = tensor.shape, tensor.stride()
     least = 0
-    if tensor.stride(1) == 0:
+    if strides[1] == 0:
         return False
     for dim in (1, 3, 2, 0):
-        size, stride = tensor.shape[dim], tensor.stride(dim)
+        size, stride = shape[dim], strides[dim]
         if size == 0 or stride < least:
             return False
         # both orders fit a batch of single values: torch takes it for contiguous
-        if dim == 0 and least == tensor.stride(1):
+        if dim == 0 and least == strides[1]:
             return False
         least = stride * max(size, 1)
     return True
@@ -133,6 +135,6 @@ def pixel_blocks(n: int, p: int, q: int, block: int, channels_last: bool) -> tup
     return found
 
 
-def is_wide(*tensors: Tensor) -> bool:
+def is_wide(*tensors: Layout) -> bool:
     """Whether an offset into one of the tensors passes int32."""
-    return any(strided.is_wide(tensor.shape, tensor.stride()) for tensor in tensors)
+    return any(strided.is_wide(tensor.shape, tensor.strides) for tensor in tensors)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tritorch import binding, launch
 from tritorch.ops import strided
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype
+from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("norm")
 reduce_kernels = launch.kernels("reduce")
@@ -37,18 +38,25 @@ class _Walk(NamedTuple):
 
 def _walk(*tensors: Tensor | None, reduces: bool) -> _Walk:
     """The walk along the memory of the last tensor."""
+    layouts = (None if tensor is None else Layout.of(tensor) for tensor in tensors)
+    return _plan_walk(reduces, *layouts)
+
+
+@launch.planned
+def _plan_walk(reduces: bool, *tensors: Layout | None) -> _Walk:
     given = [tensor for tensor in tensors if tensor is not None]
     last = given[-1]
     channels = last.shape[1]
-    rows = last.numel() // channels
-    nest = strided.nest("batch_norm", *(tensor.select(1, 0) for tensor in given))
+    rows = math.prod(last.shape) // channels
+    images = [(tensor.strides[0], *tensor.strides[2:]) for tensor in given]
+    nest = strided.nest_of("batch_norm", (last.shape[0], *last.shape[2:]), *images)
     vector = _vector(given, nest)
     config = launch.config(
         kernels.batch_norm_config,
         channels > 1 and last.stride(1) == 1,
         channels,
         max(vector),
-        last.element_size(),
+        last.itemsize,
     )
     blocks = math.ceil(channels / config.kwargs["BLOCK_C"])
     tiles = math.ceil(rows / config.kwargs["BLOCK_R"])
@@ -63,7 +71,7 @@ def _walk(*tensors: Tensor | None, reduces: bool) -> _Walk:
         strides += (0,) * 6 if tensor is None else (tensor.stride(1), *next(along))
     # the rows of the last tiles pass the end
     overrun = (steps + 1) * config.kwargs["BLOCK_R"]
-    wide = rows + overrun >= 2**31 or any(strided.is_wide(t.shape, t.stride()) for t in given)
+    wide = rows + overrun >= 2**31 or any(strided.is_wide(t.shape, t.strides) for t in given)
     constants = {"INDEX_64": wide, "VECTOR_R": vector[0], "VECTOR_C": vector[1]}
     return _Walk(
         config,
@@ -75,9 +83,9 @@ def _walk(*tensors: Tensor | None, reduces: bool) -> _Walk:
     )
 
 
-def _vector(tensors: Sequence[Tensor], nest: strided.Nest) -> tuple[int, int]:
+def _vector(tensors: Sequence[Layout], nest: strided.Nest) -> tuple[int, int]:
     """Rows and channels, 16 bytes at most, that lie together and aligned in every tensor."""
-    vector = 16 // tensors[0].element_size()
+    vector = 16 // tensors[0].itemsize
     along_channels = [tensor.stride(1) for tensor in tensors]
     if all(stride == 1 for stride in along_channels):
         strides = (stride for along in nest.strides for stride in along)

@@ -4,6 +4,8 @@ them.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +15,22 @@ from torch import Tensor
 # dimensions that `strided_offsets` of kernels/tiles.py walks
 RANK = 5
 _INT32_MAX = 2**31 - 1
+
+
+class Layout(NamedTuple):
+    """What a launch needs to know of a tensor besides its address; hashable."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        return cls(tensor.shape, tensor.stride(), tensor.itemsize)
+
+    def stride(self, dim: int) -> int:
+        """As a tensor's method of that name."""
+        return self.strides[dim]
 
 
 class Nest(NamedTuple):
@@ -34,18 +52,23 @@ def nest(op: str, *tensors: Tensor) -> Nest:
     Raises:
         NotImplementedError: more than `RANK` dimensions are left after merging.
     """
-    first = tensors[0]
+    return nest_of(op, tensors[0].shape, *(tensor.stride() for tensor in tensors))
+
+
+@functools.lru_cache(maxsize=4096)
+def nest_of(op: str, shape: tuple[int, ...], *along: tuple[int, ...]) -> Nest:
+    """The same of one shape and the strides of each tensor."""
     # outermost = largest stride of the tensors, in their order: the last ones are written, and
     # decide ties
     order = sorted(
-        (dim for dim in range(first.dim()) if first.shape[dim] != 1),
-        key=lambda dim: tuple(-tensor.stride()[dim] for tensor in reversed(tensors)),
+        (dim for dim, size in enumerate(shape) if size != 1),
+        key=lambda dim: tuple(-stride[dim] for stride in reversed(along)),
     )
     sizes: list[int] = []
-    strides: list[list[int]] = [[] for _ in tensors]
+    strides: list[list[int]] = [[] for _ in along]
     for dim in order:
-        size = first.shape[dim]
-        here = [tensor.stride(dim) for tensor in tensors]
+        size = shape[dim]
+        here = [stride[dim] for stride in along]
         if sizes and all(
             merged[-1] == stride * size for merged, stride in zip(strides, here, strict=True)
         ):
@@ -58,10 +81,10 @@ def nest(op: str, *tensors: Tensor) -> Nest:
                 merged.append(stride)
     if len(sizes) > RANK:
         raise NotImplementedError(
-            f"{op}: tensors of shape {tuple(first.shape)} walk {len(sizes)} separate strides, "
+            f"{op}: tensors of shape {tuple(shape)} walk {len(sizes)} separate strides, "
             f"the kernels take {RANK}"
         )
-    numel = first.numel()
+    numel = math.prod(shape)
     wide = numel > _INT32_MAX or any(is_wide(sizes, merged) for merged in strides)
     padding = RANK - len(sizes)
     return Nest(

@@ -128,6 +128,7 @@ def run(
         on=written,
         config=config,
         # with padding there can be more pixels than the tensors have
-        INDEX_64=geometry.is_wide(*images) or strided.is_wide((pixels + block_pixels,), (1,)),
+        INDEX_64=geometry.is_wide(*map(strided.Layout.of, images))
+        or strided.is_wide((pixels + block_pixels,), (1,)),
         **constants,
     )
