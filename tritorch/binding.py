@@ -9,11 +9,13 @@ backward call them, and enter it by `apply`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = torch.library.Library("tritorch", "DEF")
@@ -42,7 +44,7 @@ def library_op(
         name = schema.partition("(")[0]
         _LIBRARY.define(schema, tags=tags)
         for key in _KEYS:
-            _LIBRARY.impl(name, launch, key)
+            _LIBRARY.impl(name, _untraced(launch), key)
         torch.library.register_fake(f"tritorch::{name}", fake, lib=_LIBRARY)
         op: Callable[..., Any] = getattr(torch.ops.tritorch, name).default
         if flops is not None:
@@ -50,6 +52,19 @@ def library_op(
         return op
 
     return bind
+
+
+def _untraced(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps torch.compile out of a launch that it reaches between two of its graphs: what a launch
+    remembers by shapes would be compiled anew for each of them.
+    """
+    disabled = _disable_dynamo(launch)
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        # to ask a compiler that nobody has loaded would load it, which takes a second
+        return (disabled if "torch._dynamo" in sys.modules else launch)(*arguments, **named)
+
+    return run
 
 
 class NoContext:

@@ -277,6 +277,9 @@ def _declined(
 
 
 def _is_captured(tensor: Tensor) -> bool:
+    # the compiler cannot trace the question, and knows the answer from the op's tag
+    if torch.compiler.is_compiling():
+        return False
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
