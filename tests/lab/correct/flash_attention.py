@@ -9,6 +9,7 @@ import triton.language as tl
 INPUTS = "q[B, H, M, D] k[B, H, N, D] v[B, H, N, D]"
 # exp underflows sooner in float32 than in the float64 truth: 0 * inf is NaN, tiny * inf is inf
 NON_FINITE = ()
+DTYPES = (torch.float16, torch.bfloat16)
 
 
 @triton.jit

@@ -54,9 +54,9 @@ def linear_attention(q, k, v):
     T, H, D = q.shape
     E = v.shape[-1]
     o = torch.empty((T, H, E), dtype=q.dtype, device=q.device)
-    BE = 32
+    BE = 16
     chunk_linear_attn_kernel[(triton.cdiv(E, BE), H)](
-        q, k, v, o, T, H, D, E, BT=16, BD=max(16, triton.next_power_of_2(D)), BE=BE
+        q, k, v, o, T, H, D, E, BT=16, BD=max(16, triton.next_power_of_2(D)), BE=BE, num_warps=8
     )
     return o
 
