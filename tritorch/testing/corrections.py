@@ -97,7 +97,7 @@ def _from_bits(bits: Array) -> Any:
     return _lib.TensorHandle((bits.astype(np.uint32) << 16).view(np.float32), _tl.bfloat16)
 
 
-def _to_bits(handle: Any) -> Any:
+def to_bits(handle: Any) -> Any:
     """The handle itself, or the 16 bits of each element if it is of bfloat16."""
     if not _is_bf16(handle.dtype) or handle.data.dtype == np.bool_:
         return handle
@@ -148,7 +148,7 @@ def _create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding: Any) -> Any:
 
 
 def _create_bitcast(self: Any, src: Any, dst_type: Any) -> Any:
-    src = _to_bits(src)
+    src = to_bits(src)
     if _is_bf16(dst_type):
         return _from_bits(src.data.view(np.uint16))
     return _originals["create_bitcast"](self, src, dst_type)
@@ -175,7 +175,7 @@ def _create_masked_load(
         other = _lib.TensorHandle(poison(ptrs.data.shape, _lib._get_np_dtype(element)), element)
     if not _is_bf16(element):
         return original(self, ptrs, mask, other, *rest, **named)
-    loaded = original(self, _pointers_to_bits(ptrs), mask, _to_bits(other), *rest, **named)
+    loaded = original(self, _pointers_to_bits(ptrs), mask, to_bits(other), *rest, **named)
     return _from_bits(loaded.data)
 
 
@@ -188,7 +188,7 @@ def poison(shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def _create_masked_store(self: Any, ptrs: Any, value: Any, *rest: Any, **named: Any) -> Any:
-    return _originals["create_masked_store"](self, ptrs, _to_bits(value), *rest, **named)
+    return _originals["create_masked_store"](self, ptrs, to_bits(value), *rest, **named)
 
 
 def _create_atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
@@ -203,13 +203,13 @@ def _create_atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest:
         here = ptr.data[lane].reshape(1)
         before = _from_bits(memory.load(here, one, np.zeros(1, np.uint16), np.dtype(np.uint16)))
         after = _lib.TensorHandle(before.data + val.data[lane], _tl.bfloat16)
-        memory.store(here, _to_bits(after).data, one)
+        memory.store(here, to_bits(after).data, one)
         old[lane] = before.data[0]
     return _lib.TensorHandle(old, _tl.bfloat16)
 
 
 def _create_atomic_cas(self: Any, ptr: Any, cmp: Any, val: Any, *rest: Any) -> Any:
-    old = _originals["create_atomic_cas"](self, ptr, _to_bits(cmp), _to_bits(val), *rest)
+    old = _originals["create_atomic_cas"](self, ptr, to_bits(cmp), to_bits(val), *rest)
     return _from_bits(old.data) if _is_bf16(val.dtype) else old
 
 

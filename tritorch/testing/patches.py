@@ -12,24 +12,29 @@ _MISSING = object()
 
 
 def put(patches: list[Patch], originals: dict[str, Any]) -> None:
-    """Replaces every attribute, and keeps what was there in `originals` by its name.
+    """Replaces every attribute, and keeps what was there in `originals`.
 
-    What was there may itself be a replacement: the new one calls it from `originals`.
+    What was there may itself be a replacement: the new one calls it.  Its key is its name, and
+    "Owner.name" for names that several owners have.
     """
     for owner, name, replacement in patches:
+        originals[name] = originals[_path(owner, name)] = getattr(owner, name, _MISSING)
         # an inherited attribute comes back by deleting the owner's
-        originals[name] = getattr(owner, name, _MISSING)
-        originals[f"own {name}"] = name in vars(owner)
+        originals[f"own {_path(owner, name)}"] = name in vars(owner)
         setattr(owner, name, replacement)
 
 
 def restore(patches: list[Patch], originals: dict[str, Any]) -> None:
     """Puts back what `put` replaced."""
     for owner, name, _ in reversed(patches):
-        if originals[f"own {name}"]:
-            setattr(owner, name, originals[name])
+        if originals[f"own {_path(owner, name)}"]:
+            setattr(owner, name, originals[_path(owner, name)])
         else:
             delattr(owner, name)
+
+
+def _path(owner: Any, name: str) -> str:
+    return f"{getattr(owner, '__name__', type(owner).__name__)}.{name}"
 
 
 def require(owner: Any, path: str, caller: str) -> Any:
