@@ -312,8 +312,8 @@ def conv2d_kernel(
             i += row_ends.to(tl.int32)
 
     if HAS_BIAS:
-        bias_ptr += group * K * bias_stride
-        bias = tl.load(bias_ptr + offs_k * bias_stride, mask=mask_k & (split == 0), other=0.0)
+        bias_ptrs = bias_ptr + (group * K + offs_k) * bias_stride
+        bias = tl.load(bias_ptrs, mask=mask_k & (split == 0), other=0.0)
         acc += bias.to(ACC)[None, :]
     if not Y_CHANNELS_LAST:
         acc = tl.trans(acc)

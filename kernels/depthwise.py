@@ -97,8 +97,7 @@ def depthwise_conv2d_kernel(
         UNIT, INDEX_64, x_stride_n, x_stride_h, x_stride_w)
     y_stride_n, y_stride_p, y_stride_q = in_units(
         UNIT, INDEX_64, y_stride_n, y_stride_p, y_stride_q)
-    w_stride_r *= UNIT
-    w_stride_s *= UNIT
+    w_stride_r, w_stride_s, _ = in_units(UNIT, INDEX_64, w_stride_r, w_stride_s, w_stride_s)
     num_k = tl.cdiv(GROUPS * K, BLOCK_K)
     pid_k = tl.program_id(0) % num_k
     pid_npq = tl.program_id(0) // num_k
@@ -151,7 +150,7 @@ def depthwise_conv2d_kernel(
     x_offsets = rows + columns
     w_columns = group * w_stride_group + offs_k % K * w_stride_k
     x_h, w_offsets = tile_axes(x_h, w_columns, CHANNELS_LAST)
-    x_w, bias_offsets = tile_axes(x_w, offs_k * bias_stride, CHANNELS_LAST)
+    x_w, bias_offsets = tile_axes(x_w, offs_k.to(tl.int64) * bias_stride, CHANNELS_LAST)
     w_ptr += first_r * w_stride_r + first_s * w_stride_s
 
     if CHANNELS_LAST:

@@ -97,7 +97,8 @@ def matmul_kernel(
         b_ptr += BLOCK_K * b_stride_k
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n * bias_stride, mask=mask_n, other=0.0).to(ACC)[None, :]
+        bias_ptrs = bias_ptr + offs_n.to(tl.int64) * bias_stride
+        acc += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(ACC)[None, :]
     acc = activate(acc, ACTIVATION)
     y_ptr += (split.to(tl.int64) * y_stride_split + batch * y_stride_batch
               + (pid_m * BLOCK_M).to(tl.int64) * y_stride_m + pid_n * BLOCK_N)

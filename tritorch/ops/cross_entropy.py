@@ -97,6 +97,8 @@ def cross_entropy(
         )
     if w is not None:
         checks.same_dtype_and_device(op, x, weight=w)
+        # to copy the odd strided one is cheaper than wide offsets of every class
+        w = w.contiguous()
     if input.dim() == 1:
         x, y = x[None], y[None] if probabilities else y.view(1)
     result: Tensor = binding.apply(
