@@ -15,7 +15,7 @@ RUNGS := reference interpret compile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test $(RUNGS:%=test-%) check format gpu-test gpu-train clean
+.PHONY: help demo test $(RUNGS:%=test-%) mutation check format gpu-test gpu-train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(INSTALLED) ## every rung that needs no GPU; one alone: make test-referen
 # a process either interprets kernels or compiles them, so each rung is a pytest run of its own
 $(RUNGS:%=test-%): test-%: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung $* -n $(JOBS)
+
+mutation: $(INSTALLED) ## which one-line defects of kernels the tests find, and which tritorch check finds
+	$(BIN)/python -m tests.mutation.run
 
 check: $(INSTALLED) ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -1,0 +1,242 @@
+"""The mutation score: which defects of the catalogue the tests find, and which `tritorch check`.
+
+`python -m tests.mutation.run` takes the committed tree, applies the one-line defects of
+tests/mutation/catalogue to a copy of it in a temporary folder, one at a time, and runs the tests on
+each until one fails.  In the end the tests that found something run without a defect, and must
+pass.  The result, tests/mutation/result.json, is written after every defect, and the next run goes
+on there: what it has is measured again only where the line or its replacement has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.mutation import catalogue, report
+from tests.mutation.catalogue import Mutant
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# what is tried first: the op's own properties; then the tests of its family, then the other files
+_OF_OP = {
+    "cross_entropy": "cross_entropy and not binary",
+    "binary_cross_entropy": "binary_cross_entropy and not logits",
+}
+_OF_FAMILY = {
+    "losses": ["tests/test_loss.py"],
+    "optim": ["tests/test_optim.py", "tests/test_optim_protocol.py"],
+    "activation": ["tests/test_in_place.py"],
+}
+# what has run by then, and what tests no op
+_ELSEWHERE = ("test_ops.py", "test_interpreter.py", "test_interpreter_numbers.py", "lab")
+_OF_KIND = {"lost int64 cast": ["tests/test_offsets.py"]}
+_PYTEST = ("-m", "pytest", "-v", "--tb=no", "-p", "no:cacheprovider")
+# seconds after which a test run, or a check, hangs
+_PATIENCE = 1800
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What ended the life of a mutant: a test or a finding, what it said, on which rung."""
+
+    by: str
+    said: str
+    rung: str = ""
+
+
+class Tree:
+    """A copy of the committed tree, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.commit = _git("rev-parse", "HEAD").strip()
+        archive = folder / "tree.tar"
+        _git("archive", "--output", str(archive), self.commit)
+        subprocess.run(["tar", "-xf", archive, "-C", folder], check=True)
+        archive.unlink()
+
+    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs Python there, with the lowest claim on the machine, and keeps no bytecode."""
+        environment = os.environ | {
+            "PYTHONPATH": str(self.folder),
+            # a line replaced within the second would leave the bytecode of the old one valid
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "MPLBACKEND": "agg",
+            # of the summary, where a test says why it failed
+            "COLUMNS": "400",
+        }
+        return subprocess.run(
+            ["nice", "-n", "10", sys.executable, *arguments],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE,
+        )
+
+    def first_failure(self, rung: str, *selected: str) -> Kill | None:
+        """The first test of those selected that fails, or None."""
+        try:
+            done = self.python(*_PYTEST, "-x", "--rung", rung, *selected)
+        except subprocess.TimeoutExpired:
+            return Kill(" ".join(selected), "did not end in time", rung)
+        if done.returncode == 0:
+            return None
+        if done.returncode == 1 or "error" in done.stdout.splitlines()[-1]:
+            summary = re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - (.*))?$", done.stdout, re.MULTILINE)
+            return Kill(*summary[0], rung)
+        if done.returncode < 0:
+            running = re.findall(r"^(tests/\S+::\S+) ", done.stdout, re.MULTILINE)
+            return Kill(running[-1], f"ended by signal {-done.returncode}", rung)
+        raise RuntimeError(f"pytest on {selected}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+    def failing(self, rung: str, tests: Sequence[str]) -> set[str]:
+        """Those of the tests that fail."""
+        done = self.python(*_PYTEST, "--rung", rung, *tests)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"pytest on {tests}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return set(re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", done.stdout, re.MULTILINE))
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _stages(mutant: Mutant, tree: Tree) -> Iterator[tuple[str, list[str]]]:
+    """Rungs and selections of tests, the likeliest to fail first."""
+    ops = " or ".join(f"({_OF_OP.get(op, op)})" for op in mutant.ops)
+    if mutant.kind in catalogue.COMPILED:
+        yield "compile", ["tests/test_compile.py", "-k", f"every_configuration and ({ops})"]
+        yield "compile", ["tests/test_compile.py", "-k", ops]
+        yield "interpret", ["tests/test_ops.py", "-k", ops]
+        return
+    for file in _OF_KIND.get(mutant.kind, []):
+        if (tree.folder / file).exists():
+            yield "interpret", [file]
+    yield "interpret", ["tests/test_ops.py", "-k", ops]
+    for file in _OF_FAMILY.get(mutant.family, []):
+        yield "interpret", [file]
+    yield "interpret", ["tests", *(f"--ignore=tests/{name}" for name in _ELSEWHERE)]
+
+
+def killed_by_suite(mutant: Mutant, tree: Tree) -> Kill | None:
+    """The first test that fails with the defect and passes without it."""
+    source = (tree.folder / mutant.file).read_text()
+    for rung, selected in _stages(mutant, tree):
+        (tree.folder / mutant.file).write_text(mutant.applied(source))
+        try:
+            kill = tree.first_failure(rung, *selected)
+        finally:
+            (tree.folder / mutant.file).write_text(source)
+        if kill is not None:
+            return kill
+    return None
+
+
+def measure(mutants: Sequence[Mutant], halves: Sequence[str], path: Path, again: bool) -> None:
+    """Measures what `path` does not have, and writes it there after each."""
+    rows = report.read(path)
+    with tempfile.TemporaryDirectory(prefix="tritorch-mutation-") as name:
+        tree = Tree(Path(name))
+        for number, mutant in enumerate(mutants, 1):
+            row = _row(mutant, tree, rows.get(mutant.id, {}))
+            for half in halves:
+                if half in row and not again:
+                    continue
+                started = time.monotonic()
+                kill = HALVES[half](mutant, tree)
+                row[half] = {
+                    "killed": kill is not None,
+                    **(_shown(kill) if kill else {}),
+                    "seconds": round(time.monotonic() - started, 1),
+                    "commit": tree.commit[:12],
+                }
+                word = "killed by " + kill.by if kill else "SURVIVES"
+                print(f"{number}/{len(mutants)} {mutant.id}: {half}: {word}", flush=True)
+            rows[mutant.id] = row
+            report.write(path, rows)
+        _confirm(rows, tree)
+        report.write(path, rows)
+
+
+def _shown(kill: Kill) -> dict[str, str]:
+    shown = {"by": kill.by, "said": kill.said[:200]}
+    return shown | {"rung": kill.rung} if kill.rung else shown
+
+
+def _confirm(rows: report.Rows, tree: Tree) -> None:
+    """Forgets what was killed by a test that fails without the defect too."""
+    kills = [row for row in rows.values() if row.get("suite", {}).get("killed")]
+    for rung in ("interpret", "compile"):
+        open_ones = [row for row in kills if row["suite"]["rung"] == rung]
+        open_ones = [row for row in open_ones if "confirmed" not in row["suite"]]
+        tests = sorted({row["suite"]["by"] for row in open_ones})
+        failing = tree.failing(rung, tests) if tests else set()
+        for row in open_ones:
+            row["suite"]["confirmed"] = True
+            if row["suite"]["by"] in failing:
+                print(f"{row['id']}: {row.pop('suite')['by']} fails without the defect")
+
+
+def _row(mutant: Mutant, tree: Tree, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a mutant without results, or with those that still hold."""
+    source = (tree.folder / mutant.file).read_text()
+    row: dict[str, Any] = {
+        "id": mutant.id,
+        "family": mutant.family,
+        "file": mutant.file,
+        "line": mutant.line(source),
+        "before": mutant.before,
+        "after": mutant.after,
+        "class": mutant.kind,
+        "defect": mutant.defect,
+    }
+    if mutant.survives:
+        row["survives"] = mutant.survives
+    same = all(known.get(name) == row[name] for name in ("file", "before", "after"))
+    return row | {half: known[half] for half in HALVES if same and half in known}
+
+
+HALVES = {"suite": killed_by_suite}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutation.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("ids", nargs="*", help="only these entries of the catalogue")
+    parser.add_argument("--half", choices=HALVES, action="append", help="by default every one")
+    parser.add_argument("--again", action="store_true", help="measure also what the result has")
+    parser.add_argument("--survivors", action="store_true", help="again, what survived before")
+    parser.add_argument("--result", type=Path, default=report.RESULT, help="the file")
+    options = parser.parse_args()
+    mutants = catalogue.read()
+    if unknown := set(options.ids) - {mutant.id for mutant in mutants}:
+        parser.error(f"no such entry: {', '.join(sorted(unknown))}")
+    halves = options.half or list(HALVES)
+    chosen = [mutant for mutant in mutants if not options.ids or mutant.id in options.ids]
+    if options.survivors:
+        rows = report.read(options.result)
+        alive = {
+            i for i, row in rows.items() for h in halves if not row.get(h, {}).get("killed", 1)
+        }
+        chosen = [mutant for mutant in chosen if mutant.id in alive]
+    measure(chosen, halves, options.result, options.again or options.survivors)
+
+
+if __name__ == "__main__":
+    main()
