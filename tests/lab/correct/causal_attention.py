@@ -75,7 +75,7 @@ def _causal_attention_fwd(
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_m = offs_m < T
     mask_q = mask_m[:, None] & (offs_d < D)[None, :]
     q_ptrs = Q + head * stride_qh + offs_m[:, None] * stride_qt + offs_d[None, :] * stride_qd
