@@ -289,7 +289,8 @@ def _innermost(error: Any) -> tuple[str, Any, int]:
         if function is not None and not function.fn.__module__.startswith("triton."):
             place = function, error.node.lineno
         if not hasattr(error.__cause__, "node"):
-            return error.error_message or str(error.__cause__ or error), *place
+            without = f"the statement fails ({type(error).__name__})"
+            return error.error_message or str(error.__cause__ or without), *place
         error = error.__cause__
 
 

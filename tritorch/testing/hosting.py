@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
-from tritorch.testing import dry, interpreter, loading, redirect
+from tritorch.testing import dry, interpreter, libdevice, loading, redirect
 
 # an index into the configurations, a triton.Config, or a test that the first fitting one passes
 Choice: TypeAlias = Any
@@ -34,7 +34,7 @@ class Unsupported(RuntimeError):
         self.kernel, self.file, self.line, self.reason = kernel, file, line, reason
 
 
-@dataclass
+@dataclass(eq=False)
 class Host:
     """What `hosted` saw.
 
@@ -110,10 +110,12 @@ def hosted(config: Mapping[str, Choice] | Choice = None, *, tune: bool = False) 
             if interpreter.interpreting():
                 stack.enter_context(interpreter.corrected())
             if not _hosts:
+                if interpreter.interpreting():
+                    stack.enter_context(libdevice.interpreted())
                 for owner, name, replacement in _replacements():
                     stack.enter_context(redirect.replaced(owner, name, replacement))
         _hosts.append(host)
-        stack.callback(_hosts.remove, host)
+        stack.callback(_hosts.pop)
         yield host
 
 
@@ -246,7 +248,8 @@ def _unsupported(kernel: str, error: BaseException) -> Unsupported | None:
         cause = cause.__cause__
     text = str(cause)
     if isinstance(cause, NotImplementedError):
-        reason = _LACKS.get(text, text or "the interpreter does not implement it")
+        lacks_assembly = "inline_asm" in text
+        reason = "it contains inline assembly" if lacks_assembly else text or "it is not written"
     elif isinstance(cause, AttributeError) and "'InterpreterBuilder' object has no" in text:
         reason = f"the interpreter has no {text.rpartition('attribute ')[2]}"
     elif "_semantic` argument must be provided" in text:
@@ -257,26 +260,21 @@ def _unsupported(kernel: str, error: BaseException) -> Unsupported | None:
     return Unsupported(kernel, file, line, reason)
 
 
-_LACKS = {
-    "inline_asm not supported in interpreter mode": "it contains inline assembly",
-    "extern_elementwise not supported in interpreter mode": "it calls a function of libdevice",
-}
-
-
 def load(target: str) -> Any:
     """The object that "package.module:attribute" or "path/to/file.py:attribute" names.
 
     An attribute may have dots.  A module is looked for from the current directory too; a file's
     folder goes to the front of `sys.path`, as when Python runs the file, or if it is in a package,
     that package's folder.  What runs at import is `hosted`; `if __name__ == "__main__"` does not.
+    Where kernels only compile, a file's own tests of their results end its import, not the search.
 
     Raises ValueError: says which part of the target is wrong, what there is, and why an import
     fails.
     """
+    compiles = importlib.util.find_spec("triton") is not None and not interpreter.interpreting()
     with contextlib.ExitStack() as stack:
         # a script may launch kernels while it is imported
-        compiles = importlib.util.find_spec("triton") is not None and not interpreter.interpreting()
         if compiles and dry.active() is None and not redirect.has_cuda():
             stack.enter_context(dry.compiling_for("sm_90"))
         stack.enter_context(hosted())
-        return loading.find(target)
+        return loading.find(target, assertions=dry.active() is None)

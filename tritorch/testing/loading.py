@@ -9,6 +9,7 @@ import inspect
 import os
 import pkgutil
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 from tritorch.testing import redirect
 
 
-def find(target: str) -> Any:
+def find(target: str, *, assertions: bool = True) -> Any:
     """The object that "package.module:attribute" or "path/to/file.py:attribute" names.
+
+    `assertions`: False takes what a file had defined before it failed an assertion.
 
     Raises ValueError: the target has another form, a part of it does not exist, or an import fails.
     """
@@ -28,7 +31,7 @@ def find(target: str) -> Any:
             f"received {target!r}"
         )
     is_file = where.endswith(".py") or "/" in where or os.sep in where
-    value: Any = _file(where) if is_file else _module(where)
+    value: Any = _file(where, assertions) if is_file else _module(where)
     at = where
     for name in attributes.split("."):
         if not hasattr(value, name):
@@ -37,7 +40,7 @@ def find(target: str) -> Any:
     return value
 
 
-def _file(where: str) -> ModuleType:
+def _file(where: str, assertions: bool) -> ModuleType:
     path = Path(where).resolve()
     if not path.is_file():
         near = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else None
@@ -65,6 +68,8 @@ def _file(where: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
+        if isinstance(error, AssertionError) and not assertions:
+            return module
         del sys.modules[name]
         raise _failed(where, error) from error
     return module
@@ -113,7 +118,8 @@ def _failed(where: str, error: BaseException) -> ValueError:
     if isinstance(error, SyntaxError):
         file, line = error.filename or file, error.lineno or line
     at = f" ({file}:{line})" if file else ""
-    return ValueError(f"load: {where} fails to import: {type(error).__name__}: {error}{at}")
+    shown = textwrap.shorten(str(error), 300, placeholder="...")
+    return ValueError(f"load: {where} fails to import: {type(error).__name__}: {shown}{at}")
 
 
 def _public(value: Any) -> list[str]:

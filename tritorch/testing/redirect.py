@@ -239,6 +239,12 @@ class _Driver:
     def get_device_interface(self) -> Any:
         return torch.cuda
 
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        module, function, *rest = self._inner.load_binary(name, binary, shared, device)
+        # host code divides by the registers of a kernel to find how many blocks fit
+        cuda = absent_gpu.target().backend == "cuda"
+        return module, function, dry._usage(binary)[0] if cuda else 128, *rest[1:]
+
     def get_device_properties(self, device: int) -> dict[str, int]:
         known: dict[str, int] = self._inner.get_device_properties(device)
         if not asked_by_user():
