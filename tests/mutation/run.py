@@ -37,8 +37,13 @@ _OF_FAMILY = {
     "activation": ["tests/test_in_place.py"],
 }
 # what has run by then, and what tests no op
-_ELSEWHERE = ("test_ops.py", "test_interpreter.py", "test_interpreter_numbers.py", "lab")
-_OF_KIND = {"lost int64 cast": ["tests/test_offsets.py"]}
+_ELSEWHERE = (
+    "test_ops.py",
+    "test_memory.py",
+    "test_interpreter.py",
+    "test_interpreter_numbers.py",
+    "lab",
+)
 _PYTEST = ("-m", "pytest", "-v", "--tb=no", "-p", "no:cacheprovider")
 # seconds after which a test run, or a check, hangs
 _PATIENCE = 1800
@@ -122,10 +127,13 @@ def _stages(mutant: Mutant, tree: Tree) -> Iterator[tuple[str, list[str]]]:
         yield "compile", ["tests/test_compile.py", "-k", ops]
         yield "interpret", ["tests/test_ops.py", "-k", ops]
         return
-    for file in _OF_KIND.get(mutant.kind, []):
-        if (tree.folder / file).exists():
-            yield "interpret", [file]
-    yield "interpret", ["tests/test_ops.py", "-k", ops]
+    if mutant.kind == "lost int64 cast":
+        yield "interpret", ["tests/test_offsets.py", "-k", ops]
+    files = ["tests/test_ops.py", "tests/test_memory.py"]
+    if mutant.kind in ("dropped mask", "missing other"):
+        files.reverse()
+    for file in files:
+        yield "interpret", [file, "-k", ops]
     for file in _OF_FAMILY.get(mutant.family, []):
         yield "interpret", [file]
     yield "interpret", ["tests", *(f"--ignore=tests/{name}" for name in _ELSEWHERE)]

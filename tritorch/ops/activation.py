@@ -149,6 +149,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield Sample("scalar", input=make(), inplace=False)
     yield Sample("block-1", input=make(1023), inplace=False)
     yield Sample("block", input=make(1024), inplace=False)
+    yield Sample("blocks", input=make(2048), inplace=False)
     yield Sample("images", input=make(2, 3, 5, 7), inplace=False, layouts=True)
     yield Sample("tiny", input=make(3, 2), inplace=False, gradcheck=True)
     yield Sample("volume", input=make(2, 3, 4, 5, 6), inplace=False)
