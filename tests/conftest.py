@@ -20,6 +20,9 @@ MARKS = {
 ONLY = {
     "test_interpreter.py": "interpret",
     "test_interpreter_numbers.py": "interpret",
+    "test_detectors.py": "interpret",
+    "test_hosting.py": "interpret",
+    "test_gpu_limits.py": "compile",
     "test_dry.py": "compile",
     "test_compile.py": "compile",
     "test_launch.py": "compile",

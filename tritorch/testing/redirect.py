@@ -48,6 +48,7 @@ def redirected() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in [*_host_code(), *_tensors(), *_autocast(), *_driver()]:
             stack.enter_context(replaced(owner, name, replacement))
+        stack.enter_context(_operators())
         _depth += 1
         try:
             yield
@@ -276,6 +277,24 @@ def _generator(original: Any) -> Any:
             return original(_device(device))
 
     return Generator
+
+
+@contextlib.contextmanager
+def _operators() -> Iterator[None]:
+    """Lets custom operators that have a kernel for CUDA alone take tensors of the CPU."""
+    registered = []
+    try:
+        for operator in list(importlib.import_module("torch._library.custom_ops").OPDEFS.values()):
+            kernels = operator._backend_fns
+            if "cuda" in kernels and not kernels.keys() & {"cpu", None}:
+                # torch has no way to take back a single kernel but this
+                library = type(operator._lib)(operator._namespace, "FRAGMENT")
+                registered.append(library)
+                library.impl(operator._name, kernels["cuda"], "CPU")
+        yield
+    finally:
+        for library in registered:
+            library._destroy()
 
 
 def _autocast() -> Iterator[tuple[Any, str, Any]]:
