@@ -156,6 +156,8 @@ class Detector:
         self.memory = Memory()
         self.races = Races()
         self._found: dict[tuple[str, str, str, str, int], Finding] = {}
+        # the first argument that a wrapped offset was for
+        self._wrapped: dict[tuple[str, Place], str] = {}
         self.order = order
         self.whole_storage = whole_storage
         self._virtual = virtual
@@ -236,6 +238,9 @@ class Detector:
         lanes: Array | None = None,
     ) -> None:
         """Adds a finding of the program that runs; `say` is called for the first of its key."""
+        if kind == "int32 overflow":
+            # one offset may serve many arguments
+            argument = self._wrapped.setdefault((self._kernel, place), argument)
         count = 0 if lanes is None else int(lanes.sum())
         key = (kind, self._kernel, argument, place.file, place.line)
         known = self._found.get(key)

@@ -46,8 +46,9 @@ _WRAPPING: dict[Any, str] = {
 _KEEPING = (*_WRAPPING, np.maximum, np.minimum, np.fmod)
 
 originals: dict[str, Any] = {}
-# tl.int1, once Triton is imported
+# set by `watch`: tl.int1, and what is called for a tile whose offset is marked
 flag_dtype: Any = None
+found: Any = None
 _causes: dict[tuple[str, Place], Cause] = {}
 
 
@@ -128,7 +129,7 @@ def _mark(result: Any, wrapped: Array, what: str, exact: int) -> None:
         lambda: Cause(
             "int32 overflow",
             place,
-            f"a 32-bit {what} of {exact} wraps around to {got}",
+            f"a 32-bit {what} of {exact} wraps around to {got}, and is",
             unsigned=unsigned,
         ),
     )
@@ -259,9 +260,11 @@ def _materializing(owner: str) -> Callable[..., Any]:
         # a block pointer has its offsets, a descriptor is given them
         offsets = self.offsets if owner == "BlockPointerHandle" else given
         for offset in offsets:
-            if offset.marks is not None:
-                whole = {why: lanes.any() for why, lanes in offset.marks.items()}
-                ptrs.marks = merge(ptrs.data.shape, ptrs.marks, whole)
+            for why, lanes in (offset.marks or {}).items():
+                # the offset decides what is masked off, so that the mask excuses nothing
+                whole = np.broadcast_to(lanes.any(), ptrs.data.shape)
+                found(why, ptrs.extent, whole)
+                ptrs.marks = merge(ptrs.data.shape, ptrs.marks, {Cause("", why.place): whole})
         return ptrs, masks
 
     return replacement

@@ -80,35 +80,39 @@ class Races:
         releases = min(self._releases, _MOST_RELEASES)
         return self._mine | releases << _RELEASES | number << 1 | atomic
 
-    def synchronize(self, addresses: Iterable[int], acquires: bool, releases: bool) -> None:
-        """An atomic of the program that runs hands on and is handed what others did."""
+    def acquire(self, addresses: Iterable[int]) -> None:
+        """The program that runs is handed what others had done when they released there."""
+        for address in addresses:
+            _update(self._known, self._handed.get(address, {}))
+
+    def release(self, addresses: Iterable[int]) -> None:
+        """The program that runs hands on what it has done so far, and what it was handed."""
         for address in addresses:
             handed = self._handed.setdefault(address, {})
-            if acquires:
-                _update(self._known, handed)
-            if releases:
-                _update(handed, self._known)
-                handed[self.turn] = self._releases + 1
-        if releases:
-            self._releases += 1
+            _update(handed, self._known)
+            handed[self.turn] = self._releases + 1
+        self._releases += 1
 
-    def read(self, storage: Storage, index: Array, place: Place) -> Conflict | None:
-        """A load; the elements that another program wrote before, unordered."""
+    def read(
+        self, storage: Storage, index: Array, place: Place, *, atomic: bool = False
+    ) -> Conflict | None:
+        """A load; the elements that another program wrote before, unordered.
+
+        `atomic`: as one that waits for another program's atomic is.
+        """
         found = None
         if storage.last_write >= self._first << _TURN:
-            found = self._foreign(storage.made_writer()[index], "wrote")
-        reader = storage.made_reader()
-        access = self._access(place, atomic=False)
+            found = self._foreign(storage.made_writer()[index], "wrote", plain_alone=atomic)
+        if atomic:
+            return found
+        reader, access = storage.made_reader(), self._access(place, atomic=False)
         if storage.last_read >= self._first << _TURN:
             before = reader[index]
             others = self._foreign_readers(before)
-            if others.any():
-                if self._known:
-                    others &= (before < 0) | ~self._ordered(before)
-                # negative where several programs read, and none of them orders the others
-                reader[index] = np.where(others, -access, access)
-            else:
-                reader[index] = access
+            if self._known and others.any():
+                others &= (before < 0) | ~self._ordered(before)
+            # negative where several programs read, and none of them orders the others
+            reader[index] = np.where(others, -access, access)
         else:
             reader[index] = access
         storage.last_read = access
@@ -123,10 +127,17 @@ class Races:
         return found
 
     def atomic(self, storage: Storage, index: Array, place: Place) -> list[Conflict]:
-        """An atomic; the elements that another program wrote or read plainly, unordered."""
+        """An atomic; the elements that another program wrote or read plainly, unordered.
+
+        To be called before its own `acquire`: nothing says that it comes after the atomic that it
+        is handed something by, unless the program waits for that.
+        """
         found = self._against(storage, index, plain_writers_alone=True)
         writer, access = storage.made_writer(), self._access(place, atomic=True)
-        writer[index] = access
+        before = writer[index]
+        # what the program stored before an atomic of its own stays a store to others
+        stored = (before >= self._mine) & (before & 1 == 0)
+        writer[index] = np.where(stored, before, access)
         storage.last_write = access
         return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -248,7 +249,7 @@ class Memory:
     def __init__(self) -> None:
         self._storages: dict[int, Storage] = {}
         # of tensors that are no argument, found when a kernel first asks for their memory
-        self._others: list[Extent] | None = None
+        self._others: dict[int, tuple[Extent, Storage]] = {}
 
     def adopt(self, tensor: Tensor) -> None:
         """Notes that torch has just made the tensor without values, and makes that visible."""
@@ -273,28 +274,35 @@ class Memory:
 
     def begin_launch(self) -> None:
         """Forgets storages that are gone."""
-        self._others = None
-        gone = [key for key, known in self._storages.items() if known.weak.expired()]
-        for key in gone:
-            del self._storages[key]
+        self._storages = {k: s for k, s in self._storages.items() if not s.weak.expired()}
+        self._others = {k: p for k, p in self._others.items() if not p[1].weak.expired()}
 
-    def other_extents(self) -> list[tuple[Extent, Storage]]:
-        """Every other live storage of a CPU tensor: a table of pointers may lead to it."""
-        if self._others is None:
-            tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and is_plain(o)]
-            unique = {t.untyped_storage()._cdata: t for t in tensors if t.numel()}
-            self._others = [Extent("", t, whole_storage=True) for t in unique.values()]
-            self._pairs = [
-                (extent, self.storage_of(t))
-                for extent, t in zip(self._others, unique.values(), strict=True)
-            ]
-        return self._pairs
+    def other_extents(self) -> Iterator[tuple[Extent, Storage]]:
+        """Every live storage of a CPU tensor: a table of pointers may lead to it.
+
+        Those known from before come first, then new tensors before old ones: most often none but
+        the first few are asked for, and all of them are many.
+        """
+        yield from list(self._others.values())
+        for generation in range(3):
+            for tensor in gc.get_objects(generation):
+                if type(tensor) not in _PLAIN or not is_plain(tensor) or tensor.numel() == 0:
+                    continue
+                key = tensor.untyped_storage()._cdata
+                if key not in self._others:
+                    pair = Extent("", tensor, whole_storage=True), self.storage_of(tensor)
+                    self._others[key] = pair
+                    yield pair
+
+
+# of subclasses memory is what they make of it
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor has memory of its own kind: no fake, no wrapper, on the CPU."""
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
+        type(tensor) in _PLAIN
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +75,11 @@ def _load() -> None:
     for path in _USED:
         patches.require(lib, path, "detectors.detecting")
     _lib, _tl = lib, lib.tl
-    marks.flag_dtype = lib.tl.int1
-    _marks_patches.extend(_found(lib, marks.REPLACEMENTS, ("marks", "extent")))
-    _patches.extend(_found(lib, _REPLACEMENTS, ()))
+    below = _found(lib, marks.REPLACEMENTS, ("marks", "extent"))
+    above = _found(lib, _REPLACEMENTS, ())
+    marks.flag_dtype, marks.found = lib.tl.int1, _report_mark
+    _marks_patches.extend(below)
+    _patches.extend(above)
     _patches.append((corrections, "refuse_tile", _refuse_tile))
     for owner, names in ((torch, _ALLOCATING), (torch.Tensor, ("new_empty", "new_empty_strided"))):
         _patches.extend((owner, name, _allocating(owner, name)) for name in names)
@@ -214,7 +217,7 @@ def _mark_poison(
 ) -> None:
     if undefined is not None:
         name = "" if ptrs.extent is None else ptrs.extent.name
-        message = "lanes that are masked off without `other` are"
+        message = "lanes that are masked off without `other` are used as"
         why = marks.cause("masked lane", place, lambda: Cause("masked lane", place, message, name))
         result.marks = marks.merge(result.data.shape, result.marks, {why: undefined})
     if bad is not None:
@@ -310,7 +313,8 @@ def _ordered(name: str) -> Callable[..., Any]:
 def _lanes(mask: Any) -> Array:
     # block pointers of 3.6 make the mask an array
     lanes: Array = mask if isinstance(mask, np.ndarray) else mask.data
-    return lanes
+    # the interpreter may hold flags as integers
+    return lanes if lanes.dtype == np.bool_ else lanes.astype(np.bool_)
 
 
 def _flags(lanes: Array) -> Any:
@@ -344,18 +348,7 @@ def _check(
         if not hit.any():
             continue
         explained = hit if explained is None else explained | hit
-        if why.kind:
-            name = why.argument or ("" if ptrs.extent is None else ptrs.extent.name)
-            at = f"the address of a {_NOUNS[access]} at line {place.line}"
-            _active.report(
-                why.kind,
-                why.place,
-                functools.partial("{}, and {}".format, why.message, f"is {at}")
-                if why.kind == "int32 overflow"
-                else functools.partial("{} {}".format, why.message, at),
-                argument=name,
-                lanes=hit,
-            )
+        _report_mark(why, ptrs.extent, hit)
     if bad is not None:
         unexplained = bad if explained is None else bad & ~explained
         if unexplained.any():
@@ -370,7 +363,17 @@ def _check(
     return bad, parts
 
 
-_NOUNS = {"read": "load", "write": "store", "atomic": "atomic"}
+def _report_mark(why: Cause, extent: Extent | None, lanes: Array) -> None:
+    """Of lanes whose value is no offset, and that are used as one."""
+    if why.kind:
+        line = places.here().line
+        _active.report(
+            why.kind,
+            why.place,
+            lambda: f"{why.message} an address at line {line}",
+            argument=why.argument or ("" if extent is None else extent.name),
+            lanes=lanes,
+        )
 
 
 def _resolve(ptrs: Any, lanes: Array, size: int) -> tuple[Array | None, list[Part]]:
@@ -382,13 +385,13 @@ def _resolve(ptrs: Any, lanes: Array, size: int) -> tuple[Array | None, list[Par
         return bad, [(ptrs.extent, _active.storage_of(ptrs.extent), lanes & ~bad)]
     # its tensor is not known: any will do
     left, parts = lanes.copy(), []
-    for extents in (_active.extents, _active.memory.other_extents):
-        if left.any():
-            for extent, storage in extents():
-                inside = left & ~extent.outside(ptrs.data, size)
-                if inside.any():
-                    parts.append((extent, storage, inside))
-                    left &= ~inside
+    for extent, storage in itertools.chain(_active.extents(), _active.memory.other_extents()):
+        if not left.any():
+            break
+        inside = left & ~extent.outside(ptrs.data, size)
+        if inside.any():
+            parts.append((extent, storage, inside))
+            left &= ~inside
     return (left if left.any() else None), parts
 
 
@@ -421,13 +424,14 @@ def _on_read(part: Part, addresses: Array, size: int, place: Place, volatile: bo
     extent, storage, lanes = part
     here = addresses[lanes]
     index = storage.elements(here, size)
-    if _ordering is not None or (volatile and addresses.size <= _MOST_LOCKS):
-        # who polls acquires what was released there
-        _active.races.synchronize(here.tolist(), acquires=True, releases=False)
+    # who polls acquires what was released there
+    polls = _ordering is not None or (volatile and addresses.size <= _MOST_LOCKS)
     _report_unwritten(storage, index, extent, lanes, place)
-    conflict = _active.races.read(storage, index, place)
+    conflict = _active.races.read(storage, index, place, atomic=polls)
     if conflict is not None:
         _report_race(conflict, extent, lanes, place, "reads")
+    if polls:
+        _active.races.acquire(here.tolist())
 
 
 def _on_write(part: Part, ptrs: Any, value: Any, size: int, place: Place) -> None:
@@ -437,16 +441,18 @@ def _on_write(part: Part, ptrs: Any, value: Any, size: int, place: Place) -> Non
     if storage.last_write == 0:
         storage.stored = place
     if _ordering is not None:
-        _active.races.synchronize(here.tolist(), acquires=False, releases=True)
         _active.races.atomic(storage, index, place)
+        _active.races.release(here.tolist())
         return
     for conflict in _active.races.write(storage, index, place):
-        # the same bits again change nothing
-        bits = np.broadcast_to(corrections.to_bits(value).data, lanes.shape)[lanes]
-        same = _bits_at(here, size) == bits.view(f"u{bits.dtype.itemsize}").astype(f"u{size}")
-        differs = conflict.lanes & ~np.repeat(same, len(index) // max(len(here), 1))
-        if differs.any():
-            _report_race(conflict._replace(lanes=differs), extent, lanes, place, "writes")
+        if conflict.did == "wrote":
+            # the same bits again change nothing
+            bits = np.broadcast_to(corrections.to_bits(value).data, lanes.shape)[lanes]
+            same = _bits_at(here, size) == bits.view(f"u{bits.dtype.itemsize}").astype(f"u{size}")
+            differs = conflict.lanes & ~np.repeat(same, len(index) // max(len(here), 1))
+            conflict = conflict._replace(lanes=differs)
+        if conflict.lanes.any():
+            _report_race(conflict, extent, lanes, place, "writes")
 
 
 def _on_atomic(
@@ -455,19 +461,18 @@ def _on_atomic(
     extent, storage, lanes = part
     here = addresses[lanes]
     index = storage.elements(here, size)
-    kinds = _lib._ir.MEM_SEMANTIC
-    if addresses.size <= _MOST_LOCKS:
-        _active.races.synchronize(
-            here.tolist(),
-            acquires=semantics in (kinds.ACQUIRE, kinds.ACQUIRE_RELEASE),
-            releases=semantics in (kinds.RELEASE, kinds.ACQUIRE_RELEASE),
-        )
     if reads:
         _report_unwritten(storage, index, extent, lanes, place)
     if storage.last_write == 0:
         storage.stored = place
     for conflict in _active.races.atomic(storage, index, place):
         _report_race(conflict, extent, lanes, place, "updates")
+    if addresses.size <= _MOST_LOCKS:
+        kinds = _lib._ir.MEM_SEMANTIC
+        if semantics in (kinds.ACQUIRE, kinds.ACQUIRE_RELEASE):
+            _active.races.acquire(here.tolist())
+        if semantics in (kinds.RELEASE, kinds.ACQUIRE_RELEASE):
+            _active.races.release(here.tolist())
 
 
 def _report_unwritten(
