@@ -10,7 +10,6 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 INPUTS = "x[N]"
-GRADIENTS = ("x",)
 
 
 @triton.jit

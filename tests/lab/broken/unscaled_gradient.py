@@ -6,7 +6,6 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 INPUTS = "x[M, N]"
-GRADIENTS = ("x",)
 NON_FINITE = ()
 DEFECT = "gradients"
 

@@ -5,8 +5,6 @@ import triton
 import triton.language as tl
 
 INPUTS = "a[M, K] b[K, N]"
-# what Triton must offer for this file to run
-NEEDS = "make_block_ptr"
 
 
 @triton.jit

@@ -9,7 +9,6 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 INPUTS = "logits[M, V] target[M]:int64<V ignore_index=1"
-GRADIENTS = ("logits",)
 
 
 @triton.jit

@@ -6,7 +6,6 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 INPUTS = "x[N] p=0.5 seed=1234"
-GRADIENTS = ("x",)
 
 
 @triton.jit

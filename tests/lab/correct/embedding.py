@@ -6,7 +6,6 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 INPUTS = "index[M]:int64<V weight[V, D]"
-GRADIENTS = ("weight",)
 
 
 @triton.jit

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 
 INPUTS = "x[N]"
-ACCURACY = "exact"
 # neither NaN nor infinity falls into a bin, and no conversion to an integer says so
 NON_FINITE = ()
 BINS = 16

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 INPUTS = "x[M, N] weight[N] bias[N] eps=1e-5"
-GRADIENTS = ("x", "weight", "bias")
 
 
 @triton.jit

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 
 INPUTS = "x[N, C, H, W]"
-ACCURACY = "exact"
 
 
 @triton.jit

@@ -4,8 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-INPUTS = "p0[A] p1[B] p2[C] g0[A] g1[B] g2[C] alpha=-0.5"
-MUTATES = ("p0", "p1", "p2")
+INPUTS = "p0[A] p1[B] p2[C] g0[A] g1[B] g2[C] alpha=-0.3"
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -27,7 +26,7 @@ def multi_tensor_axpy_kernel(table_ptr, alpha, TYPE: tl.constexpr, BLOCK: tl.con
         tl.store(param_ptr + offs * param_stride, (param + alpha * grad).to(TYPE), mask=mask)
 
 
-def multi_tensor(p0, p1, p2, g0, g1, g2, alpha=-0.5):
+def multi_tensor(p0, p1, p2, g0, g1, g2, alpha=-0.3):
     rows = [
         (p.data_ptr(), g.data_ptr(), p.stride(0), g.stride(0), p.numel())
         for p, g in ((p0, g0), (p1, g1), (p2, g2))
@@ -36,6 +35,6 @@ def multi_tensor(p0, p1, p2, g0, g1, g2, alpha=-0.5):
     multi_tensor_axpy_kernel[(len(rows), 2)](table, alpha, TYPE=TYPES[p0.dtype], BLOCK=128)
 
 
-def reference(p0, p1, p2, g0, g1, g2, alpha=-0.5):
+def reference(p0, p1, p2, g0, g1, g2, alpha=-0.3):
     for p, g in ((p0, g0), (p1, g1), (p2, g2)):
         p.add_(g, alpha=alpha)

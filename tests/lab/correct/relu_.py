@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 
 INPUTS = "x[M, N]"
-MUTATES = ("x",)
 
 
 @triton.jit

@@ -8,7 +8,6 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 INPUTS = "x[M, N] weight[N] eps=1e-6"
-GRADIENTS = ("x", "weight")
 
 
 @triton.jit

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 
 INPUTS = "q[B, T, H, D%2] cos[T, D] sin[T, D]"
-MUTATES = ("q",)
 
 
 @triton.jit

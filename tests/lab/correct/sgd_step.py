@@ -4,8 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-INPUTS = "param[N] grad[N] momentum_buffer[N] lr=0.125 momentum=0.5 weight_decay=0.25"
-MUTATES = ("param", "momentum_buffer")
+INPUTS = "param[N] grad[N] momentum_buffer[N] lr=0.1 momentum=0.9 weight_decay=0.01"
 
 
 @triton.jit
@@ -35,7 +34,7 @@ def sgd_kernel(
     tl.store(param_ptrs, param.to(param_ptr.dtype.element_ty), mask=mask)
 
 
-def sgd_step(param, grad, momentum_buffer, lr=0.125, momentum=0.5, weight_decay=0.25):
+def sgd_step(param, grad, momentum_buffer, lr=0.1, momentum=0.9, weight_decay=0.01):
     n = param.numel()
     sgd_kernel[(triton.cdiv(n, 512),)](
         param,
@@ -52,7 +51,7 @@ def sgd_step(param, grad, momentum_buffer, lr=0.125, momentum=0.5, weight_decay=
     )
 
 
-def reference(param, grad, momentum_buffer, lr=0.125, momentum=0.5, weight_decay=0.25):
+def reference(param, grad, momentum_buffer, lr=0.1, momentum=0.9, weight_decay=0.01):
     wide = [t if t.dtype == torch.float64 else t.float() for t in (param, grad, momentum_buffer)]
     buf = momentum * wide[2] + wide[1] + weight_decay * wide[0]
     momentum_buffer.copy_(buf)
