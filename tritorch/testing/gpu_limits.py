@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import linecache
 import re
 import traceback
@@ -51,6 +52,14 @@ def limits(
         replace(problem, message=f"{', '.join(where)}: {problem.message}")
         for problem, where in problems.items()
     ]
+
+
+def is_discarded(finding: Finding) -> bool:
+    """Whether it is about a configuration that autotune leaves out, so that the kernel works."""
+    return finding.message.endswith(_DISCARDED)
+
+
+_DISCARDED = "; autotune discards it"
 
 
 @dataclass(frozen=True)
@@ -179,40 +188,39 @@ def _problems(survey: _Survey, contract: str) -> Iterator[Finding]:
 
 def _refusals(target: dry.Target, configs: list[list[_Attempt]]) -> Iterator[Finding]:
     """What does not launch, of one kernel in each of its configurations, or always spills."""
-    failed: list[Finding] = []
+    failed: list[tuple[Finding, bool]] = []
     spilled: list[Finding] = []
     for attempts in configs:
-        found = [problem for attempt in attempts for problem in _refusal(target, attempt)]
+        found = [one for attempt in attempts for one in _refusal(target, attempt)]
         # the same configuration is compiled for several dtypes and sizes
         failed += found[:1]
         spilled += [] if found else _spills(attempts)[:1]
-    tuned = len(configs) > 1
-    if tuned and len(failed) == len(configs):
-        first = failed[0]
+    if len(failed) == len(configs) > 1:
+        first, _ = failed[0]
         message = f"none of the {len(configs)} configurations launches; {first.message}"
         yield replace(first, message=message)
         return
-    yield from failed
+    for problem, caught in failed:
+        then = _DISCARDED if caught else "; autotune does not catch that and raises"
+        yield replace(problem, message=problem.message + then) if len(configs) > 1 else problem
     if len(spilled) == len(configs):
         yield spilled[0]
 
 
-def _refusal(target: dry.Target, attempt: _Attempt) -> list[Finding]:
-    """Why the kernel would not launch: nothing, or one finding."""
-    config = attempt.config
+def _refusal(target: dry.Target, attempt: _Attempt) -> list[tuple[Finding, bool]]:
+    """Why the kernel would not launch, and whether autotune goes on then; empty if it would."""
     if attempt.error is not None:
         return [_failure(attempt)]
     assert attempt.launch is not None
-    config = config or _settings(attempt.launch)
     used = dry.resources(attempt.launch)
     for number, limit, what in (
         (used.shared, target.shared_memory, "bytes of shared memory"),
         (used.registers, target.registers, "registers per thread"),
     ):
         if number > limit:
+            config = attempt.config or _settings(attempt.launch)
             message = f"{config} needs {number} {what}, {target.product} has {limit}"
-            message += "; autotune discards it" if attempt.config else ""
-            return [_of_kernel("resources", message, attempt.function)]
+            return [(_of_kernel("resources", message, attempt.function), True)]
     return []
 
 
@@ -239,13 +247,19 @@ def _settings(launch: dry.Launch) -> str:
 
 def _of_kernel(kind: str, message: str, function: Any) -> Finding:
     """A finding about a kernel as a whole, at its first line."""
-    file, line = importlib.import_module("triton.runtime.jit").get_jit_fn_file_line(function)
+    file, line = function.fn.__code__.co_filename, _first_line(function)
     source = linecache.getline(file, line).strip()
     return Finding(kind, message, function.__name__, file=file, line=line, source=source)
 
 
-def _failure(attempt: _Attempt) -> Finding:
-    """The error of Triton's compiler, at the user's line if it has one."""
+def _first_line(function: Any) -> int:
+    """The line of its `def`, from which Triton counts: decorators may stand above it."""
+    lines, first = inspect.getsourcelines(function.fn)
+    return first + next(n for n, line in enumerate(lines) if line.lstrip().startswith("def "))
+
+
+def _failure(attempt: _Attempt) -> tuple[Finding, bool]:
+    """The error of Triton's compiler, at the user's line if it has one; if autotune catches it."""
     errors = importlib.import_module("triton.compiler.errors")
     runtime = importlib.import_module("triton.runtime.errors")
     error: BaseException | None = attempt.error
@@ -257,10 +271,9 @@ def _failure(attempt: _Attempt) -> Finding:
     if isinstance(error, errors.CompilationError):
         text, function, line = _innermost(error)
         if function is not None:
-            place = _of_kernel("compilation", "", function)
-            line += place.line - 1
-            source = linecache.getline(place.file, line).strip()
-            finding = replace(finding, file=place.file, line=line, source=source)
+            file, line = function.fn.__code__.co_filename, _first_line(function) + line - 1
+            source = linecache.getline(file, line).strip()
+            finding = replace(finding, file=file, line=line, source=source)
     elif isinstance(error, runtime.OutOfResources):
         finding = replace(finding, kind="resources")
     elif "PassManager::run failed" in text:
@@ -268,9 +281,8 @@ def _failure(attempt: _Attempt) -> Finding:
     if _TILE.search(text):
         finding = replace(finding, kind="tile")
     if attempt.config:
-        then = "discards it" if isinstance(error, caught) else "does not catch that and raises"
-        text = f"{attempt.config} fails: {text}; autotune {then}"
-    return replace(finding, message=text)
+        text = f"{attempt.config} fails: {text}"
+    return replace(finding, message=text), isinstance(error, caught)
 
 
 # of tiles in the compiler's own words

@@ -1,0 +1,341 @@
+"""What stops kernels on GPUs that are not there, and host code that only compiles them."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+from tritorch.testing import dry, gpu_limits
+from tritorch.testing.gpu_limits import limits
+from tritorch.testing.hosting import hosted, load
+
+pytestmark = pytest.mark.compile
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """Where there is a GPU after all, torch says that there is none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def square_kernel(
+    a_ptr, b_ptr, c_ptr, K, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, P: tl.constexpr
+):
+    offs, offs_k = tl.arange(0, SIZE), tl.arange(0, BLOCK_K)
+    acc = tl.zeros((SIZE, SIZE), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = tl.load(a_ptr + offs[:, None] * K + (k + offs_k)[None, :])
+        b = tl.load(b_ptr + (k + offs_k)[:, None] * SIZE + offs[None, :])
+        acc = product(a, b, acc, P)
+    tl.store(c_ptr + offs[:, None] * SIZE + offs[None, :], acc.to(c_ptr.dtype.element_ty))
+
+
+def autotuned(*configs):
+    """`square_kernel` tuned over (SIZE, BLOCK_K, num_warps, num_stages)."""
+    listed = [
+        triton.Config({"SIZE": size, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+        for size, k, warps, stages in configs
+    ]
+    return triton.autotune(listed, key=["K"])(square_kernel)
+
+
+def square(kernel=square_kernel, dtype=torch.float16, precision="ieee", **options):
+    a, b, c = (torch.empty(1 << 16, dtype=dtype, device="cuda") for _ in range(3))
+    kernel[(1,)](a, b, c, 256, P=precision, **options)
+    return c
+
+
+def line_of(function, text):
+    lines, first = inspect.getsourcelines(getattr(function, "fn", function))
+    return next(first + number for number, line in enumerate(lines) if text in line)
+
+
+def shown(findings):
+    return [(finding.kind, finding.message) for finding in findings]
+
+
+def test_a_kernel_within_the_limits_has_no_findings():
+    def call():
+        assert square(SIZE=32, BLOCK_K=32, num_stages=2).is_cuda
+
+    assert limits(call, ["sm_80", "sm_90", "sm_100", "gfx942"]) == []
+
+
+def test_shared_memory_is_compared_with_each_gpu():
+    # 64 KiB a stage
+    findings = limits(
+        lambda: square(SIZE=128, BLOCK_K=128, num_warps=8, num_stages=4), ["sm_80", "gfx942"]
+    )
+    a100, mi300 = sorted(findings, key=lambda finding: finding.message, reverse=True)
+    for finding, name, limit in ((a100, "sm_80: ", 166912), (mi300, "gfx942: ", 65536)):
+        assert finding.kind == "resources"
+        assert finding.message.startswith(f"{name}SIZE=128, BLOCK_K=128, P=ieee, num_warps=8")
+        assert finding.message.endswith(f" has {limit}")
+        assert (finding.kernel, finding.file) == ("square_kernel", __file__)
+        assert finding.line == line_of(square_kernel, "def square_kernel")
+        assert finding.source.startswith("def square_kernel(")
+    needed = int(a100.message.split("needs ")[1].split()[0])
+    with dry.compiling_for("sm_80") as recorder:
+        square_kernel[(1,)](
+            *torch.empty(3, 1 << 16, dtype=torch.float16),
+            256,
+            128,
+            128,
+            "ieee",
+            num_warps=8,
+            num_stages=4,
+        )
+    assert needed == recorder.launches[0].compiled.metadata.shared > 166912
+
+
+def test_each_configuration_that_autotune_would_discard_is_told():
+    kernel = autotuned((32, 32, 4, 2), (128, 128, 8, 4), (128, 128, 4, 5))
+    findings = limits(lambda: square(kernel), ["sm_80"])
+    assert [finding.kind for finding in findings] == ["resources"] * 2
+    for finding, settings in zip(
+        findings, ("num_warps=8, num_stages=4", "num_warps=4, num_stages=5"), strict=True
+    ):
+        assert finding.message.startswith(f"sm_80: SIZE=128, BLOCK_K=128, {settings} needs ")
+        assert finding.message.endswith("A100 has 166912; autotune discards it")
+        assert gpu_limits.is_discarded(finding)
+
+
+def test_all_configurations_failing_is_one_finding():
+    kernel = autotuned((128, 128, 8, 4), (128, 128, 4, 5))
+    (finding,) = limits(lambda: square(kernel), ["sm_80"])
+    assert "sm_80: none of the 2 configurations launches; SIZE=128" in finding.message
+    assert "num_stages=4 needs" in finding.message
+    assert not gpu_limits.is_discarded(finding)
+
+
+def test_a_single_configuration_is_never_tuned():
+    (finding,) = limits(lambda: square(autotuned((128, 128, 8, 4))), ["sm_80"])
+    assert finding.message.endswith(
+        "num_stages=4 needs 196608 bytes of shared memory, A100 has 166912"
+    )
+
+
+def test_the_first_configuration_alone_can_be_asked_for():
+    kernel = autotuned((32, 32, 4, 2), (128, 128, 8, 4))
+    assert limits(lambda: square(kernel), ["sm_80"], configurations="first") == []
+
+
+def test_an_error_that_autotune_does_not_catch_says_so():
+    kernel = autotuned((32, 32, 4, 2), (24, 32, 4, 2))
+    (finding,) = limits(lambda: square(kernel))
+    assert finding.kind == "tile"
+    assert finding.message == (
+        "sm_80, sm_90: SIZE=24, BLOCK_K=32, num_warps=4, num_stages=2 fails: "
+        "arange's range must be a power of 2; autotune does not catch that and raises"
+    )
+    assert finding.line == line_of(square_kernel, "tl.arange(0, SIZE)")
+    assert not gpu_limits.is_discarded(finding)
+
+
+@triton.jit
+def asserting_kernel(x_ptr, BLOCK: tl.constexpr):
+    tl.static_assert(BLOCK < 10)
+    tl.store(x_ptr, 0.0)
+
+
+@triton.jit
+def misusing_kernel(x_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    x = product(x, x, x, "ieee")
+    tl.store(x_ptr + tl.arange(0, BLOCK), x)
+
+
+@triton.jit
+def huge_kernel(x_ptr, BLOCK: tl.constexpr):
+    tl.store(x_ptr, tl.sum(tl.zeros((BLOCK, BLOCK), tl.float32)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "block", "kind", "message", "function", "line"),
+    [
+        (
+            asserting_kernel,
+            16,
+            "compilation",
+            "CompileTimeAssert",
+            asserting_kernel,
+            "static_assert",
+        ),
+        # the place is in the function that is called
+        (misusing_kernel, 16, "compilation", "equal ranks >= 2", product, "tl.dot"),
+        # the language's own functions are no place
+        (huge_kernel, 2048, "tile", "exceeds triton maximum tensor numel", huge_kernel, "tl.zeros"),
+    ],
+    ids=["assertion", "called function", "tile"],
+)
+def test_an_error_of_the_compiler_is_at_the_users_line(
+    kernel, block, kind, message, function, line
+):
+    (finding,) = limits(lambda: kernel[(1,)](torch.empty(16), block), ["sm_90"])
+    assert finding.kind == kind
+    assert message in finding.message
+    assert finding.kernel == kernel.__name__
+    assert (finding.file, finding.line) == (__file__, line_of(function, line))
+    assert line in finding.source
+
+
+def test_kernels_after_one_that_does_not_compile_are_compiled_too():
+    def call():
+        x = torch.empty(16, device="cuda")
+        asserting_kernel[(1,)](x, 16)
+        misusing_kernel[(1,)](x, 16)
+
+    findings = limits(call, ["sm_90"])
+    assert [finding.kernel for finding in findings] == ["asserting_kernel", "misusing_kernel"]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_tf32_is_found_at_the_product(target):
+    def call():
+        square(dtype=torch.float32, precision="tf32", SIZE=32, BLOCK_K=32, num_stages=2)
+
+    (finding,) = limits(call, [target])
+    assert finding.kind == "tf32"
+    assert finding.message.startswith(f"{target}: tl.dot multiplies float32 as TF32")
+    assert (finding.kernel, finding.file) == ("square_kernel", __file__)
+    assert finding.line == line_of(product, "tl.dot")
+    assert limits(call, [target], contract="tf32") == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float16, "tf32")],
+    ids=str,
+)
+def test_what_keeps_the_bits_of_float32_is_no_tf32(dtype, precision):
+    assert (
+        limits(lambda: square(dtype=dtype, precision=precision, SIZE=32, BLOCK_K=32), ["sm_90"])
+        == []
+    )
+
+
+def test_spills_are_told_where_every_configuration_has_them():
+    spilling = triton.Config({"SIZE": 64, "BLOCK_K": 32}, num_stages=2, maxnreg=32)
+    fine = triton.Config({"SIZE": 32, "BLOCK_K": 32}, num_stages=2)
+    kernel = triton.autotune([spilling], key=[])(square_kernel)
+    (finding,) = limits(lambda: square(kernel), ["sm_80"])
+    assert finding.kind == "resources"
+    assert "num_stages=2, maxnreg=32 spills " in finding.message
+    assert finding.line == line_of(square_kernel, "def square_kernel")
+    kernel = triton.autotune([spilling, fine], key=[])(square_kernel)
+    assert limits(lambda: square(kernel), ["sm_80"]) == []
+
+
+def test_host_code_that_raises_is_told_with_its_line():
+    def call():
+        result = square(SIZE=32, BLOCK_K=32, num_stages=2)
+        # what the kernel did not write is zero
+        assert result[0].item() == 0
+        return 1 / result[0].item()
+
+    (finding,) = limits(call)
+    assert finding.kind == "error"
+    assert "sm_80, sm_90: the host code raised ZeroDivisionError: " in finding.message
+    assert "after 1 launches" in finding.message
+    assert finding.line == line_of(call, "1 / result")
+
+
+def test_hooks_leave_what_the_first_configuration_did():
+    configs = [
+        triton.Config(
+            {"SIZE": 32, "BLOCK_K": k}, num_stages=2, pre_hook=lambda a: seen.append(a["BLOCK_K"])
+        )
+        for k in (32, 64)
+    ]
+    kernel, seen = triton.autotune(configs, key=["K"])(square_kernel), []
+    assert limits(lambda: square(kernel), ["sm_80"]) == []
+    assert seen == [32, 64, 32]
+    assert kernel.best_config is configs[0]
+
+
+def test_nothing_stays_replaced():
+    owners = (torch, torch.cuda, Tensor, Autotuner, JITFunction, triton.compiler.compiler)
+    before = [dict(vars(owner)) for owner in owners]
+    limits(lambda: asserting_kernel[(1,)](torch.empty(1), 16), ["sm_80"])
+    for owner, names in zip(owners, before, strict=True):
+        changed = {n for n in vars(owner).keys() | names if vars(owner).get(n) is not names.get(n)}
+        assert not changed, owner
+    assert dry.active() is None
+
+
+def test_a_target_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="expects one of sm_80"):
+        limits(lambda: None, ["sm_1"])
+
+
+def test_host_code_is_told_of_the_gpu_that_is_compiled_for():
+    with dry.compiling_for("sm_80"), hosted():
+        assert torch.cuda.get_device_capability() == (8, 0)
+        active = triton.runtime.driver.active
+        assert active.get_active_torch_device() == torch.empty(1, device="cuda").device
+        known = active.utils.get_device_properties(0)
+        assert (known["max_shared_mem"], known["multiprocessor_count"]) == (166912, 108)
+        # which is not refused: the limit is for host code, not for the compiler
+        square(SIZE=128, BLOCK_K=128, num_warps=8, num_stages=4)
+        kernel = square_kernel.warmup(
+            *[torch.float16] * 3, 256, SIZE=32, BLOCK_K=32, P="ieee", grid=(1,)
+        )
+        kernel._init_handles()
+        assert kernel.n_regs == dry.resources(kernel).registers > 0
+    with dry.compiling_for("gfx942"), hosted():
+        assert triton.runtime.driver.active.get_current_target().backend == "hip"
+
+
+def test_one_configuration_compiles():
+    kernel = autotuned((32, 32, 4, 2), (32, 64, 4, 2))
+    for choice, block in ((None, 32), (1, 64)):
+        with dry.compiling_for("sm_80") as recorder, hosted(choice) as host:
+            square(kernel)
+        (launch,) = recorder.launches
+        assert launch.constexprs["BLOCK_K"] == block
+        assert len(host.configurations["square_kernel"]) == 2
+
+
+def test_a_script_that_launches_and_tests_itself_is_loaded(tmp_path):
+    path = tmp_path / "limits_script.py"
+    path.write_text(
+        textwrap.dedent(
+            """
+            import torch
+            import triton
+            import triton.language as tl
+
+            @triton.jit
+            def one_kernel(x_ptr):
+                tl.store(x_ptr, 1.0)
+
+            def one():
+                x = torch.zeros(1, device=triton.runtime.driver.active.get_active_torch_device())
+                one_kernel[(1,)](x)
+                return x
+
+            assert one().item() == 1
+            """
+        )
+    )
+    function = load(f"{path}:one")
+    assert limits(function) == []
+    with dry.compiling_for("sm_80") as recorder, hosted():
+        function()
+    assert recorder.launches[0].kernel == "one_kernel"
