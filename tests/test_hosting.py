@@ -161,7 +161,8 @@ def test_the_gpu_that_is_not_there_answers():
         assert active.get_current_target().arch == 90
         known = active.utils.get_device_properties(active.get_current_device())
         assert (known["multiprocessor_count"], known["max_shared_mem"]) == (132, 232448)
-        with torch.cuda.device(0), torch.cuda.stream(torch.cuda.Stream()) as _:
+        assert isinstance(torch.cuda.current_stream(), torch.cuda.Stream | torch.Generator)
+        with torch.cuda.device(0), torch.cuda.stream(torch.cuda.Stream()):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             end.record(torch.cuda.current_stream())

@@ -12,7 +12,7 @@ import torch
 from tritorch.testing import dry
 
 DEVICE = torch.device("cuda", 0)
-# of an H100 SXM, from its data sheet and from deviceQuery; kHz, bits, bytes
+# of an H100 SXM, from its data sheet; kHz, bits, bytes
 CLOCKS = {"sm_clock_rate": 1_980_000, "mem_clock_rate": 2_619_000, "mem_bus_width": 5120}
 REGISTERS = 65_536
 _MEMORY = 80 << 30
@@ -22,6 +22,13 @@ _L2 = 50 << 20
 def target() -> dry.Target:
     """The GPU that user code is told of."""
     return dry.active() or dry.TARGETS["sm_90"]
+
+
+class Device(contextlib.nullcontext[None]):
+    """`torch.cuda.device`: there is one, so it is the current one."""
+
+    def __init__(self, device: object) -> None:
+        super().__init__()
 
 
 class Stream:
@@ -153,8 +160,8 @@ _MODULE: dict[str, Callable[..., Any]] = {
     "default_stream": _current,
     "set_stream": _constant(None),
     "stream": _context,
-    "device": _context,
-    "device_of": _context,
+    "device": Device,
+    "device_of": Device,
     "synchronize": _constant(None),
     "empty_cache": _constant(None),
     "memory_allocated": _constant(0),

@@ -208,7 +208,9 @@ def _host_code() -> Iterator[tuple[Any, str, Any]]:
         for name, answer in answers.items():
             # the oldest and the newest torch lack some
             if hasattr(owner, name):
-                yield owner, name, for_users(getattr(owner, name), answer)
+                # a class stays one: annotations and isinstance name it
+                given = isinstance(answer, type)
+                yield owner, name, answer if given else for_users(getattr(owner, name), answer)
     yield torch, "get_device_module", for_users(torch.get_device_module, _device_module)
     yield torch, "compile", for_users(torch.compile, _uncompiled)
     yield torch, "Generator", _generator(torch.Generator)
