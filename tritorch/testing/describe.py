@@ -1,0 +1,196 @@
+"""Finds out what a user's function claims to be, by calling its reference: a `Subject` to check.
+
+Which arguments it writes, which get gradients, and by which rule its rounding is judged: all of
+that follows from the reference, so nobody has to declare it, and everything can be declared.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tritorch.registry import Argument, Maker, Sample, Subject
+from tritorch.testing import cases
+
+Accuracy = Literal["exact", "multilinear", "composite"]
+
+
+def describe(
+    fn: Callable[..., Any],
+    reference: Callable[..., Any],
+    samples: Callable[[Maker], Iterable[Sample]],
+    *,
+    name: str = "",
+    gradients: Iterable[str] | None = None,
+    mutates: Iterable[str] | None = None,
+    accuracy: Accuracy | None = None,
+    dtypes: Iterable[torch.dtype] | None = None,
+    non_finite: Iterable[str] | None = None,
+) -> Subject:
+    """The subject of a check; what is None is found out from the reference and the first sample.
+
+    gradients: the floating-point arguments, where both `fn` and the reference give results that
+    require a gradient.  mutates: what the reference writes.  accuracy: "exact" where every value
+    of the reference's outputs is one of its inputs', "multilinear" where it is linear in each
+    floating-point argument and no coefficient is negative, else "composite".  dtypes: those of
+    float32, float16 and bfloat16 that the reference takes.  non_finite: the arguments in which NaN
+    and infinities are tried, all floating-point ones.
+
+    Raises ValueError where the reference takes no sample, with what it says.
+    """
+    taken, refused = [], {}
+    for dtype in dtypes or (torch.float32, torch.float16, torch.bfloat16):
+        arguments = _first(samples, Maker(dtype, seed="describe"))
+        try:
+            _call(reference, arguments)
+        except Exception as error:
+            refused[dtype] = error
+        else:
+            taken.append(dtype)
+    if not taken:
+        why = next(iter(refused.values()))
+        raise ValueError(
+            f"check: the reference refuses the inputs: {type(why).__name__}: {why}"
+        ) from why
+    arguments = _first(samples, Maker(torch.float64, seed="describe"))
+    floating = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    found_mutates = _mutated(reference, arguments) if mutates is None else tuple(mutates)
+    if gradients is None:
+        give = _differentiable(reference, arguments, floating)
+        gradients = give if give and not found_mutates else ()
+    return Subject(
+        name=name or getattr(fn, "__name__", "function"),
+        op=fn,
+        reference=reference,
+        gradients=tuple(gradients),
+        samples=samples,
+        accuracy=accuracy or classify(reference, arguments),
+        mutates=found_mutates,
+        dtypes=tuple(taken),
+        non_finite=tuple(floating if non_finite is None else non_finite),
+        double_backward=False,
+    )
+
+
+def gives_gradients(subject: Subject, dtype: torch.dtype, device: str = "cpu") -> bool:
+    """Whether the function itself, launched once, gives a result that requires a gradient."""
+    arguments = _first(subject.samples, Maker(dtype, device, seed="describe"))
+    return bool(_differentiable(subject.op, arguments, subject.gradients))
+
+
+def classify(reference: Callable[..., Any], arguments: dict[str, Argument]) -> Accuracy:
+    """By which rule the rounding of what the reference computes is judged."""
+    result = _outputs(_call(reference, arguments))
+    if all(not output.is_floating_point() or _copies(output, arguments) for output in result):
+        return "exact"
+    floating = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    if len(result) != 1 or not floating:
+        return "composite"
+    (output,) = result
+    if not output.is_floating_point() or not output.isfinite().all():
+        return "composite"
+    generator = torch.Generator().manual_seed(1)
+    for name in floating:
+        given = arguments[name]
+        assert isinstance(given, Tensor)
+        other = torch.randn(given.shape, generator=generator, dtype=given.dtype)
+        of_other, of_both = (
+            _outputs(_call(reference, arguments | {name: value}))[0]
+            for value in (other, given + 2 * other)
+        )
+        others = _without(reference, arguments, name)
+        # linear up to what does not depend on it, an added bias say
+        expected = output + 2 * (of_other - others)
+        if not torch.allclose(of_both, expected, rtol=1e-9, atol=1e-9):
+            return "composite"
+    magnitudes = {n: v.abs() if n in floating else v for n, v in arguments.items()}  # type: ignore[union-attr]
+    most = _outputs(_call(reference, magnitudes))[0]
+    return "multilinear" if bool((most + 1e-9 >= output.abs()).all()) else "composite"
+
+
+def bind(fn: Callable[..., Any], values: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments by the names of the function's parameters."""
+    return dict(inspect.signature(fn).bind(*values).arguments)
+
+
+def _without(reference: Callable[..., Any], arguments: dict[str, Argument], name: str) -> Tensor:
+    given = arguments[name]
+    assert isinstance(given, Tensor)
+    return _outputs(_call(reference, arguments | {name: torch.zeros_like(given)}))[0]
+
+
+def _first(samples: Callable[[Maker], Iterable[Sample]], make: Maker) -> dict[str, Argument]:
+    for sample in samples(make):
+        return dict(sample.arguments)
+    raise ValueError("check: there are no samples")
+
+
+def _call(function: Callable[..., Any], arguments: dict[str, Argument]) -> Any:
+    copies = {
+        name: cases.map_tensors(value, lambda tensor: tensor.detach().clone())
+        for name, value in arguments.items()
+    }
+    return function(**copies)
+
+
+def _outputs(result: Any) -> tuple[Tensor, ...]:
+    if isinstance(result, Tensor):
+        return (result,)
+    if isinstance(result, tuple | list):
+        return tuple(value for value in result if isinstance(value, Tensor))
+    return ()
+
+
+def _copies(output: Tensor, arguments: dict[str, Argument]) -> bool:
+    """Whether every value is one of the arguments', or zero."""
+    values = [
+        value.reshape(-1).to(output.dtype)
+        for value in arguments.values()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    ]
+    if not values or output.numel() == 0:
+        return False
+    known = torch.cat([*values, output.new_zeros(1)])
+    return bool(torch.isin(output.reshape(-1), known).all())
+
+
+def _mutated(reference: Callable[..., Any], arguments: dict[str, Argument]) -> tuple[str, ...]:
+    copies = {n: cases.map_tensors(v, lambda t: t.detach().clone()) for n, v in arguments.items()}
+    reference(**copies)
+    return tuple(
+        name for name, value in copies.items() if not cases.bitwise_equal(value, arguments[name])
+    )
+
+
+def _differentiable(
+    function: Callable[..., Any], arguments: dict[str, Argument], names: Iterable[str]
+) -> tuple[str, ...]:
+    """The arguments of `names`, if a result of the function requires their gradients."""
+    given = {
+        name: cases.map_tensors(value, lambda tensor: tensor.detach().clone())
+        for name, value in arguments.items()
+    }
+    chosen: dict[str, Tensor] = {}
+    for name in names:
+        value = given[name]
+        if isinstance(value, Tensor) and value.is_floating_point():
+            chosen[name] = value.requires_grad_()
+    try:
+        results = _outputs(function(**given))
+    except RuntimeError:
+        # it writes to a leaf, say
+        return ()
+    outputs = [output for output in results if output.requires_grad]
+    if not outputs or not chosen:
+        return ()
+    found = torch.autograd.grad(
+        outputs,
+        list(chosen.values()),
+        [torch.ones_like(output) for output in outputs],
+        allow_unused=True,
+    )
+    return tuple(name for name, grad in zip(chosen, found, strict=True) if grad is not None)

@@ -1,0 +1,146 @@
+"""What a check has to say: findings by property, as text, as JSON, as an exit status."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tritorch.testing.findings import Finding
+
+
+@dataclass
+class Section:
+    """One property of the battery: how many cases it had, and what they showed."""
+
+    name: str
+    cases: int = 0
+    seconds: float = 0.0
+    findings: list[Finding] = field(default_factory=list)
+    # why it was not tried, where it was not
+    skipped: str = ""
+
+
+@dataclass
+class Report:
+    """The outcome of one check.
+
+    `target` and `reference`: what was compared.  `notes`: what the check assumed or found out that
+    its caller may want to correct (guessed inputs, the rule of accuracy).  `reproductions`: scripts
+    that were written, each of which shows one finding alone.
+    """
+
+    target: str
+    reference: str
+    level: str
+    seed: int
+    device: str
+    notes: list[str] = field(default_factory=list)
+    sections: dict[str, Section] = field(default_factory=dict)
+    seconds: float = 0.0
+    reproductions: list[str] = field(default_factory=list)
+
+    def section(self, name: str) -> Section:
+        """The section of that name, made when it is first asked for."""
+        return self.sections.setdefault(name, Section(name))
+
+    def add(self, name: str, findings: Iterable[Finding]) -> list[Finding]:
+        """Adds to a section what is no second sight of a defect that is known; returns that."""
+        known = {finding.key for finding in self.findings}
+        new = []
+        for finding in findings:
+            # a wrong number has no line: one for every property that shows it is enough
+            if finding.key not in known:
+                known.add(finding.key)
+                new.append(finding)
+        self.section(name).findings += new
+        return new
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Every defect once, in the order in which they were found."""
+        return [finding for section in self.sections.values() for finding in section.findings]
+
+    @property
+    def ok(self) -> bool:
+        """Whether something was checked and nothing was found."""
+        return self.cases > 0 and not self.findings
+
+    @property
+    def cases(self) -> int:
+        """How many cases were run, of all properties."""
+        return sum(section.cases for section in self.sections.values())
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        against = f" against {self.reference}" if self.reference else ""
+        lines = [f"{self.target}{against}, level {self.level}, seed {self.seed}, {self.device}"]
+        lines += [f"  {note}" for note in self.notes]
+        width = max((len(name) for name in self.sections), default=0)
+        for section in self.sections.values():
+            if section.skipped:
+                outcome = f"not checked: {section.skipped}"
+            elif section.findings:
+                found = len(section.findings)
+                outcome = f"FAIL  {section.cases} cases, {found} finding{'s' * (found > 1)}"
+            else:
+                outcome = f"pass  {section.cases} cases"
+            lines.append(f"  {section.name:{width}}  {outcome}")
+        for number, finding in enumerate(self.findings, 1):
+            lines += ["", *describe(finding, number)]
+        lines.append("")
+        found = len(self.findings)
+        what = f"{found} finding{'s' * (found != 1)}" if found else "nothing found"
+        lines.append(f"{what} in {self.cases} cases, {self.seconds:.1f} s")
+        lines += [f"reproduce: python {path}" for path in self.reproductions]
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+        return {
+            "target": self.target,
+            "reference": self.reference,
+            "level": self.level,
+            "seed": self.seed,
+            "device": self.device,
+            "notes": self.notes,
+            "seconds": self.seconds,
+            "cases": self.cases,
+            "sections": [
+                {
+                    "name": section.name,
+                    "cases": section.cases,
+                    "seconds": section.seconds,
+                    "skipped": section.skipped,
+                    "findings": [finding.to_json() for finding in section.findings],
+                }
+                for section in self.sections.values()
+            ],
+            "reproductions": self.reproductions,
+        }
+
+
+def describe(finding: Finding, number: int) -> list[str]:
+    """One finding as text: kind and place, the statement, what it does, where it shows."""
+    place = f"{finding.file}:{finding.line}" if finding.line else finding.file
+    kernel = f"kernel {finding.kernel}" if finding.kernel else ""
+    head = ", ".join(part for part in (place, kernel) if part)
+    lines = [f"{number}. {finding.kind}" + (f"  {head}" if head else "")]
+    if finding.source:
+        lines.append(f"     {finding.source.strip()}")
+    lines.append(f"   {finding.message}")
+    where = []
+    if finding.program is not None:
+        where.append(f"program {finding.program}")
+    if finding.lanes:
+        shown = ", ".join(str(lane if len(lane) != 1 else lane[0]) for lane in finding.lanes)
+        more = ", ..." if finding.count > len(finding.lanes) else ""
+        where.append(f"lanes {shown}{more}" if finding.program is not None else f"at {shown}{more}")
+    if finding.case:
+        where.append(f"shown by {finding.case}")
+    if where:
+        lines.append("   " + "; ".join(where))
+    return lines
