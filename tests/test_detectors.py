@@ -212,7 +212,12 @@ def block_kernel(x_ptr, y_ptr, n, CHECK: tl.constexpr):
     tl.store(y_ptr + tl.arange(0, 16), tl.where(tl.arange(0, 16) < 12, x, 0))
 
 
-@pytest.mark.skipif(not hasattr(tl, "make_block_ptr"), reason="this Triton has no block pointers")
+@pytest.mark.skipif(
+    not hasattr(triton_interpreter, "BlockPointerHandle"),
+    reason="Triton has no block pointers since 3.9",
+)
+# deprecated in 3.7
+@pytest.mark.filterwarnings("ignore:tl.make_block_ptr")
 def test_a_block_pointer_out_of_bounds():
     x, y = torch.ones(20), torch.zeros(16)
     with detecting() as detector:
@@ -938,14 +943,14 @@ def dot_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 def test_a_tile_that_is_too_small_for_a_product():
-    x, y = torch.ones(8, 8), torch.zeros(8, 8)
+    x, y = torch.ones(8, 8).half(), torch.zeros(8, 8)
     with detecting() as detector:
         dot_kernel[(1,)](x, y, 8)
     finding = only(detector, "tile")
     assert finding.line == line_of(dot_kernel, "y = tl.dot")
     assert finding.message == "Input shapes should have M >= 1, N >= 1 and K >= 16"
-    assert torch.equal(y, x @ x)
-    x, y = torch.ones(16, 16), torch.zeros(16, 16)
+    assert torch.equal(y, x.float() @ x.float())
+    x, y = torch.ones(16, 16).half(), torch.zeros(16, 16)
     with detecting() as detector:
         dot_kernel[(1,)](x, y, 16)
     assert detector.findings == []

@@ -170,7 +170,7 @@ def _create_masked_load(
     self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **named: Any
 ) -> Any:
     original = _originals["create_masked_load"]
-    element = ptrs.get_element_ty()
+    element, mask = ptrs.get_element_ty(), _flags(mask)
     if other is None:
         other = _lib.TensorHandle(poison(ptrs.data.shape, _lib._get_np_dtype(element)), element)
     if not _is_bf16(element):
@@ -187,11 +187,18 @@ def poison(shape: tuple[int, ...], dtype: Any) -> Array:
     return np.full(shape, int.from_bytes(b"\x5b" * dtype.itemsize, "little"), dtype)
 
 
-def _create_masked_store(self: Any, ptrs: Any, value: Any, *rest: Any, **named: Any) -> Any:
-    return _originals["create_masked_store"](self, ptrs, to_bits(value), *rest, **named)
+def _flags(mask: Any) -> Any:
+    # the outcome of an operation on flags may be integers, which 3.9 takes for no mask
+    lanes = np.asarray(mask.data)
+    return mask if lanes.dtype == np.bool_ else _lib.TensorHandle(lanes.astype(np.bool_), _tl.int1)
+
+
+def _create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    return _originals["create_masked_store"](self, ptrs, to_bits(value), _flags(mask), *rest)
 
 
 def _create_atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
+    mask = _flags(mask)
     if not _is_bf16(val.dtype):
         return _originals["create_atomic_rmw"](self, op, ptr, val, mask, *rest)
     if op != _lib._ir.ATOMIC_OP.FADD:
