@@ -9,8 +9,10 @@ tolerance rule; tests and checks are loops over these three.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +45,60 @@ class Outcome:
 
 
 class Mutated(AssertionError):
-    """A call wrote into an argument that it must leave alone."""
+    """A call wrote into an argument that it must leave alone: `argument` is its name."""
+
+    def __init__(self, subject: str, argument: str) -> None:
+        super().__init__(f"{subject} wrote into {argument}")
+        self.argument = argument
+
+
+class Refused(RuntimeError):
+    """The reference does not take a call, which therefore says nothing about the subject."""
+
+
+def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Calls `function` with `arguments` by name or, where it names them otherwise, in their order.
+
+    What it takes by keyword alone is passed by keyword in either case.
+    """
+    try:
+        signature = inspect.signature(function)
+        signature.bind(**arguments)
+    except ValueError:
+        # functions of torch that are written in C++ have no signature
+        return function(*arguments.values())
+    except TypeError:
+        by_keyword = {
+            name
+            for name, parameter in signature.parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name in arguments
+        }
+        return function(
+            *(value for name, value in arguments.items() if name not in by_keyword),
+            **{name: arguments[name] for name in by_keyword},
+        )
+    return function(**arguments)
+
+
+def outputs_of(result: Any, name: str = "the function") -> tuple[Tensor, ...]:
+    """The tensors of a result: of tuples, lists and dicts (by sorted keys) too, without None.
+
+    A number becomes a tensor of no dimensions.  Raises TypeError for anything else.
+    """
+    if result is None:
+        return ()
+    if isinstance(result, Tensor):
+        return (result,)
+    if isinstance(result, bool | int | float):
+        return (torch.tensor(result, dtype=torch.float64 if type(result) is float else None),)
+    if isinstance(result, Mapping):
+        result = [result[key] for key in sorted(result)]
+    if isinstance(result, tuple | list):
+        return tuple(output for one in result for output in outputs_of(one, name))
+    raise TypeError(
+        f"{name} returns {type(result).__name__}, where tensors are expected, "
+        "alone or in tuples, lists and dicts"
+    )
 
 
 def sample_of(spec: Subject, name: str, make: Maker) -> Sample:
@@ -159,13 +214,12 @@ def run(
     }
 
     with poisoned_memory():
-        result = function(**given)
-        outputs = result if isinstance(result, tuple) else () if result is None else (result,)
+        outputs = outputs_of(call(function, given), spec.name)
         grads = _differentiate(outputs, given, grad_outputs)
 
     for name, value in given.items():
-        if name not in spec.mutates and not _bitwise_equal(value, before[name]):
-            raise Mutated(f"{spec.name} wrote into {name}")
+        if name not in spec.mutates and not bitwise_equal(value, before[name]):
+            raise Mutated(spec.name, name)
     written = {
         f"{name}[{i}]" if isinstance(given[name], list) else name: tensor.detach()
         for name in spec.mutates
@@ -198,17 +252,16 @@ def _tensors(value: Argument) -> list[Tensor]:
     return value if isinstance(value, list) else []
 
 
-def _bitwise_equal(value: Argument, before: Argument) -> bool:
+def bitwise_equal(value: Argument, before: Argument) -> bool:
+    """Whether tensors, or lists of them, have the same shapes, dtypes and bits, NaN included."""
     return all(
-        torch.equal(
-            now.detach().contiguous().view(torch.uint8), then.contiguous().view(torch.uint8)
-        )
-        if now.dim()
-        else torch.equal(
-            now.detach().reshape(1).view(torch.uint8), then.reshape(1).view(torch.uint8)
-        )
+        now.shape == then.shape and now.dtype == then.dtype and torch.equal(_bits(now), _bits(then))
         for now, then in zip(_tensors(value), _tensors(before), strict=True)
     )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def random_gradient(seed: str, layout: str | None = None) -> Callable[[Tensor], Tensor]:
@@ -254,79 +307,133 @@ def judge(
     grad_outputs: Callable[[Tensor], Tensor],
     *,
     unit_in: float = 0.0,
+    wanted: Iterable[str] | None = None,
 ) -> list[tuple[str, tolerances.Verdict]]:
     """Compares an outcome with the truth; the gradients of outputs are rounded to the tested dtype
     first.
 
     The truth is computed on the CPU: torch's CUDA kernels are what an op is compared with, and some
-    of them are wrong.
+    of them are wrong.  Raises Refused where the reference does not take the arguments.
     """
-    dtypes = iter([o.dtype for o in actual.outputs])
+    dtypes = iter([o.dtype for o in actual.outputs if o.is_floating_point()])
     given: list[Tensor] = []
 
     def rounded(like: Tensor) -> Tensor:
-        grad = grad_outputs(like.to(next(dtypes)) if like.is_floating_point() else like)
+        grad = grad_outputs(like.to(next(dtypes, like.dtype)))
         given.append(grad)
         return grad.to(like.dtype)
 
     on_cpu = {name: map_tensors(value, Tensor.cpu) for name, value in arguments.items()}
-    truth = run(spec.reference, spec, on_cpu, grad_outputs=rounded, dtype=torch.float64)
+    wanted = spec.gradients if wanted is None else tuple(wanted)
     try:
-        baseline = run(spec.reference, spec, arguments, grad_outputs=grad_outputs)
-    except RuntimeError:
-        # what torch takes on the CPU alone: batch norm with a bias and no weight, say
-        baseline = run(spec.reference, spec, on_cpu, grad_outputs=grad_outputs)
-    scales = _scales(spec, on_cpu, given)
-    found = []
-    for (what, value), (_, true), (_, torch_value) in zip(
-        actual.named(), truth.named(), baseline.named(), strict=True
-    ):
-        exact = spec.accuracy == "exact"
-        found.append(
-            (
-                what,
-                tolerances.compare(
-                    value,
-                    torch_value if exact else true,
-                    baseline=torch_value,
-                    exact=exact,
-                    unit_in=unit_in,
-                    **scales.get(what, {}),
-                ),
-            )
+        truth = run(
+            spec.reference, spec, on_cpu, wanted=wanted, grad_outputs=rounded, dtype=torch.float64
         )
+        try:
+            baseline = run(
+                spec.reference, spec, arguments, wanted=wanted, grad_outputs=grad_outputs
+            )
+        except RuntimeError:
+            # what torch takes on the CPU alone: batch norm with a bias and no weight, say
+            baseline = run(spec.reference, spec, on_cpu, wanted=wanted, grad_outputs=grad_outputs)
+    except Exception as error:
+        raise Refused(f"{spec.name}: the reference raises {type(error).__name__}: {error}") from (
+            error
+        )
+    if len(actual.outputs) != len(truth.outputs) and spec.mutates:
+        # whether a call that writes its arguments returns them too is a matter of taste
+        actual, truth, baseline = (
+            Outcome((), each.grads, each.written) for each in (actual, truth, baseline)
+        )
+    if len(actual.outputs) != len(truth.outputs):
+        said = f"number: {len(actual.outputs)} outputs, where torch gives {len(truth.outputs)}"
+        return [("result", tolerances.Verdict(False, math.inf, None, said))]
+    scales = _scales(spec, on_cpu, given, wanted)
+    values, baselines = dict(actual.named()), dict(baseline.named())
+    found = []
+    for what, true in truth.named():
+        if what not in values:
+            verdict = tolerances.Verdict(False, math.inf, None, "missing: there is none")
+        else:
+            torch_value = baselines[what]
+            exact = spec.accuracy == "exact"
+            verdict = tolerances.compare(
+                values[what],
+                torch_value if exact else true.double() if true.is_floating_point() else true,
+                baseline=torch_value,
+                exact=exact,
+                unit_in=unit_in,
+                **scales.get(what, {}),
+            )
+        found.append((what, verdict))
+    for what in values.keys() - dict(truth.named()).keys():
+        # a gradient of zero says the same as none
+        if values[what].any():
+            verdict = tolerances.Verdict(False, math.inf, None, "number: torch gives none")
+            found.append((what, verdict))
     return found
 
 
-def _scales(spec: Subject, arguments: dict[str, Argument], grads: list[Tensor]) -> dict[str, Any]:
-    """Keyword arguments of `compare` for the first output and the gradients."""
-    if spec.accuracy == "exact" or not spec.gradients:
+def _scales(
+    spec: Subject,
+    arguments: dict[str, Argument],
+    grads: list[Tensor],
+    wanted: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of `compare` for the floating-point outputs and the gradients.
+
+    grads: of the outputs that are differentiable, in their order.
+    """
+    gradients = spec.gradients if wanted is None else tuple(wanted)
+    if spec.accuracy == "exact" or (spec.mutates and not gradients):
         return {}
     multilinear = spec.accuracy == "multilinear"
     derive = tolerances.derive_scales if multilinear else tolerances.derive_conditions
     names = list(arguments)
+    # by the number of an output, filled by the first call
+    floating: list[int] = []
+    differentiable: list[int] = []
 
-    def first_output(*values: Argument) -> Tensor:
+    def outputs(values: tuple[Argument, ...]) -> tuple[Tensor, ...]:
         given = dict(zip(names, values, strict=True))
         # torch refuses a gradient of what has none, and what the op writes would be written three
         # times
-        fixed = {
-            n: map_tensors(v, Tensor.detach) for n, v in given.items() if n not in spec.gradients
-        }
+        fixed = {n: map_tensors(v, Tensor.detach) for n, v in given.items() if n not in gradients}
         fresh = {n: map_tensors(given[n], lambda t: t.detach().clone()) for n in spec.mutates}
-        result = spec.reference(**given | fixed | fresh)
-        first = result[0] if isinstance(result, tuple) else result
-        # an op with gradients has an output
-        assert first is not None
-        return first
+        found = outputs_of(call(spec.reference, given | fixed | fresh))
+        floating[:] = [i for i, output in enumerate(found) if output.is_floating_point()]
+        differentiable[:] = [i for i in floating if found[i].requires_grad]
+        return found
 
-    derived = derive(first_output, list(arguments.values()), grads[0] if grads else None)
-    found = {"output 0": derived.output}
-    for name, scale in zip(names, derived.grads, strict=True):
+    def one(number: int) -> Callable[..., Tensor]:
+        return lambda *values: outputs(values)[number].double()
+
+    def all_as_one(*values: Argument) -> Tensor:
+        found = outputs(values)
+        return torch.cat([found[i].double().reshape(-1) for i in differentiable])
+
+    values = list(arguments.values())
+    outputs(tuple(map_tensors(value, _float64) for value in values))
+    scales: dict[str, Any] = {}
+    if len(grads) == 1:
+        derived = derive(one(differentiable[0]), values, grads[0])
+        scales[f"output {differentiable[0]}"] = derived.output
+    elif grads:
+        derived = derive(all_as_one, values, torch.cat([g.double().reshape(-1) for g in grads]))
+    for name, scale in zip(names, derived.grads if grads else [None] * len(names), strict=True):
         if scale is not None:
-            found[f"gradient of {name}"] = scale
+            scales[f"gradient of {name}"] = scale
+    for i in floating:
+        if f"output {i}" not in scales:
+            scales[f"output {i}"] = derive(one(i), values).output
     if any(0 in t.stride() for value in [*arguments.values(), *grads] for t in _tensors(value)):
         # equal terms round alike: their errors add up in step, not as a random walk
-        for scale in found.values():
+        for scale in scales.values():
             scale["terms"] = scale["terms"].square()
-    return found
+    return scales
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().double().requires_grad_()
