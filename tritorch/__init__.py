@@ -7,8 +7,8 @@ DataLoader`.  The import statements must say tritorch: whatever `torch` stands f
 `import torch.nn` imports torch.
 
 What differs under that name: `__version__` is tritorch's; `ops` and `testing` are tritorch's
-modules, which hold torch's names as well; `data` is tritorch's alone; `a @ b` is a method of
-torch's tensors and stays torch's, and so do lazy layers and a layer's full path
+modules, which hold torch's names as well; `data` and `check` are tritorch's alone; `a @ b` is a
+method of torch's tensors and stays torch's, and so do lazy layers and a layer's full path
 (`tritorch.nn.modules.conv.Conv2d`).
 """
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tritorch import ops as ops
     from tritorch import optim as optim
     from tritorch import testing as testing
+    from tritorch.testing.checking import check as check
     from tritorch.toplevel import conv2d as conv2d
     from tritorch.toplevel import matmul as matmul
     from tritorch.toplevel import relu as relu
@@ -43,7 +44,10 @@ __version__ = "0.1.0"
 
 # imported when first asked for: whoever only wants the version or a report need not bind ops
 _MODULES = frozenset(("backend", "data", "nn", "ops", "optim", "testing"))
-_FUNCTIONS = frozenset(("conv2d", "matmul", "relu", "relu_"))
+_FUNCTIONS = {
+    "check": "tritorch.testing.checking",
+    **dict.fromkeys(("conv2d", "matmul", "relu", "relu_"), "tritorch.toplevel"),
+}
 
 # a checkout without symbolic links: kernels/ and bench/ lie beside this package, not in it
 _root = Path(__file__).resolve().parent.parent
@@ -58,7 +62,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"tritorch.{name}")
     if name in _FUNCTIONS:
         # later look-ups do not come here
-        globals()[name] = value = getattr(importlib.import_module("tritorch.toplevel"), name)
+        globals()[name] = value = getattr(importlib.import_module(_FUNCTIONS[name]), name)
         return value
     try:
         return getattr(torch, name)

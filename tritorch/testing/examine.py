@@ -319,7 +319,7 @@ class _Recorded(TorchDispatchMode):
     """Collects the calls of ops that are not torch's own."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, Any, Any]] = []
 
     def __torch_dispatch__(

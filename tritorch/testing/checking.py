@@ -1,0 +1,238 @@
+"""`check`: tells what is wrong with a callable that launches Triton kernels, without a GPU."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritorch.registry import Maker, OpSpec, Sample
+from tritorch.testing import describe, examine, hosting, interpreter, parts, reproduction, supervise
+from tritorch.testing.findings import Finding
+from tritorch.testing.parts import TARGETS, Request
+from tritorch.testing.report import Report
+
+# seconds that one case may take in a process of its own
+TIMEOUT = 120.0
+
+Samples = str | Callable[[Maker], Iterable[Sample | dict[str, Any]]] | Sequence[Any]
+
+
+def check(
+    fn: Callable[..., Any] | str,
+    reference: Callable[..., Any] | str | None = None,
+    samples: Samples | None = None,
+    *,
+    level: examine.Level = "quick",
+    seed: int = 0,
+    case: str = "",
+    dtypes: Iterable[torch.dtype] | None = None,
+    gradients: Iterable[str] | None = None,
+    mutates: Iterable[str] | None = None,
+    non_finite: Iterable[str] | None = None,
+    accuracy: describe.Accuracy | None = None,
+    contract: str = "ieee",
+    targets: Iterable[str] = TARGETS,
+    device: str | None = None,
+    timeout: float = TIMEOUT,
+    reproductions: str | Path | None = None,
+    on_event: Callable[[supervise.Event], None] | None = None,
+) -> Report:
+    """Runs `fn` through the battery beside `reference`, and says what it found.
+
+    Without a GPU the kernels are interpreted, every access watched, and compiled for `targets`;
+    nothing of `fn`'s has to change: `@triton.autotune`, descriptors, a hard-coded `device="cuda"`
+    work.  Tensors of the caller are copied, never written.
+
+    Args:
+        fn: a function of tensors, or its name: "package.module:function",
+            "path/to/file.py:function", or an op of tritorch's own.
+        reference: the same in plain PyTorch, in any dtype, or its name.  None: the function called
+            `reference` in fn's module.
+        samples: what the arguments look like, as text ("x[M, K] weight[N, K] eps=1e-5": see
+            `tritorch.testing.inputs`), a function from a `Maker` to samples or dicts of arguments,
+            or a list of calls, dicts or tuples, whose shapes are then what is tried.  None: the
+            text INPUTS of fn's module, else a guess, which the report names.
+        level: "quick" for seconds, "full" for minutes, "soak" for a night.
+        seed: of every number; the same seed gives the same cases.
+        case: the id of one case, to run it alone.
+        dtypes: what is tried of float32, float16, bfloat16 and float64.  None: the first three, as
+            far as the reference takes them.
+        gradients: the arguments with a gradient.  None: as the reference has them.
+        mutates: the arguments that fn may write.  None: those that the reference writes.
+        non_finite: the arguments in which NaN and infinities are tried.  None: every one.
+        accuracy: by which rule rounding is judged; None: found out from the reference.
+        contract: "tf32" where float32 products may be TF32's, "ieee" where not.
+        targets: GPUs to compile for, of "sm_80", "sm_90", "sm_100" and "gfx942"; none: not at all.
+        device: "cuda" runs on a GPU instead.  None: "cpu", interpreted.
+        timeout: seconds that one case may take before it counts as hung, in a process of its own.
+        reproductions: a folder for scripts that show one finding each.
+        on_event: hears of every case before it starts, and of what came of it.
+
+    Returns:
+        A `Report`: `findings`, `ok`, `str()` of it for people, `to_json()` for programs.
+
+    Raises:
+        ValueError: a name that is not there, inputs that cannot be read or guessed, a reference
+            that refuses them.
+        RuntimeError: `fn` is known to this process alone, which does not interpret kernels.
+    """
+    lists = {"gradients": gradients, "mutates": mutates, "non_finite": non_finite}
+    fixed: dict[str, Any] = {k: None if v is None else tuple(v) for k, v in lists.items()}
+    fixed["accuracy"] = accuracy
+    request = Request(
+        target=fn if isinstance(fn, str) else _name(fn),
+        reference=reference if isinstance(reference, str) else _name(reference),
+        inputs=samples if isinstance(samples, str) else _name(samples),
+        dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in dtypes or ()),
+        targets=tuple(targets),
+        device=device or "cpu",
+        level=level,
+        seed=seed,
+        case=case,
+        contract=contract,
+        **fixed,
+    )
+    run = _Run(request, timeout, on_event or (lambda event: None))
+    here = not isinstance(fn, str) and interpreter.interpreting() and request.device == "cpu"
+    if here:
+        run.here(fn, reference, samples, {**fixed, "dtypes": tuple(dtypes) if dtypes else None})
+    else:
+        _must_be_known(request, fn, reference, samples)
+        run.apart("cuda" if request.device == "cuda" else "interpret")
+    if request.targets and not request.case:
+        if request.target and (reference is None or request.reference):
+            run.apart("compile")
+        else:
+            run.report.section("GPU limits").skipped = "its functions have no name to import"
+    return run.finish(reproductions)
+
+
+class _Run:
+    """Collects what the parts of one check say."""
+
+    def __init__(
+        self, request: Request, timeout: float, on_event: Callable[[supervise.Event], None]
+    ) -> None:
+        self.request, self.timeout, self.on_event = request, timeout, on_event
+        self.start = time.perf_counter()
+        self.report = Report(
+            request.target, request.reference, request.level, request.seed, request.device
+        )
+        # what a reproduction of each finding needs: its case and its inputs
+        self.shown: list[tuple[Finding, str, str]] = []
+
+    def here(
+        self,
+        fn: Any,
+        reference: Any,
+        samples: Any,
+        options: dict[str, Any],
+    ) -> None:
+        """The battery in this process."""
+        module = sys.modules.get(getattr(fn, "__module__", ""))
+        if reference is None:
+            reference = getattr(module, "reference", None)
+        if isinstance(reference, str):
+            reference = hosting.load(reference)
+        if reference is None:
+            raise ValueError("check: there is nothing to compare with: pass a reference")
+        for option, constant in (("dtypes", "DTYPES"), ("non_finite", "NON_FINITE")):
+            if options[option] is None:
+                options[option] = getattr(module, constant, None)
+        samples = samples or getattr(module, "INPUTS", "")
+        named = self.request.reference or getattr(reference, "__name__", "reference")
+        found = parts.asked(fn, reference, samples, named, options)
+        if not self.report.target:
+            self.report.target = getattr(fn, "__name__", "function")
+        parts.battery_part(self.request, found, self._say)
+
+    def apart(self, part: str) -> None:
+        """A part in a process of its own."""
+        try:
+            ended = supervise.run(
+                part, self.request.to_json(), timeout=self.timeout, on_event=self._hear
+            )
+        except supervise.ChildError as error:
+            raise ValueError(str(error)) from None
+        for finding in ended:
+            if new := self.report.add(finding.kind, [finding]):
+                self.report.section(finding.kind).cases += 1
+                self.shown += [(one, "", "") for one in new]
+
+    def _say(self, event: str, **fields: Any) -> None:
+        self._hear({"event": event, **fields})
+
+    def _hear(self, event: supervise.Event) -> None:
+        kind = event["event"]
+        if kind == "begin":
+            self.report.reference = event["reference"]
+            self.report.notes += event["notes"]
+        elif kind == "end":
+            self.report.notes += event["notes"]
+        elif kind == "outcome":
+            section = self.report.section(event["section"])
+            section.cases += 1
+            section.seconds += event["seconds"]
+        elif kind == "finding":
+            finding = parts.as_finding(event["finding"])
+            for new in self.report.add(event["section"], [finding]):
+                self.shown.append((new, event["id"], event["pinned"]))
+        self.on_event(event)
+
+    def finish(self, folder: str | Path | None) -> Report:
+        self.report.seconds = time.perf_counter() - self.start
+        if folder is not None and self.shown:
+            for finding, case, pinned in self.shown:
+                request = replace(self.request, case=case, inputs=pinned or self.request.inputs)
+                path = reproduction.write(Path(folder), request, finding, pinned=bool(pinned))
+                self.report.reproductions.append(str(path))
+        return self.report
+
+
+def _name(value: Any) -> str:
+    """How another process finds a function: "file.py:name", or nothing."""
+    if value is None or not callable(value):
+        return ""
+    if isinstance(value, OpSpec):
+        return value.name
+    name = getattr(value, "__qualname__", "")
+    module = sys.modules.get(getattr(value, "__module__", None) or "")
+    if not name or "<" in name or module is None:
+        return ""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is not value:
+        return ""
+    if module.__name__ != "__main__" and not _is_script(module):
+        return f"{module.__name__}:{name}"
+    file = getattr(module, "__file__", None)
+    return f"{file}:{name}" if file else ""
+
+
+def _is_script(module: Any) -> bool:
+    """Whether a module was loaded from a file that no import would find."""
+    spec = getattr(module, "__spec__", None)
+    origin = inspect.getsourcefile(module)
+    return spec is None or ("." not in module.__name__ and origin is not None)
+
+
+def _must_be_known(request: Request, fn: Any, reference: Any, samples: Any) -> None:
+    for what, value, name in (
+        ("the function", fn, request.target),
+        ("the reference", reference, request.reference),
+        ("the samples", samples, request.inputs),
+    ):
+        if value is not None and not name:
+            raise RuntimeError(
+                f"check: {what} cannot be imported by another process, and this one does not "
+                "interpret kernels: set TRITON_INTERPRET=1 before Python starts, or put it at the "
+                "top level of a file"
+            )

@@ -1,0 +1,301 @@
+"""The parts of a check, each for one mode of Triton, and the request that they all understand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from tritorch.registry import Maker, OpSpec, Sample, Subject
+from tritorch.testing import describe, examine, gpu_limits, hosting
+from tritorch.testing import inputs as texts
+from tritorch.testing.findings import Finding
+from tritorch.testing.inputs import Inputs
+
+# says one event of a child process: its name and its fields
+Say = Callable[..., None]
+
+# GPUs whose limits a kernel is held to unless its user names others
+TARGETS = ("sm_80", "sm_90")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to check, in words: as the command line has it, and as it crosses to another process.
+
+    target, reference: as `hosting.load` takes them, or the name of an op of tritorch's own.
+    inputs: the text of `inputs.parse`, or the name of a function from a `Maker` to samples.  Empty
+    ones are found out: a reference and INPUTS beside the function, else the inputs are guessed.
+    """
+
+    target: str
+    reference: str = ""
+    inputs: str = ""
+    level: examine.Level = "quick"
+    seed: int = 0
+    case: str = ""
+    device: str = "cpu"
+    contract: str = "ieee"
+    targets: tuple[str, ...] = TARGETS
+    dtypes: tuple[str, ...] = ()
+    gradients: tuple[str, ...] | None = None
+    mutates: tuple[str, ...] | None = None
+    non_finite: tuple[str, ...] | None = None
+    accuracy: describe.Accuracy | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> Request:
+        lists: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+        return Request(**lists)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for, found: the subject, the text of its inputs, what was assumed."""
+
+    subject: Subject
+    inputs: Inputs | None
+    reference: str
+    notes: list[str] = field(default_factory=list)
+
+
+def find(request: Request) -> Asked:
+    """Loads what a request names.
+
+    Raises ValueError: something is not there, or its inputs can neither be read nor guessed.
+    """
+    spec = own_op(request.target)
+    if spec is not None:
+        return Asked(spec, None, f"torch.{spec.name}")
+    fn = hosting.load(request.target)
+    if not callable(fn):
+        raise ValueError(f"check: {request.target} is no function, but {type(fn).__name__}")
+    module = sys.modules.get(getattr(fn, "__module__", ""))
+    if request.reference:
+        reference, named = hosting.load(request.reference), request.reference
+    elif callable(getattr(module, "reference", None)):
+        reference, named = module.reference, "reference of the same module"  # type: ignore[union-attr]
+    else:
+        raise ValueError(
+            "check: there is nothing to compare with: name a function of plain PyTorch by "
+            "--reference module:function, or call one beside yours `reference`"
+        )
+    options: dict[str, Any] = {
+        name: getattr(request, name) for name in ("gradients", "mutates", "accuracy")
+    }
+    dtypes = tuple(dtype_of(name) for name in request.dtypes)
+    options["dtypes"] = dtypes or getattr(module, "DTYPES", None)
+    options["non_finite"] = request.non_finite
+    if request.non_finite is None:
+        options["non_finite"] = getattr(module, "NON_FINITE", None)
+    return asked(fn, reference, request.inputs or getattr(module, "INPUTS", ""), named, options)
+
+
+def asked(
+    fn: Callable[..., Any],
+    reference: Callable[..., Any],
+    samples: Any,
+    named: str,
+    options: dict[str, Any],
+) -> Asked:
+    """The same of objects: `samples` is a text, a function from a `Maker`, a list of calls, or
+    nothing.
+    """
+    notes: list[str] = []
+    text: Inputs | None = None
+    make: Callable[[Maker], Iterable[Sample]]
+    if isinstance(samples, str) and "[" not in samples and ":" in samples:
+        samples = hosting.load(samples)
+    if not samples:
+        samples = texts.guess(fn, reference)
+        notes.append(f"inputs guessed: {samples}")
+    if isinstance(samples, str):
+        text = texts.parse(samples, fn)
+        first = texts.choices(text, (), "quick", 0)
+        make = text.samples(first)
+    elif callable(samples):
+        make = _named(samples)
+    else:
+        make = _given(fn, list(samples))
+    subject = describe.describe(fn, reference, make, **options)
+    judged = {
+        "exact": "bitwise",
+        "multilinear": "as sums of products",
+        "composite": "by how far it moves with its inputs",
+    }
+    notes.append(f"rounding is judged {judged[subject.accuracy]}")
+    return Asked(subject, text, named, notes)
+
+
+def _named(samples: Callable[[Maker], Any]) -> Callable[[Maker], Iterable[Sample]]:
+    """A function that yields samples, or dicts of arguments that get names here."""
+
+    def make_samples(make: Maker) -> Iterable[Sample]:
+        for number, one in enumerate(samples(make)):
+            yield one if isinstance(one, Sample) else Sample(f"sample {number}", **one)
+
+    return make_samples
+
+
+def _given(fn: Callable[..., Any], calls: list[Any]) -> Callable[[Maker], Iterable[Sample]]:
+    """Calls as a user has them, dicts or tuples of arguments: shapes and integers stay theirs."""
+    named = [one if isinstance(one, dict) else describe.bind(fn, tuple(one)) for one in calls]
+    if not named:
+        raise ValueError("check: there are no samples")
+
+    def like(tensor: torch.Tensor, make: Maker) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor.detach().clone().to(make.device)
+        return make(*tensor.shape)
+
+    def make_samples(make: Maker) -> Iterable[Sample]:
+        for number, one in enumerate(named):
+            arguments: dict[str, Any] = {
+                name: like(value, make) if isinstance(value, torch.Tensor) else value
+                for name, value in one.items()
+            }
+            yield Sample(f"sample {number}", **arguments)
+
+    return make_samples
+
+
+def own_op(name: str) -> OpSpec | None:
+    """The op of tritorch's own of that name, None where the name is another's."""
+    if ":" in name:
+        return None
+    import tritorch.ops  # noqa: F401  declares the specs
+    from tritorch.registry import specs
+
+    known = {spec.name: spec for spec in specs()}
+    if name not in known:
+        raise ValueError(
+            f"check: expects package.module:function, path/to/file.py:function or an op of "
+            f"tritorch's ({', '.join(sorted(known))}), received {name!r}"
+        )
+    return known[name]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """float32, or fp32 as many write it."""
+    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
+    dtype = getattr(torch, short.get(name, name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"check: unknown dtype {name!r}")
+    return dtype
+
+
+def run(part: str, fields: dict[str, Any], say: Say) -> None:
+    """Runs one part of a request: "interpret" and "cuda" the battery, "compile" the limits."""
+    request = Request.from_json(fields)
+    found = find(request)
+    if part == "compile":
+        return compile_part(request, found, say)
+    battery_part(request, found, say)
+
+
+def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = True) -> None:
+    """Runs the battery; events "begin", "doing", "outcome" and "end"."""
+    folder = _folder(found.subject)
+    say("begin", reference=found.reference, notes=found.notes)
+    examination = examine.Examination(
+        found.subject,
+        inputs=found.inputs,
+        level=request.level,
+        seed=request.seed,
+        device=request.device,
+        unit_in=2**-11 if request.contract == "tf32" else 0.0,
+        only=request.case,
+    )
+
+    def doing(step: examine.Step) -> None:
+        say("doing", property=step.section, case=str(step.case), folder=folder)
+
+    known: set[Any] = set()
+    for outcome in examination.run(doing):
+        step = outcome.step
+        say("outcome", section=step.section, seconds=outcome.seconds)
+        for finding in outcome.findings:
+            if finding.key in known:
+                continue
+            known.add(finding.key)
+            pinned = ""
+            if shrinks and (smaller := examine.shrink(examination, step, finding)) is not None:
+                sizes, finding = smaller
+                pinned = found.inputs.pinned(sizes) if found.inputs is not None else ""
+            section = examination.section_of(finding, step)
+            say("finding", section=section, finding=finding.to_json(), id=step.id, pinned=pinned)
+    say("end", notes=examination.notes)
+
+
+def compile_part(request: Request, found: Asked, say: Say) -> None:
+    """Compiles what the function launches, forward and backward, for each GPU."""
+    subject = found.subject
+    folder = _folder(subject)
+    wanted: Callable[[Maker], Iterable[Sample]]
+    if found.inputs is not None:
+        # typical of use: what a GPU is for, not what an interpreter can bear
+        sizes = {letter: found.inputs.allowed(letter, 256) for letter in found.inputs.letters}
+        wanted = found.inputs.samples([_bounded(found.inputs, sizes)])
+    elif isinstance(subject, OpSpec):
+        wanted = subject.workloads
+    else:
+        wanted = subject.samples
+    from tritorch import backend
+
+    for dtype in subject.dtypes:
+        name = next(iter(wanted(Maker(dtype, "meta")))).name
+        case = f"{name}, {str(dtype).removeprefix('torch.')}"
+        say("doing", property="GPU limits", case=case, folder=folder)
+        arguments = dict(next(iter(wanted(Maker(dtype)))).arguments)
+
+        def call(arguments: dict[str, Any] = arguments) -> None:
+            leaves = {
+                n: v.detach().requires_grad_() if n in subject.gradients else v
+                for n, v in arguments.items()
+            }
+            with backend.use("triton"):
+                result = subject.op(**leaves)
+                outputs = result if isinstance(result, tuple) else (result,)
+                outputs = tuple(
+                    o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad
+                )
+                if outputs:
+                    chosen = [leaves[n] for n in subject.gradients]
+                    tensors = [t for t in chosen if isinstance(t, torch.Tensor)]
+                    grads = [torch.empty_like(output) for output in outputs]
+                    torch.autograd.grad(outputs, tensors, grads, allow_unused=True)
+
+        contract: Any = request.contract
+        findings = gpu_limits.limits(call, request.targets, contract)
+        say("outcome", section="GPU limits", seconds=0.0)
+        for finding in findings:
+            say("finding", section="GPU limits", finding=finding.to_json(), id="", pinned="")
+
+
+def _bounded(text: Inputs, sizes: dict[str, int]) -> dict[str, int]:
+    """Sizes whose largest tensor has a few million elements."""
+    size = 256
+    while text.elements(sizes) > 1 << 22 and size > 4:
+        size //= 2
+        sizes = {letter: text.allowed(letter, size) for letter in text.letters}
+    return sizes
+
+
+def _folder(subject: Subject) -> str:
+    """Where the user's own files are, to know their frames by."""
+    module = sys.modules.get(getattr(subject.op, "__module__", ""))
+    file = getattr(module, "__file__", None)
+    return "" if file is None else str(file).rpartition("/")[0]
+
+
+def as_finding(fields: dict[str, Any]) -> Finding:
+    return Finding.from_json(fields)

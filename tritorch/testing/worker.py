@@ -1,0 +1,46 @@
+"""The process that a part of a check runs in: `python -m tritorch.testing.worker PART TRACE FD`.
+
+Reads a request as JSON from stdin and writes events, one JSON object a line, to the file descriptor
+FD.  Where it is when it dies, or is asked by SIGUSR1, goes to the file TRACE.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+from typing import Any, TextIO
+
+
+def main() -> None:
+    part, trace, descriptor = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    # stays open: what writes to it may be a signal handler
+    where = open(trace, "w", encoding="utf-8")  # noqa: SIM115
+    faulthandler.enable(where, all_threads=False)
+    faulthandler.register(signal.SIGUSR1, where, all_threads=False)
+    # the descriptor is of this process alone: what a user's code starts must not keep it open
+    os.set_inheritable(descriptor, False)
+    with os.fdopen(descriptor, "w", encoding="utf-8", buffering=1) as events:
+
+        def say(event: str, **fields: Any) -> None:
+            print(json.dumps({"event": event, **fields}), file=events, flush=True)
+
+        _run(part, json.load(sys.stdin), say, events)
+
+
+def _run(part: str, request: dict[str, Any], say: Any, events: TextIO) -> None:
+    # Triton reads its mode when it is imported, and tritorch imports it
+    from tritorch.testing import parts
+
+    try:
+        parts.run(part, request, say)
+    except ValueError as error:
+        say("failed", message=str(error))
+    else:
+        say("done")
+
+
+if __name__ == "__main__":
+    main()
