@@ -104,6 +104,29 @@ def test_shared_memory_is_compared_with_each_gpu():
     assert needed == recorder.launches[0].compiled.metadata.shared > 166912
 
 
+def test_each_configuration_without_autotune_is_judged_by_itself():
+    def call():
+        for size in (32, 128):
+            for stages in (2, 5):
+                square(SIZE=size, BLOCK_K=128, num_warps=8, num_stages=stages)
+
+    (finding,) = limits(call, ["sm_90"])
+    assert finding.message.startswith("sm_90: SIZE=128, BLOCK_K=128, P=ieee, num_warps=8, num_st")
+    assert finding.message.endswith("H100 SXM has 232448")
+
+
+def test_a_kernel_that_was_warmed_up_is_judged():
+    def call():
+        arguments = (*torch.empty(3, 1 << 16, dtype=torch.float16), 256)
+        settings = {"SIZE": 128, "BLOCK_K": 128, "P": "ieee", "num_stages": 5}
+        kernel = square_kernel.warmup(*arguments, **settings, grid=(1,))
+        kernel[(1, 1, 1)](*arguments, 128, 128, "ieee")
+
+    (finding,) = limits(call, ["sm_90"])
+    assert finding.kernel == "square_kernel"
+    assert finding.message.endswith("H100 SXM has 232448")
+
+
 def test_each_configuration_that_autotune_would_discard_is_told():
     kernel = autotuned((32, 32, 4, 2), (128, 128, 8, 4), (128, 128, 4, 5))
     findings = limits(lambda: square(kernel), ["sm_80"])

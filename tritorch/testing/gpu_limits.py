@@ -73,6 +73,12 @@ class _Attempt:
     launch: dry.Launch | None = None
     error: Exception | None = None
 
+    @property
+    def group(self) -> tuple[Any, str]:
+        """Equal for what autotune chooses from; without it each configuration is on its own."""
+        alone = str(self.error) if self.launch is None else _settings(self.launch)
+        return self.function, self.tuned or alone
+
 
 @dataclass
 class _Survey:
@@ -116,7 +122,7 @@ def _survey(call: Callable[[], object], target: str, configurations: str) -> _Su
             configs = configs if configurations == "all" else configs[:1]
             results: list[Any] = []
             # what hooks leave behind is of the first, which the caller then works with
-            for config in [*configs, configs[0]]:
+            for config in [*configs, *configs[:1]] if len(configs) > 1 else configs:
                 if config.pre_hook is not None:
                     config.pre_hook({**self.nargs, **kwargs, **config.all_kwargs()})
                 if len(results) < len(configs):
@@ -143,13 +149,19 @@ def _survey(call: Callable[[], object], target: str, configurations: str) -> _Su
             call()
         except Exception as error:
             survey.error = error
+        # a kernel that `warmup` returned is launched without its function
+        noted = {id(attempt.launch) for attempt in survey.attempts}
+        for launch in recorder.launches:
+            if id(launch) not in noted:
+                note(launch.compiled.src.fn, launch=launch)
         return survey
 
 
 def _zeroed(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(factory)
     def zeroed(*args: Any, **kwargs: Any) -> Tensor:
-        return factory(*args, **kwargs).zero_()
+        with torch.no_grad():
+            return factory(*args, **kwargs).zero_()
 
     return zeroed
 
@@ -166,7 +178,7 @@ def _problems(survey: _Survey, contract: str) -> Iterator[Finding]:
     """What one target refuses; `message` lacks the target."""
     kernels: dict[tuple[Any, str], dict[str, list[_Attempt]]] = {}
     for attempt in survey.attempts:
-        by_config = kernels.setdefault((attempt.function, attempt.tuned), {})
+        by_config = kernels.setdefault(attempt.group, {})
         by_config.setdefault(attempt.config, []).append(attempt)
     for by_config in kernels.values():
         yield from _refusals(survey.target, list(by_config.values()))
