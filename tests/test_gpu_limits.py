@@ -241,6 +241,24 @@ def test_tf32_is_found_at_the_product(target):
     assert limits(call, [target], contract="tf32") == []
 
 
+@triton.jit
+def mixed_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    x = tl.load(x_ptr + offs)
+    half = tl.dot(x.to(tl.float16), x.to(tl.float16))
+    tl.store(y_ptr + offs, tl.dot(half, x))
+
+
+def test_a_product_of_halves_beside_one_of_float32_is_no_tf32():
+    def call():
+        for dtype in (torch.float32, torch.float64):
+            mixed_kernel[(1,)](torch.empty(32, 32), torch.empty(32, 32, dtype=dtype), 32)
+
+    (finding,) = limits(call, ["sm_80", "gfx942"])
+    assert finding.message.startswith("sm_80, gfx942: tl.dot")
+    assert finding.line == line_of(mixed_kernel, "tl.dot(half, x)")
+
+
 @pytest.mark.parametrize(
     ("dtype", "precision"),
     [(torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float16, "tf32")],

@@ -44,10 +44,11 @@ def limits(
 
     Raises ValueError for an unknown target, RuntimeError where kernels are interpreted.
     """
-    problems: dict[Finding, list[str]] = {}
+    # of each the targets, in order and once
+    problems: dict[Finding, dict[str, None]] = {}
     for target in targets:
         for problem in _problems(_survey(call, target, configurations), contract):
-            problems.setdefault(problem, []).append(target)
+            problems.setdefault(problem, {})[target] = None
     return [
         replace(problem, message=f"{', '.join(where)}: {problem.message}")
         for problem, where in problems.items()
@@ -332,7 +333,9 @@ _TF32_INSTRUCTION = re.compile(
     r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*tf32|\bv_mfma\w*xf32"
 )
 # a product as the kernel's own intermediate language has it, and a place in the source
-_DOT = re.compile(r"= tt\.dot [^\n]*inputPrecision = tf32 : [^\n]* loc\((#\w+)\)")
+_DOT = re.compile(
+    r"= tt\.dot [^\n]*inputPrecision = tf32 : tensor<[0-9x]+xf32>[^\n]* loc\((#\w+)\)"
+)
 _LOCATION = re.compile(r"^(#\w+) = loc\((.*)\)$", re.MULTILINE)
 
 
