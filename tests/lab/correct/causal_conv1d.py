@@ -6,7 +6,6 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 INPUTS = "x[L, C] weight[C, 4] bias[C]"
-NON_FINITE = ()
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-INPUTS = "q[B, H, M, D] k[B, H, N, D] v[B, H, N, D]"
+INPUTS = "q[H, M, D] k[H, N, D] v[H, N, D]"
 # exp underflows sooner in float32 than in the float64 truth: 0 * inf is NaN, tiny * inf is inf
 NON_FINITE = ()
 DTYPES = (torch.float16, torch.bfloat16)
@@ -18,23 +18,18 @@ def _attention_fwd(
     K,
     V,
     Out,
-    stride_qb,
     stride_qh,
     stride_qm,
     stride_qd,
-    stride_kb,
     stride_kh,
     stride_kn,
     stride_kd,
-    stride_vb,
     stride_vh,
     stride_vn,
     stride_vd,
-    stride_ob,
     stride_oh,
     stride_om,
     stride_od,
-    H,
     M,
     N,
     D,
@@ -44,18 +39,16 @@ def _attention_fwd(
     BLOCK_D: tl.constexpr,
 ):
     start_m = tl.program_id(0)
-    batch = (tl.program_id(1) // H).to(tl.int64)
-    head = (tl.program_id(1) % H).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
     offs_m = (start_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_m = offs_m < M
     mask_d = offs_d < D
 
-    q_ptrs = Q + batch * stride_qb + head * stride_qh
-    q_ptrs += offs_m[:, None] * stride_qm + offs_d[None, :] * stride_qd
+    q_ptrs = Q + head * stride_qh + offs_m[:, None] * stride_qm + offs_d[None, :] * stride_qd
     q = tl.load(q_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
-    K += batch * stride_kb + head * stride_kh
-    V += batch * stride_vb + head * stride_vh
+    K += head * stride_kh
+    V += head * stride_vh
 
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -79,20 +72,19 @@ def _attention_fwd(
         m_i = m_new
 
     out = acc / l_i[:, None]
-    o_ptrs = Out + batch * stride_ob + head * stride_oh
-    o_ptrs += offs_m[:, None] * stride_om + offs_d[None, :] * stride_od
+    o_ptrs = Out + head * stride_oh + offs_m[:, None] * stride_om + offs_d[None, :] * stride_od
     tl.store(o_ptrs, out.to(Out.dtype.element_ty), mask=mask_m[:, None] & mask_d[None, :])
 
 
 def flash_attention(q, k, v):
-    B, H, M, D = q.shape
-    N = k.shape[2]
-    out = torch.empty((B, H, M, D), dtype=q.dtype, device=q.device)
+    H, M, D = q.shape
+    N = k.shape[1]
+    out = torch.empty((H, M, D), dtype=q.dtype, device=q.device)
     if N == 0 or out.numel() == 0:
         return out.zero_()
     # exp(x) = exp2(x / ln 2), and the GPU has an instruction for exp2
     qk_scale = 1 / (math.sqrt(D) * math.log(2))
-    grid = (triton.cdiv(M, 64), B * H)
+    grid = (triton.cdiv(M, 32), H)
     _attention_fwd[grid](
         q,
         k,
@@ -102,13 +94,12 @@ def flash_attention(q, k, v):
         *k.stride(),
         *v.stride(),
         *out.stride(),
-        H,
         M,
         N,
         D,
         qk_scale,
-        BLOCK_M=64,
-        BLOCK_N=32,
+        BLOCK_M=32,
+        BLOCK_N=16,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
     )
     return out
