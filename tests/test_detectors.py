@@ -18,7 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tritorch.ops  # noqa: F401  declares the specs
 from tritorch.registry import Maker, specs
-from tritorch.testing import cases, detectors, watch
+from tritorch.testing import cases, detectors, shadow, watch
+from tritorch.testing import detector as detector_module
 from tritorch.testing.detectors import (
     ProgramOrderError,
     detecting,
@@ -197,7 +198,7 @@ def test_the_gaps_of_a_view_are_out_of_bounds():
 def test_an_extent_is_the_elements_of_the_view(shape, strides, inside):
     storage = torch.zeros(32, dtype=torch.int16)
     view = storage.as_strided(shape, strides, 8)
-    extent = detectors.Extent("x", view)
+    extent = shadow.Extent("x", view)
     offsets = torch.arange(-8, 24)
     addresses = (storage.data_ptr() + 2 * (8 + offsets)).numpy().astype("uint64")
     assert offsets[~torch.from_numpy(extent.outside(addresses, 2))].tolist() == inside
@@ -862,6 +863,15 @@ def test_a_lock_orders(order):
     assert {finding.kind for finding in detector.findings} == {"race"}
 
 
+@triton.jit
+def held_kernel(x_ptr, y_ptr, lock_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    while tl.atomic_cas(lock_ptr, 0, 1) == 1:
+        pass
+    x = tl.load(x_ptr + tl.program_id(0) * BLOCK + offs)
+    tl.store(y_ptr + offs, tl.load(y_ptr + offs) + x)
+
+
 # the order of programs
 
 
@@ -895,7 +905,7 @@ def test_a_look_back_is_ordered(poll):
 
 @pytest.mark.parametrize("poll", ["atomic", "volatile", "plain"])
 def test_a_program_that_waits_in_vain_is_given_up(poll, monkeypatch):
-    monkeypatch.setattr(detectors, "SPIN_LIMIT", 200)
+    monkeypatch.setattr(detector_module, "SPIN_LIMIT", 200)
     x, y, flags = torch.ones(64), torch.zeros(4), torch.zeros(4, dtype=torch.int32)
     with detecting(order="reverse") as detector:
         with pytest.raises(ProgramOrderError, match=r"program \(3, 0, 0\) asks `flag_ptr`"):
@@ -907,6 +917,17 @@ def test_a_program_that_waits_in_vain_is_given_up(poll, monkeypatch):
     assert finding.line == line_of(scan_kernel, text)
     assert (finding.argument, finding.program) == ("flag_ptr", (3, 0, 0))
     assert "in reverse order no program before it gives what it waits for" in finding.message
+
+
+def test_a_lock_that_is_never_given_back(monkeypatch):
+    monkeypatch.setattr(detector_module, "SPIN_LIMIT", 200)
+    x, y, lock = torch.ones(64), torch.zeros(16), torch.zeros(1, dtype=torch.int32)
+    with detecting() as detector, pytest.raises(ProgramOrderError, match="`lock_ptr`"):
+        held_kernel[(4,)](x, y, lock, 16)
+    finding = only(detector, "hang")
+    assert finding.line == line_of(held_kernel, "while tl.atomic_cas")
+    assert (finding.argument, finding.program) == ("lock_ptr", (1, 0, 0))
+    assert "program (0, 0, 0), which is done, has left it as it is" in finding.message
 
 
 @triton.jit

@@ -64,10 +64,6 @@ class Races:
         """The line of an access."""
         return self._places[(access >> 1) & _MOST_PLACES]
 
-    def turn_of(self, access: int) -> int:
-        """The turn of its program."""
-        return access >> _TURN
-
     def position(self, access: int) -> int:
         """Which program of the launch it was, in the order in which they ran."""
         return (access >> _TURN) - self._first
@@ -92,6 +88,11 @@ class Races:
             _update(handed, self._known)
             handed[self.turn] = self._releases + 1
         self._releases += 1
+
+    def released_at(self, address: int) -> int | None:
+        """The position of another program that released at the address; None if none did."""
+        turns = [turn for turn in self._handed.get(address, {}) if turn != self.turn]
+        return turns[-1] - self._first if turns else None
 
     def read(
         self, storage: Storage, index: Array, place: Place, *, atomic: bool = False

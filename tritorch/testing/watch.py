@@ -1,83 +1,56 @@
-"""The functions that replace Triton's own while `detectors.detecting` is entered.
+"""Puts the detectors' functions in the place of Triton's own while `detecting` is entered.
 
 Each calls what it replaces, which the corrections may have replaced before, and tells the active
-detector of it.  With those of `marks.py` and `corrections.py` these are all the private parts of
-Triton that tritorch knows.
+detector of it: of launches and of memory without values those here, of loads and stores those in
+`accesses.py`, of arithmetic those in `marks.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from tritorch.testing import corrections, marks, patches, places
-from tritorch.testing.marks import Cause
+from tritorch.testing import accesses, corrections, marks, patches, places
+from tritorch.testing.detector import Detector
 from tritorch.testing.places import Place
-from tritorch.testing.races import Conflict
-from tritorch.testing.shadow import Extent, Storage
 
-if TYPE_CHECKING:
-    from tritorch.testing.detectors import Detector
-
-Array = npt.NDArray[Any]
-
-# the part of an access that lies in one storage: its lanes
-Part = tuple[Extent, Storage, Array]
-
-# a tile of atomics with more lanes than this orders nothing: locks and counters are few
-_MOST_LOCKS = 64
-# no tensor is below
-_NULL_PAGE = 4096
-
-_lib: Any = None
-_tl: Any = None
 _patches: list[patches.Patch] = []
-_originals: dict[str, Any] = {}
 _marks_patches: list[patches.Patch] = []
 _entered: list[Detector] = []
-_active: Any = None
-# of an atomic load or store that Triton makes of plain ones
-_ordering: Any = None
 
 
 def enter(detector: Detector) -> None:
     """Makes the detector the active one; raises RuntimeError where Triton lacks a part."""
-    global _active
     if not _entered:
         if not _patches:
             _load()
         patches.put(_marks_patches, marks.originals)
-        patches.put(_patches, _originals)
+        patches.put(_patches, accesses.originals)
     _entered.append(detector)
-    _active = detector
+    accesses.active = detector
 
 
 def leave() -> None:
     """Makes the detector active again that was before, or leaves Triton as it was."""
-    global _active
     _entered.pop()
-    _active = _entered[-1] if _entered else None
+    accesses.active = _entered[-1] if _entered else None
     if not _entered:
-        patches.restore(_patches, _originals)
+        patches.restore(_patches, accesses.originals)
         patches.restore(_marks_patches, marks.originals)
 
 
 def _load() -> None:
-    global _lib, _tl
     lib = importlib.import_module("triton.runtime.interpreter")
     for path in _USED:
         patches.require(lib, path, "detectors.detecting")
-    _lib, _tl = lib, lib.tl
+    accesses.lib, accesses.tl = lib, lib.tl
     below = _found(lib, marks.REPLACEMENTS, ("marks", "extent"))
     above = _found(lib, _REPLACEMENTS, ())
-    marks.flag_dtype, marks.found = lib.tl.int1, _report_mark
+    marks.flag_dtype, marks.found = lib.tl.int1, accesses.report_mark
     _marks_patches.extend(below)
     _patches.extend(above)
     _patches.append((corrections, "refuse_tile", _refuse_tile))
@@ -112,9 +85,9 @@ def _allocating(owner: Any, name: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
         path = f"{getattr(owner, '__name__', '')}.{name}"
-        tensor = _originals[path](*args, **kwargs)
+        tensor = accesses.originals[path](*args, **kwargs)
         if kwargs.get("out") is None and not torch.compiler.is_compiling():
-            _active.memory.adopt(tensor)
+            accesses.active.memory.adopt(tensor)
         return tensor
 
     return replacement
@@ -124,7 +97,7 @@ def _allocating(owner: Any, name: str) -> Callable[..., Any]:
 
 
 def _launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-    detector: Detector = _active
+    detector: Detector = accesses.active
     grid = self.grid
     code = self.fn.__code__
     detector.begin_launch(
@@ -132,7 +105,7 @@ def _launch(self: Any, *args: Any, **kwargs: Any) -> Any:
     )
     self.grid = lambda bound: detector.begin_grid(grid(bound) if callable(grid) else grid, bound)
     try:
-        return _originals["__call__"](self, *args, **kwargs)
+        return accesses.originals["__call__"](self, *args, **kwargs)
     except Exception:
         if detector.gave_up is not None:
             raise detector.gave_up from None
@@ -143,371 +116,32 @@ def _launch(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _init_args_hst(self: Any, args_dev: Any, kwargs: Any) -> Any:
-    args_hst, kwargs_hst = _originals["_init_args_hst"](self, args_dev, kwargs)
+    args_hst, kwargs_hst = accesses.originals["_init_args_hst"](self, args_dev, kwargs)
     for name, given, host in zip(self.arg_names, args_dev, args_hst, strict=False):
-        _active.bind(name, given, host)
+        accesses.active.bind(name, given, host)
     for name, host in kwargs_hst.items():
-        _active.bind(name, kwargs[name], host)
+        accesses.active.bind(name, kwargs[name], host)
     return args_hst, kwargs_hst
 
 
 def _implicit_cvt(arg: Any) -> Any:
-    result = _originals["_implicit_cvt"](arg)
+    result = accesses.originals["_implicit_cvt"](arg)
     if hasattr(arg, "data_ptr"):
-        result.handle.extent = _active.extent_of(arg)
+        result.handle.extent = accesses.active.extent_of(arg)
     return result
 
 
 def _set_grid_dim(self: Any, *sizes: int) -> None:
     # the interpreter goes through the programs that run, a kernel asks for all
-    _originals["set_grid_dim"](self, *_active.grid)
+    accesses.originals["set_grid_dim"](self, *accesses.active.grid)
 
 
 def _set_grid_idx(self: Any, x: int, y: int, z: int) -> None:
-    _originals["set_grid_idx"](self, *_active.begin_program(x))
+    accesses.originals["set_grid_idx"](self, *accesses.active.begin_program(x))
 
 
 def _refuse_tile(message: str) -> None:
-    _active.report("tile", places.here(), lambda: message)
-
-
-# accesses
-
-
-def _create_masked_load(
-    self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **named: Any
-) -> Any:
-    place = places.here()
-    lanes, size = _lanes(mask), _size(ptrs)
-    undefined = None
-    if other is None and not lanes.all():
-        undefined = ~lanes
-        _active.note_undefined(place, ptrs.extent, undefined)
-    bad, parts = _check(ptrs, lanes, size, "read", place)
-    volatile = named.get("is_volatile", rest[-1] if rest else False)
-    for part in parts:
-        _on_read(part, ptrs.data, size, place, volatile)
-    if bad is not None:
-        mask = _flags(lanes & ~bad)
-    element = ptrs.get_element_ty()
-    poison = None
-    if bad is not None or undefined is not None:
-        dtype = _lib._get_np_dtype(element)
-        poison = _active.poison(ptrs.data.shape, dtype, place)
-        if other is None:
-            other = _lib.TensorHandle(poison, element)
-    result = _originals["create_masked_load"](self, ptrs, mask, other, *rest, **named)
-    if poison is None:
-        pass
-    elif bad is not None:
-        result.data = np.where(bad, poison, result.data)
-    if result.data.dtype.kind in "iu":
-        _mark_poison(result, bad, undefined, ptrs, place)
-    if ptrs.data.size == 1:
-        key = place, int(ptrs.data.item()), result.data.item()
-        name = "" if ptrs.extent is None else ptrs.extent.name
-        _active.note_scalar(key, place, name, waits=volatile)
-    else:
-        _active.note_tile()
-    return result
-
-
-def _mark_poison(
-    result: Any, bad: Array | None, undefined: Array | None, ptrs: Any, place: Place
-) -> None:
-    if undefined is not None:
-        name = "" if ptrs.extent is None else ptrs.extent.name
-        message = "lanes that are masked off without `other` are used as"
-        why = marks.cause("masked lane", place, lambda: Cause("masked lane", place, message, name))
-        result.marks = marks.merge(result.data.shape, result.marks, {why: undefined})
-    if bad is not None:
-        why = marks.cause("", place, lambda: Cause("", place))
-        result.marks = marks.merge(result.data.shape, result.marks, {why: bad})
-
-
-def _create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-    place = places.here()
-    lanes, size = _lanes(mask), _size(ptrs)
-    bad, parts = _check(ptrs, lanes, size, "write", place)
-    if bad is not None:
-        mask = _flags(lanes & ~bad)
-    for part in parts:
-        _on_write(part, ptrs, value, size, place)
-    _active.note_change()
-    return _originals["create_masked_store"](self, ptrs, value, mask, *rest)
-
-
-def _create_atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
-    place = places.here()
-    lanes, size = np.broadcast_to(_lanes(mask), ptr.data.shape), _size(ptr)
-    bad, parts = _check(ptr, lanes, size, "atomic", place)
-    if bad is not None:
-        mask = _flags(lanes & ~bad)
-    reads = op != _lib._ir.ATOMIC_OP.XCHG
-    for part in parts:
-        _on_atomic(part, ptr.data, size, place, rest[0], reads)
-    before = _single(ptr, bad)
-    result = _originals["create_atomic_rmw"](self, op, ptr, val, mask, *rest)
-    return _after_atomic(result, ptr, bad, before, (place, val.data.tobytes()))
-
-
-def _create_atomic_cas(self: Any, ptr: Any, cmp: Any, val: Any, *rest: Any) -> Any:
-    place = places.here()
-    lanes, size = np.ones(ptr.data.shape, np.bool_), _size(ptr)
-    bad, parts = _check(ptr, lanes, size, "atomic", place)
-    for part in parts:
-        _on_atomic(part, ptr.data, size, place, rest[0], reads=True)
-    before = _single(ptr, bad)
-    original = _originals["create_atomic_cas"]
-    if bad is None:
-        result = original(self, ptr, cmp, val, *rest)
-    else:
-        # it takes no mask
-        result = _lib.TensorHandle(np.zeros(ptr.data.shape, val.data.dtype), val.dtype.scalar)
-        if not bad.all():
-            some = [_subset(handle, ~bad) for handle in (ptr, cmp, val)]
-            result.data[~bad] = original(self, *some, *rest).data
-    return _after_atomic(result, ptr, bad, before, (place, cmp.data.tobytes(), val.data.tobytes()))
-
-
-def _subset(handle: Any, lanes: Array) -> Any:
-    return _lib.TensorHandle(np.broadcast_to(handle.data, lanes.shape)[lanes], handle.dtype)
-
-
-def _single(ptr: Any, bad: Array | None) -> bytes | None:
-    """The bits that a scalar atomic is about to change; None for a tile."""
-    return _bits_at(ptr.data, _size(ptr)).tobytes() if ptr.data.size == 1 and bad is None else None
-
-
-def _after_atomic(
-    result: Any, ptr: Any, bad: Array | None, before: bytes | None, asked: tuple[Any, ...]
-) -> Any:
-    place = asked[0]
-    if bad is not None:
-        poison = _active.poison(result.data.shape, result.data.dtype, place)
-        result.data = np.where(bad, poison, result.data)
-        if result.data.dtype.kind in "iu":
-            _mark_poison(result, bad, None, ptr, place)
-    if before is not None and before == _single(ptr, None):
-        name = "" if ptr.extent is None else ptr.extent.name
-        _active.note_scalar((*asked, int(ptr.data.item())), place, name, waits=True)
-    else:
-        _active.note_change()
-    return result
-
-
-def _ordered(name: str) -> Callable[..., Any]:
-    """Of an atomic load or store, which the interpreter makes of plain ones."""
-
-    def replacement(self: Any, *args: Any) -> Any:
-        global _ordering
-        before, _ordering = _ordering, args[-2]
-        try:
-            return _originals[name](self, *args)
-        finally:
-            _ordering = before
-
-    return replacement
-
-
-def _lanes(mask: Any) -> Array:
-    # block pointers of 3.6 make the mask an array
-    lanes: Array = mask if isinstance(mask, np.ndarray) else mask.data
-    # the interpreter may hold flags as integers
-    return lanes if lanes.dtype == np.bool_ else lanes.astype(np.bool_)
-
-
-def _flags(lanes: Array) -> Any:
-    return _lib.TensorHandle(lanes, _tl.int1)
-
-
-def _size(ptrs: Any) -> int:
-    """Bytes of what the pointers point at."""
-    return max(int(ptrs.get_element_ty().primitive_bitwidth) // 8, 1)
-
-
-def _bits_at(addresses: Array, size: int) -> Array:
-    dtype = np.dtype(f"u{size}")
-    bits: Array = _lib._interpreter.load(
-        addresses, np.ones(addresses.shape, np.bool_), np.zeros(addresses.shape, dtype), dtype
-    )
-    return bits
-
-
-_VERBS = {"read": "loads", "write": "stores", "atomic": "updates"}
-
-
-def _check(
-    ptrs: Any, lanes: Array, size: int, access: str, place: Place
-) -> tuple[Array | None, list[Part]]:
-    """Reports lanes that are out of bounds, and says which storages the others lie in."""
-    bad, parts = _resolve(ptrs, lanes, size)
-    explained = None
-    for why, marked in (ptrs.marks or {}).items():
-        hit = marked & lanes
-        if not hit.any():
-            continue
-        explained = hit if explained is None else explained | hit
-        _report_mark(why, ptrs.extent, hit)
-    if bad is not None:
-        unexplained = bad if explained is None else bad & ~explained
-        if unexplained.any():
-            extent = ptrs.extent or _active.nearest(ptrs.data[unexplained])
-            _active.report(
-                f"out-of-bounds {access}",
-                place,
-                lambda: _outside(extent, ptrs.data[unexplained], size, access),
-                argument="" if extent is None else extent.name,
-                lanes=unexplained,
-            )
-    return bad, parts
-
-
-def _report_mark(why: Cause, extent: Extent | None, lanes: Array) -> None:
-    """Of lanes whose value is no offset, and that are used as one."""
-    if why.kind:
-        line = places.here().line
-        _active.report(
-            why.kind,
-            why.place,
-            lambda: f"{why.message} an address at line {line}",
-            argument=why.argument or ("" if extent is None else extent.name),
-            lanes=lanes,
-        )
-
-
-def _resolve(ptrs: Any, lanes: Array, size: int) -> tuple[Array | None, list[Part]]:
-    if ptrs.extent is not None:
-        bad = ptrs.extent.outside(ptrs.data, size)
-        bad &= lanes
-        if not bad.any():
-            return None, [(ptrs.extent, _active.storage_of(ptrs.extent), lanes)]
-        return bad, [(ptrs.extent, _active.storage_of(ptrs.extent), lanes & ~bad)]
-    # its tensor is not known: any will do
-    left, parts = lanes.copy(), []
-    for extent, storage in itertools.chain(_active.extents(), _active.memory.other_extents()):
-        if not left.any():
-            break
-        inside = left & ~extent.outside(ptrs.data, size)
-        if inside.any():
-            parts.append((extent, storage, inside))
-            left &= ~inside
-    return (left if left.any() else None), parts
-
-
-def _outside(extent: Extent | None, addresses: Array, size: int, access: str) -> str:
-    verb, count = _VERBS[access], len(addresses)
-    if (addresses < _NULL_PAGE).all():
-        return f"{verb} through a null pointer"
-    if extent is None:
-        return f"{verb} {count} elements that belong to no tensor"
-    offsets = addresses.astype(np.int64) - extent.base
-    if (offsets + size > extent.nbytes).all():
-        where = "past the end of"
-    elif (offsets < 0).all():
-        where = "before the start of"
-    elif ((offsets >= 0) & (offsets + size <= extent.nbytes)).all():
-        where = "between the elements of"
-    else:
-        where = "outside of"
-    first, last = int(offsets.min()) // extent.itemsize, int(offsets.max()) // extent.itemsize
-    at = f"offset {first}" if first == last else f"offsets {first} to {last}"
-    elements = "element" if count == 1 else "elements"
-    total = int(np.prod(extent.shape, dtype=np.int64))
-    return (
-        f"{verb} {count} {elements} {where} `{extent.name}` "
-        f"({total} elements, shape {extent.shape}), at {at}"
-    )
-
-
-def _on_read(part: Part, addresses: Array, size: int, place: Place, volatile: bool) -> None:
-    extent, storage, lanes = part
-    here = addresses[lanes]
-    index = storage.elements(here, size)
-    # who polls acquires what was released there
-    polls = _ordering is not None or (volatile and addresses.size <= _MOST_LOCKS)
-    _report_unwritten(storage, index, extent, lanes, place)
-    conflict = _active.races.read(storage, index, place, atomic=polls)
-    if conflict is not None:
-        _report_race(conflict, extent, lanes, place, "reads")
-    if polls:
-        _active.races.acquire(here.tolist())
-
-
-def _on_write(part: Part, ptrs: Any, value: Any, size: int, place: Place) -> None:
-    extent, storage, lanes = part
-    here = ptrs.data[lanes]
-    index = storage.elements(here, size)
-    if storage.last_write == 0:
-        storage.stored = place
-    if _ordering is not None:
-        _active.races.atomic(storage, index, place)
-        _active.races.release(here.tolist())
-        return
-    for conflict in _active.races.write(storage, index, place):
-        if conflict.did == "wrote":
-            # the same bits again change nothing
-            bits = np.broadcast_to(corrections.to_bits(value).data, lanes.shape)[lanes]
-            same = _bits_at(here, size) == bits.view(f"u{bits.dtype.itemsize}").astype(f"u{size}")
-            differs = conflict.lanes & ~np.repeat(same, len(index) // max(len(here), 1))
-            conflict = conflict._replace(lanes=differs)
-        if conflict.lanes.any():
-            _report_race(conflict, extent, lanes, place, "writes")
-
-
-def _on_atomic(
-    part: Part, addresses: Array, size: int, place: Place, semantics: Any, reads: bool
-) -> None:
-    extent, storage, lanes = part
-    here = addresses[lanes]
-    index = storage.elements(here, size)
-    if reads:
-        _report_unwritten(storage, index, extent, lanes, place)
-    if storage.last_write == 0:
-        storage.stored = place
-    for conflict in _active.races.atomic(storage, index, place):
-        _report_race(conflict, extent, lanes, place, "updates")
-    if addresses.size <= _MOST_LOCKS:
-        kinds = _lib._ir.MEM_SEMANTIC
-        if semantics in (kinds.ACQUIRE, kinds.ACQUIRE_RELEASE):
-            _active.races.acquire(here.tolist())
-        if semantics in (kinds.RELEASE, kinds.ACQUIRE_RELEASE):
-            _active.races.release(here.tolist())
-
-
-def _report_unwritten(
-    storage: Storage, index: Array, extent: Extent, lanes: Array, place: Place
-) -> None:
-    unwritten = storage.unwritten(index, extent.version)
-    if unwritten is not None:
-        _active.report(
-            "uninitialised read",
-            place,
-            lambda: f"loads elements of `{extent.name}` that nothing has written",
-            argument=extent.name,
-            lanes=_spread(unwritten, lanes),
-        )
-
-
-def _report_race(conflict: Conflict, extent: Extent, lanes: Array, place: Place, does: str) -> None:
-    other = _active.races.place(conflict.other)
-    program = _active.program_at(_active.races.position(conflict.other))
-
-    def say() -> str:
-        who = "another program" if program == _active.program else f"program {program}"
-        return (
-            f"program {_active.program} {does} elements of `{extent.name}` that {who} "
-            f"{conflict.did} at line {other.line}, and nothing orders the two"
-        )
-
-    _active.report("race", place, say, argument=extent.name, lanes=_spread(conflict.lanes, lanes))
-
-
-def _spread(elements: Array, lanes: Array) -> Array:
-    """The lanes of the tile whose elements are meant; a lane may have several."""
-    spread = np.zeros(lanes.shape, np.bool_)
-    spread[lanes] = elements.reshape(np.count_nonzero(lanes), -1).any(1)
-    return spread
+    accesses.active.report("tile", places.here(), lambda: message)
 
 
 _ALLOCATING = ("empty", "empty_like", "empty_strided", "empty_permuted")
@@ -537,13 +171,13 @@ _REPLACEMENTS: dict[str, dict[str, Any]] = {
     "": {"_implicit_cvt": _implicit_cvt},
     "GridExecutor": {"__call__": _launch, "_init_args_hst": _init_args_hst},
     "InterpreterBuilder": {
-        "create_atomic_cas": _create_atomic_cas,
-        "create_atomic_load": _ordered("create_atomic_load"),
-        "create_atomic_poll": _ordered("create_atomic_poll"),
-        "create_atomic_rmw": _create_atomic_rmw,
-        "create_atomic_store": _ordered("create_atomic_store"),
-        "create_masked_load": _create_masked_load,
-        "create_masked_store": _create_masked_store,
+        "create_atomic_cas": accesses.create_atomic_cas,
+        "create_atomic_load": accesses.ordered("create_atomic_load"),
+        "create_atomic_poll": accesses.ordered("create_atomic_poll"),
+        "create_atomic_rmw": accesses.create_atomic_rmw,
+        "create_atomic_store": accesses.ordered("create_atomic_store"),
+        "create_masked_load": accesses.create_masked_load,
+        "create_masked_store": accesses.create_masked_store,
         "set_grid_dim": _set_grid_dim,
         "set_grid_idx": _set_grid_idx,
     },
