@@ -1,7 +1,10 @@
 """The properties that an op must have, each a function from a subject and a case to findings.
 
 The tests of tritorch's own ops are calls of these functions, and so is a check of a user's.  A
-property that needs the kernels watched takes `order`; None leaves them alone.
+property that can watch the kernels takes `order`, in which their programs run; None leaves them
+alone.  Each calls the op before the reference, whose results it could find in memory otherwise, and
+on copies of the arguments.  Each raises `cases.Refused` where the reference does not take the case,
+or the op declines its layout: then the case says nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritorch import launch
 from tritorch.registry import Argument, Maker, Sample, Subject
-from tritorch.testing import cases, hints, tolerances
-from tritorch.testing.cases import Outcome
+from tritorch.testing import cases, hints
+from tritorch.testing.cases import Judgement, Outcome
 from tritorch.testing.findings import Finding
 
 SPECIAL = (float("nan"), float("inf"), float("-inf"), -0.0)
@@ -34,9 +38,10 @@ class Case:
     """One call: a sample of the subject, its tensors made anew each time, always the same.
 
     `layout`: an argument and the memory layout it gets.  `grad_layout`: that of the gradients of
-    outputs.  `special`: an argument and the value that a few of its elements get.  `integers`:
-    every number is one in [-2, 2].  `scale` multiplies floating-point arguments.  `unit_in`: the
-    unit roundoff to which products may shorten their operands.
+    outputs.  `special`: an argument and the value that a few of its elements get, or with
+    `special_at` the one element there.  `integers`: every number is one in [-2, 2].  `scale`
+    multiplies floating-point arguments.  `unit_in`: the unit roundoff to which products may shorten
+    their operands.
     """
 
     sample: str
@@ -45,6 +50,7 @@ class Case:
     layout: tuple[str, str] | None = None
     grad_layout: str | None = None
     special: tuple[str, float] | None = None
+    special_at: tuple[int, ...] | None = None
     integers: bool = False
     scale: float = 1.0
     seed: int = 0
@@ -63,7 +69,8 @@ class Case:
         if self.grad_layout is not None:
             parts.append(f"gradient {self.grad_layout}")
         if self.special is not None:
-            parts.append(f"{self.special[1]} in {self.special[0]}")
+            where = "" if self.special_at is None else f" at {self.special_at}"
+            parts.append(f"{self.special[1]} in {self.special[0]}{where}")
         return ", ".join(parts)
 
     @property
@@ -73,9 +80,11 @@ class Case:
 
     def arguments(self, subject: Subject) -> dict[str, Argument]:
         """The arguments of the call, as fresh tensors."""
-        seed = f"{subject.name}/{self.sample}" + (f"/{self.seed}" if self.seed else "")
-        make = Maker(self.dtype, self.device, seed, integers=self.integers)
-        found = dict(cases.sample_of(subject, self.sample, make).arguments)
+        if self.given is None:
+            make = Maker(self.dtype, self.device, self._seed(subject), integers=self.integers)
+            found = dict(cases.sample_of(subject, self.sample, make).arguments)
+        else:
+            found = {n: cases.map_tensors(v, torch.clone) for n, v in self.given.items()}
         if self.scale != 1.0:
             for name, value in found.items():
                 found[name] = cases.map_tensors(
@@ -83,30 +92,59 @@ class Case:
                 )
         if self.special is not None:
             name, number = self.special
-            tensor = found[name]
-            assert isinstance(tensor, Tensor)
-            found[name] = with_special(tensor, number)
+            found[name] = with_special(_tensor(found[name]), number, self.special_at)
         if self.layout is not None:
             name, layout = self.layout
-            value = found[name]
-            assert isinstance(value, Tensor)
-            found[name] = cases.relayout(value, layout)
+            found[name] = cases.relayout(_tensor(found[name]), layout)
         return found
 
     def gradient(self, subject: Subject) -> Callable[[Tensor], Tensor]:
         """Makes the gradients of outputs."""
-        seed = f"{subject.name}/{self.sample}/gradient" + (f"/{self.seed}" if self.seed else "")
+        seed = self._seed(subject, "/gradient")
         if self.integers:
             return cases.integer_gradient(seed)
         return cases.random_gradient(seed, self.grad_layout)
 
+    def _seed(self, subject: Subject, end: str = "") -> str:
+        return f"{subject.name}/{self.sample}{end}" + (f"/{self.seed}" if self.seed else "")
 
-def with_special(tensor: Tensor, number: float) -> Tensor:
-    """A copy in which the first, the last and a few elements between are `number`."""
+
+def _tensor(value: Argument) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Case: expects a tensor to change, received {type(value).__name__}")
+    return value
+
+
+def with_special(tensor: Tensor, number: float, at: tuple[int, ...] | None = None) -> Tensor:
+    """A copy in which the element there, or every third of the way through, is `number`."""
     found = tensor.clone()
-    flat = found.view(-1)
-    flat[:: max(flat.numel() // 3, 1)] = number
+    if at is not None:
+        found[at] = number
+    else:
+        flat = found.view(-1)
+        flat[:: max(flat.numel() // 3, 1)] = number
     return found
+
+
+def corners(shape: Sequence[int], tiles: Sequence[int] = ()) -> list[tuple[int, ...]]:
+    """Where a mask goes wrong: the last element, the first, and those about the edge of a tile."""
+    if 0 in shape:
+        return []
+    found = [tuple(size - 1 for size in shape), (0,) * len(shape)]
+    for tile in tiles:
+        if any(size > tile for size in shape):
+            found.append(tuple(min(tile, size - 1) for size in shape))
+            found.append(tuple(min(tile, size) - 1 for size in shape))
+    return list(dict.fromkeys(found))
+
+
+def with_each_layout(subject: Subject, case: Case, layout: str) -> Iterator[Case]:
+    """The case with that layout of one tensor after the other."""
+    for name, value in case.arguments(subject).items():
+        # an expanded tensor cannot be written to
+        written = layout == "expanded" and name in subject.mutates
+        if isinstance(value, Tensor) and value.dim() and not written:
+            yield replace(case, layout=(name, layout))
 
 
 # every function below: no findings is good
@@ -119,123 +157,232 @@ def values(subject: Subject, case: Case, *, order: Any = None) -> list[Finding]:
     if case.integers:
         return exactness(subject, case, order=order)
     arguments = case.arguments(subject)
-    actual, findings = _outcome(subject, case, arguments, order)
+    actual, findings = outcome(subject, case, arguments, order=order)
     if actual is None:
         return findings
-    return findings + _judged(subject, case, arguments, actual)
+    return findings + judged(subject, case, arguments, actual)
 
 
-def exactness(subject: Subject, case: Case, *, order: Any = None) -> list[Finding]:
-    """Integers have exact sums and products: one wrong index is a wrong number."""
+def exactness(
+    subject: Subject, case: Case, *, order: Any = None, fractions: bool = False
+) -> list[Finding]:
+    """Integers have exact sums and products: one wrong index is a wrong number.
+
+    A truth that is no integer, of an average say, is rounded once, and an op may do so twice: it is
+    judged by the rule of rounding, or with `fractions` exactly too.
+    """
     case = replace(case, integers=True)
     arguments = case.arguments(subject)
-    actual, findings = _outcome(subject, case, arguments, order)
+    actual, findings = outcome(subject, case, arguments, order=order)
     if actual is None:
         return findings
     make_grad = case.gradient(subject)
-    truth = cases.run(
-        subject.reference,
+    truth = cases.reference(
         subject,
-        _on_cpu(arguments),
-        grad_outputs=lambda like: make_grad(like.to(case.dtype)).double(),
+        cases.on_cpu(arguments),
+        lambda like: make_grad(like.to(case.dtype)).double(),
         dtype=torch.float64,
     )
-    if mismatch := _shapes(case, actual, truth, dtypes=False):
-        return findings + mismatch
-    for (what, value), (_, true) in zip(actual.named(), truth.named(), strict=True):
-        expected = true.to(value.dtype)
+    ours, theirs = dict(actual.named()), dict(truth.named())
+    if ours.keys() != theirs.keys() or any(ours[w].shape != theirs[w].shape for w in ours):
+        return findings + judged(subject, case, arguments, actual)
+    whole = all(bool((true == true.round()).all()) for true in theirs.values())
+    if not whole and not fractions:
+        return findings + judged(subject, case, arguments, actual)
+    for what, value in ours.items():
+        expected = theirs[what].to(value.dtype)
         if not torch.equal(value.cpu(), expected):
-            findings.append(_different("exactness", what, value.cpu(), expected, case))
+            findings.append(different("exactness", what, value.cpu(), expected, case))
     return findings
 
 
-def special_values(subject: Subject, case: Case) -> list[Finding]:
+def special_values(subject: Subject, case: Case, *, order: Any = None) -> list[Finding]:
     """NaN, infinities and signed zero go where the reference sends them."""
-    assert case.special is not None
+    found = values(subject, case, order=order)
+    if any(finding.kind in ("values", "gradients") for finding in found):
+        plain = values(subject, replace(case, special=None, special_at=None))
+        found = _beyond(plain, found)
     return [
         replace(finding, kind="special values")
         if finding.kind in ("values", "gradients")
         else finding
-        for finding in values(subject, case)
+        for finding in found
     ]
 
 
-def each_gradient_alone(subject: Subject, case: Case) -> list[Finding]:
-    """A gradient that is not wanted changes no bit of the others."""
+def scaled(subject: Subject, case: Case, *, order: Any = None) -> list[Finding]:
+    """Results stay right for tiny and large arguments, where the reference's own do.
+
+    It is no yardstick where it overflows itself, as a sum of exponentials does.
+    """
     arguments = case.arguments(subject)
-    make_grad = case.gradient(subject)
-    everything = cases.run(subject.op, subject, arguments, grad_outputs=make_grad)
+    actual, findings = outcome(subject, case, arguments, order=order)
+    if actual is None:
+        return findings
+    wrong = judged(subject, case, arguments, actual)
+    if wrong:
+        torchs = cases.reference(subject, arguments, case.gradient(subject))
+        wrong = _beyond(judged(subject, case, arguments, torchs), wrong)
+    return findings + wrong
+
+
+def _beyond(known: list[Finding], findings: list[Finding]) -> list[Finding]:
+    """The findings that are not about what is known to be wrong anyway."""
+    told = {(finding.kind, finding.argument) for finding in known}
+    return [finding for finding in findings if (finding.kind, finding.argument) not in told]
+
+
+def each_gradient_alone(subject: Subject, case: Case, *, launches: bool = False) -> list[Finding]:
+    """A gradient that is not wanted changes no bit of the others; with `launches`, it costs none.
+
+    `launches` counts those that `tritorch.launch` makes.
+    """
+    arguments = case.arguments(subject)
+
+    def run(*wanted: str) -> tuple[Outcome, list[str]]:
+        with launch.recorded() as names:
+            found, findings = outcome(subject, case, arguments, wanted=wanted)
+        if found is None:
+            raise _Found(findings)
+        return found, names
+
     expected = {
         n
         for n in subject.gradients
-        if isinstance(value := arguments[n], Tensor) and value.is_floating_point()
+        if isinstance(value := arguments.get(n), Tensor) and value.is_floating_point()
     }
-    findings = []
-    if missing := sorted(expected - everything.grads.keys()):
-        message = f"there is no gradient of {', '.join(missing)}"
-        findings.append(Finding("gradients", message, case=str(case)))
-    for wanted in everything.grads:
-        alone = cases.run(subject.op, subject, arguments, grad_outputs=make_grad, wanted=[wanted])
-        if list(alone.grads) != [wanted]:
-            message = f"asked for the gradient of {wanted}, received {list(alone.grads)}"
+    try:
+        everything, all_names = run(*subject.gradients)
+        findings, counts = [], []
+        if missing := sorted(expected - everything.grads.keys()):
+            message = f"there is no gradient of {', '.join(missing)}"
             findings.append(Finding("gradients", message, case=str(case)))
-        elif not torch.equal(alone.grads[wanted], everything.grads[wanted]):
-            what = f"gradient of {wanted} alone"
+        for wanted in everything.grads:
+            alone, names = run(wanted)
+            counts.append(len(names))
+            if list(alone.grads) != [wanted]:
+                message = f"asked for the gradient of {wanted}, received {list(alone.grads)}"
+                findings.append(Finding("gradients", message, case=str(case)))
+                continue
             pair = alone.grads[wanted], everything.grads[wanted]
-            findings.append(_different("gradients", what, *pair, case))
-    nothing = cases.run(subject.op, subject, arguments, grad_outputs=make_grad, wanted=[])
+            if not cases.bitwise_equal(*pair):
+                what = f"gradient of {wanted} alone"
+                findings.append(different("gradients", what, *pair, case))
+        nothing, names = run()
+    except _Found as found:
+        return found.findings
     if nothing.grads:
         findings.append(Finding("gradients", "a gradient that nobody wants", case=str(case)))
-    return findings + _same_bits("gradients", "without gradients", nothing, everything, case)
+    findings += same_bits("gradients", "without gradients", nothing, everything, case)
+    # one gradient may be made of the very sums that are the others, and then it costs them all
+    if launches and (
+        names != all_names[: len(names)]
+        or (len(counts) > 1 and not min(counts) < len(all_names) >= max(counts))
+    ):
+        message = (
+            f"launches {len(all_names)} kernels for all gradients, {counts} for one each, "
+            f"{len(names)} for none"
+        )
+        findings.append(Finding("gradients", message, case=str(case)))
+    return findings
+
+
+class _Found(Exception):
+    """A call had no outcome: says why."""
+
+    def __init__(self, findings: list[Finding]) -> None:
+        super().__init__()
+        self.findings = findings
 
 
 def repeatability(subject: Subject, case: Case, *, repeats: int = 2) -> list[Finding]:
     """The same call gives the same bits."""
-    arguments, make_grad = case.arguments(subject), case.gradient(subject)
-    first = cases.run(subject.op, subject, arguments, grad_outputs=make_grad)
+    arguments = case.arguments(subject)
+    first, findings = outcome(subject, case, arguments)
     for _ in range(repeats - 1):
-        again = cases.run(subject.op, subject, arguments, grad_outputs=make_grad)
-        if findings := _same_bits("repeatability", "repeated", again, first, case):
-            return findings
-    return []
+        if first is None:
+            break
+        again, findings = outcome(subject, case, arguments)
+        if again is not None:
+            findings += same_bits("repeatability", "repeated", again, first, case)
+        if findings:
+            break
+    return findings
+
+
+def history_of(subject: Subject, case: Case, others: Sequence[str] = ()) -> list[Case]:
+    """A sequence for `history`: other numbers, memory, dtypes, and the samples `others`."""
+    tensors = [
+        name
+        for name, value in case.arguments(subject).items()
+        if isinstance(value, Tensor) and value.dim()
+    ]
+    return [
+        case,
+        replace(case, seed=case.seed + 1),
+        *(replace(case, layout=(name, "misaligned")) for name in tensors),
+        *(replace(case, sample=name) for name in others if name != case.sample),
+        *(replace(case, dtype=dtype) for dtype in subject.dtypes if dtype != case.dtype),
+    ]
 
 
 def history(subject: Subject, sequence: Sequence[Case]) -> list[Finding]:
-    """The first call of a sequence gives the same result after the others as before them."""
+    """A call gives the same result whatever was called before.
+
+    The first call of the sequence is repeated after each of the others, for its bits; one that
+    differs in its numbers alone must be right, where the first was.
+    """
     first = sequence[0]
-
-    def outcome(case: Case) -> Outcome | None:
-        with contextlib.suppress(Exception):
-            # what it raises is another property's finding
-            arguments = case.arguments(subject)
-            return cases.run(subject.op, subject, arguments, grad_outputs=case.gradient(subject))
-        return None
-
-    before = outcome(first)
-    if before is None:
+    before, findings = outcome(subject, first, first.arguments(subject))
+    if before is None or judged(subject, first, first.arguments(subject), before):
+        # another property's finding
         return []
     for other in sequence[1:]:
-        outcome(other)
-        again = outcome(first)
-        what = f"after {other}"
+        arguments = other.arguments(subject)
+        try:
+            found, _ = outcome(subject, other, arguments)
+            if found is not None and replace(other, seed=first.seed) == first:
+                wrong = judged(subject, other, arguments, found)
+                said = "where the same call with other numbers came before"
+                findings += [
+                    replace(finding, kind="history", message=f"{said}, {finding.message}")
+                    for finding in wrong
+                ]
+        except cases.Refused:
+            # it has been called, which is all that matters
+            pass
+        again, raised_again = outcome(subject, first, first.arguments(subject))
         if again is None:
-            return [Finding("history", f"{what} it raises, before it did not", case=str(first))]
-        if findings := _same_bits("history", what, again, before, first):
-            return findings
-    return []
+            said = raised_again[0].message if raised_again else ""
+            message = f"after {other} it raises, before it did not: {said}"
+            findings.append(Finding("history", message, case=str(first)))
+        else:
+            findings += same_bits("history", f"after {other}", again, before, first)
+        if findings:
+            break
+    return findings
 
 
 def orders(subject: Subject, case: Case, *, seeds: Sequence[int] = (1,)) -> list[Finding]:
     """Programs may run in any order: the result is right backwards and shuffled as well."""
-    findings: list[Finding] = []
+    arguments = case.arguments(subject)
+    forward, findings = outcome(subject, case, arguments, order="forward")
     for order in ("reverse", *seeds):
-        for finding in values(subject, case, order=order):
-            if finding.kind in ("values", "gradients", "exactness"):
-                message = f"with the programs' order {order}, {finding.message}"
-                finding = replace(finding, kind="program order", message=message)
-            findings.append(finding)
-        if findings:
+        if forward is None or findings:
             break
+        other, findings = outcome(subject, case, arguments, order=order)
+        if other is None or not same_bits("program order", "", other, forward, case):
+            continue
+        # sums in another order may round otherwise
+        known = judged(subject, case, arguments, forward)
+        findings += [
+            replace(
+                finding,
+                kind="program order",
+                message=f"with the programs' order {order}, {finding.message}",
+            )
+            for finding in _beyond(known, judged(subject, case, arguments, other))
+        ]
     return findings
 
 
@@ -246,13 +393,13 @@ def masked_lanes(subject: Subject, case: Case) -> list[Finding]:
     arguments, make_grad = case.arguments(subject), case.gradient(subject)
 
     def run() -> list[Tensor]:
-        outcome = cases.run(subject.op, subject, arguments, grad_outputs=make_grad)
-        return [tensor for _, tensor in outcome.named()]
+        found = cases.run(subject.op, subject, arguments, grad_outputs=make_grad)
+        return [tensor for _, tensor in found.named()]
 
     try:
         return [replace(f, case=str(case)) for f in detectors.masked_lane_findings(run)]
     except Exception as error:
-        return [raised(error, case)]
+        return _for_exception(subject, case, error)
 
 
 def offsets(subject: Subject, case: Case, argument: str) -> list[Finding]:
@@ -270,7 +417,7 @@ def offsets(subject: Subject, case: Case, argument: str) -> list[Finding]:
     findings: list[Finding] = []
     with detectors.detecting(virtual=True) as detector, contextlib.suppress(Exception):
         # not every function takes every stride
-        subject.op(**arguments | {argument: far})
+        cases.call(subject.op, arguments | {argument: far})
     for finding in detector.findings:
         if finding.kind == "int32 overflow" or finding.kind.startswith("out-of-bounds"):
             findings.append(replace(finding, case=f"{case}, {argument} of strides {strides}"))
@@ -289,67 +436,68 @@ def _far_apart(tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(strides)
 
 
-def layout_of_results(subject: Subject, case: Case) -> list[Finding]:
-    """Outputs and gradients have the strides that torch gives them."""
-    arguments, make_grad = case.arguments(subject), case.gradient(subject)
-    actual, expected = (
-        cases.run(function, subject, arguments, grad_outputs=make_grad)
-        for function in (subject.op, subject.reference)
-    )
-    findings = []
-    for (what, value), (_, other) in zip(actual.named(), expected.named(), strict=True):
-        # an expanded gradient costs no memory; torch may or may not write it out
-        if 0 in value.stride():
-            continue
-        received, wanted = (
-            tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
-            for t in (value, other)
-        )
-        if received != wanted:
-            message = f"{what} has strides {received}, torch's {wanted}"
-            findings.append(Finding("shape", message, case=str(case)))
-    return findings
+# what the properties are made of
 
 
-def watched(
-    subject: Subject, case: Case, arguments: dict[str, Argument], order: Any
-) -> tuple[Outcome, list[Finding]]:
-    """Runs the op with every access watched; what the detectors found."""
-    from tritorch.testing import detectors
-
-    with detectors.detecting(order=order) as detector:
-        actual = cases.run(subject.op, subject, arguments, grad_outputs=case.gradient(subject))
-        detector.check_written(dict(actual.named()))
-    return actual, [replace(finding, case=str(case)) for finding in detector.findings]
-
-
-def _outcome(
-    subject: Subject, case: Case, arguments: dict[str, Argument], order: Any
+def outcome(
+    subject: Subject,
+    case: Case,
+    arguments: Mapping[str, Argument],
+    *,
+    order: Any = None,
+    function: Callable[..., Any] | None = None,
+    wanted: Sequence[str] | None = None,
 ) -> tuple[Outcome | None, list[Finding]]:
-    """The op's outcome, or None and why there is none."""
-    try:
+    """What the op, or `function` in its place, gives, or None; and what was found meanwhile.
+
+    With `order`, every access is watched.  Raises Refused where the reference raises too, or where
+    host code declines the layout of an argument.
+    """
+    with contextlib.ExitStack() as stack:
+        detector: Any = None
         if order is not None:
-            return watched(subject, case, arguments, order)
-        run = cases.run(subject.op, subject, arguments, grad_outputs=case.gradient(subject))
-        return run, []
-    except cases.Mutated as error:
-        return None, [Finding("mutation", str(error), case=str(case))]
-    except Exception as error:
-        if refused(subject, case):
-            return None, []
-        return None, [raised(error, case)]
+            from tritorch.testing import detectors
+
+            detector = stack.enter_context(detectors.detecting(order=order))
+        actual, findings = None, []
+        try:
+            actual = cases.run(
+                function or subject.op,
+                subject,
+                dict(arguments),
+                wanted=wanted,
+                grad_outputs=case.gradient(subject),
+            )
+            if detector is not None:
+                detector.check_written(dict(actual.named()))
+        except Exception as error:
+            if detector is None or detector.gave_up is None:
+                findings = _for_exception(subject, case, error)
+    if detector is not None:
+        findings = [replace(f, case=str(case)) for f in detector.findings] + findings
+    return actual, findings
+
+
+def _for_exception(subject: Subject, case: Case, error: Exception) -> list[Finding]:
+    if isinstance(error, cases.Mutated):
+        return [Finding("mutation", str(error), argument=error.argument, case=str(case))]
+    if refused(subject, case):
+        raise cases.Refused(f"{subject.name}: neither it nor the reference takes {case}") from error
+    if case.layout is not None and not _in_kernel(error):
+        raise cases.Refused(f"{subject.name} declines {' '.join(case.layout)}: {error}") from error
+    return [raised(error, case)]
+
+
+def _in_kernel(error: BaseException) -> bool:
+    """Whether a kernel raised, not the code that launches it."""
+    return type(error).__name__ in ("InterpreterError", "CompilationError")
 
 
 def refused(subject: Subject, case: Case) -> bool:
     """Whether the reference does not take the case either."""
     try:
-        cases.run(
-            subject.reference,
-            subject,
-            case.arguments(subject),
-            grad_outputs=case.gradient(subject),
-        )
-    except Exception:
+        cases.reference(subject, case.arguments(subject), case.gradient(subject))
+    except cases.Refused:
         return True
     return False
 
@@ -359,95 +507,77 @@ def raised(error: BaseException, case: Case) -> Finding:
     return hints.of_exception(error, str(case))
 
 
-def _judged(
-    subject: Subject, case: Case, arguments: dict[str, Argument], actual: Outcome
+def judged(
+    subject: Subject,
+    case: Case,
+    arguments: Mapping[str, Argument],
+    actual: Outcome,
+    *,
+    wanted: Sequence[str] | None = None,
 ) -> list[Finding]:
-    make_grad = case.gradient(subject)
-    plain = cases.run(subject.reference, subject, _on_cpu(arguments), grad_outputs=_on(make_grad))
-    if mismatch := _shapes(case, actual, plain):
-        return mismatch
-    found = cases.judge(subject, arguments, actual, make_grad, unit_in=case.unit_in)
-    outcomes = dict(actual.named())
-    expected = dict(plain.named())
-    return [
-        _verdict(what, verdict, outcomes[what], expected[what], case)
-        for what, verdict in found
-        if not verdict.accepted
-    ]
-
-
-def _verdict(
-    what: str, verdict: tolerances.Verdict, actual: Tensor, expected: Tensor, case: Case
-) -> Finding:
-    hint = hints.of_values(actual, expected, verdict.ratio)
-    return Finding(
-        "gradients" if what.startswith("gradient") else "values",
-        f"{what}: {verdict.failure}" + (f"; {hint}" if hint else ""),
-        argument=what.removeprefix("gradient of "),
-        lanes=() if verdict.index is None else (verdict.index,),
-        case=str(case),
+    """What of an outcome is not the truth."""
+    found = cases.judge(
+        subject,
+        dict(arguments),
+        actual,
+        case.gradient(subject),
+        unit_in=case.unit_in,
+        wanted=wanted,
     )
+    return [_wrong(one, case) for one in found if not one.verdict.accepted]
 
 
-def _shapes(
-    case: Case, actual: Outcome, expected: Outcome, *, dtypes: bool = True
-) -> list[Finding]:
-    """What of the results has another number, shape or dtype than the reference's."""
-    ours, theirs = dict(actual.named()), dict(expected.named())
-    if missing := [name for name in theirs if name not in ours]:
-        return [Finding("shape", f"there is no {missing[0]}", case=str(case))]
-    if extra := [name for name in ours if name not in theirs]:
-        return [Finding("shape", f"the reference has no {extra[0]}", case=str(case))]
-    for name, value in ours.items():
-        other = theirs[name]
-        if value.shape != other.shape:
-            message = f"{name} has shape {tuple(value.shape)}, expected {tuple(other.shape)}"
-            return [Finding("shape", message, case=str(case))]
-        if dtypes and value.dtype != other.dtype:
-            message = f"{name} is {value.dtype}, expected {other.dtype}"
-            return [Finding("shape", message, case=str(case))]
-    return []
+def _wrong(one: Judgement, case: Case) -> Finding:
+    verdict, message = one.verdict, f"{one.what}: {one.verdict.failure}"
+    kind = "gradients" if one.what.startswith("gradient of") else "values"
+    lanes: tuple[tuple[int, ...], ...] = () if verdict.index is None else (verdict.index,)
+    count = 1 if lanes else 0
+    if verdict.failure.startswith(("shape", "dtype", "number", "missing")):
+        kind = kind if verdict.failure.startswith("missing") else "shape"
+    elif one.actual is not None and one.truth is not None:
+        if verdict.wrong is not None:
+            lanes, count = _first(verdict.wrong), int(verdict.wrong.sum())
+        if hint := hints.of_values(one.actual, one.truth, verdict.ratio, verdict.wrong):
+            message += f"; {hint}"
+    return Finding(kind, message, argument=one.what, lanes=lanes, count=count, case=str(case))
 
 
-def _same_bits(
+def _first(wrong: Tensor) -> tuple[tuple[int, ...], ...]:
+    """The indices of the first four."""
+    return tuple(tuple(int(i) for i in place) for place in wrong.nonzero()[:4])
+
+
+def same_bits(
     kind: str, when: str, actual: Outcome, expected: Outcome, case: Case
 ) -> list[Finding]:
+    """Where two outcomes have not the same bits, of the tensors that both have."""
     others = dict(expected.named())
     return [
-        _different(kind, f"{what} {when}", value, others[what], case)
+        different(kind, f"{what} {when}".strip(), value, others[what], case)
         for what, value in actual.named()
         if what in others and not cases.bitwise_equal(value, others[what])
     ]
 
 
-def _different(kind: str, what: str, actual: Tensor, expected: Tensor, case: Case) -> Finding:
-    wrong = (actual != expected) & ~((actual != actual) & (expected != expected))
-    places = wrong.nonzero()
-    if len(places) == 0:
-        # signs of zero, payloads of NaN
-        return Finding(kind, f"{what} differs in bits that compare equal", case=str(case))
-    first = tuple(int(i) for i in places[0])
+def different(kind: str, what: str, actual: Tensor, expected: Tensor, case: Case) -> Finding:
+    """The finding for a tensor that should be equal to another."""
+    if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
+        shown = " where ".join(f"{tuple(t.shape)} {t.dtype}" for t in (actual, expected))
+        return Finding(kind, f"{what}: {shown} is right", argument=what, case=str(case))
+    wrong = (actual != expected) & ~(actual.isnan() & expected.isnan())
+    if not wrong.any():
+        message = f"{what} differs in bits that compare equal"
+        return Finding(kind, message, argument=what, case=str(case))
+    lanes = _first(wrong)
     message = (
-        f"{what}: {len(places)} of {actual.numel()} elements differ, first at {first}: "
-        f"{actual[first].item():g} where {expected[first].item():g} is right"
+        f"{what}: {int(wrong.sum())} of {actual.numel()} elements differ, first at {lanes[0]}: "
+        f"{actual[lanes[0]].item():g} where {expected[lanes[0]].item():g} is right"
     )
-    hint = hints.of_values(actual, expected, None)
+    if hint := hints.of_values(actual, expected, None, wrong):
+        message += f"; {hint}"
     return Finding(
-        kind,
-        message + (f"; {hint}" if hint else ""),
-        argument=what.removeprefix("gradient of "),
-        lanes=tuple(tuple(int(i) for i in place) for place in places[:4]),
-        count=len(places),
-        case=str(case),
+        kind, message, argument=what, lanes=lanes, count=int(wrong.sum()), case=str(case)
     )
-
-
-def _on_cpu(arguments: Mapping[str, Argument]) -> dict[str, Argument]:
-    return {name: cases.map_tensors(value, Tensor.cpu) for name, value in arguments.items()}
-
-
-def _on(make_grad: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda like: make_grad(like).to(like.device)
 
 
 def samples_of(subject: Subject, dtype: torch.dtype) -> Iterator[Sample]:

@@ -286,6 +286,16 @@ def integer_gradient(seed: str) -> Callable[[Tensor], Tensor]:
     return lambda like: Maker(like.dtype, like.device, seed, integers=True)(*like.shape)
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """One tensor of an outcome beside the truth; `actual` is None where the call gave none."""
+
+    what: str
+    verdict: tolerances.Verdict
+    actual: Tensor | None = None
+    truth: Tensor | None = None
+
+
 def verdicts(
     spec: Subject,
     arguments: dict[str, Argument],
@@ -297,7 +307,31 @@ def verdicts(
     result.
     """
     actual = run(spec.op, spec, arguments, grad_outputs=grad_outputs)
-    return judge(spec, arguments, actual, grad_outputs, unit_in=unit_in)
+    found = judge(spec, arguments, actual, grad_outputs, unit_in=unit_in)
+    return [(judgement.what, judgement.verdict) for judgement in found]
+
+
+def reference(
+    spec: Subject,
+    arguments: dict[str, Argument],
+    grad_outputs: Callable[[Tensor], Tensor] | None = None,
+    *,
+    wanted: Iterable[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Outcome:
+    """What the reference gives; raises Refused where it raises."""
+    try:
+        return run(
+            spec.reference, spec, arguments, wanted=wanted, grad_outputs=grad_outputs, dtype=dtype
+        )
+    except Exception as error:
+        said = f"{spec.name}: the reference raises {type(error).__name__}: {error}"
+        raise Refused(said) from error
+
+
+def on_cpu(arguments: Mapping[str, Argument]) -> dict[str, Argument]:
+    """The arguments with their tensors on the CPU."""
+    return {name: map_tensors(value, Tensor.cpu) for name, value in arguments.items()}
 
 
 def judge(
@@ -308,7 +342,7 @@ def judge(
     *,
     unit_in: float = 0.0,
     wanted: Iterable[str] | None = None,
-) -> list[tuple[str, tolerances.Verdict]]:
+) -> list[Judgement]:
     """Compares an outcome with the truth; the gradients of outputs are rounded to the tested dtype
     first.
 
@@ -323,23 +357,14 @@ def judge(
         given.append(grad)
         return grad.to(like.dtype)
 
-    on_cpu = {name: map_tensors(value, Tensor.cpu) for name, value in arguments.items()}
+    there = on_cpu(arguments)
     wanted = spec.gradients if wanted is None else tuple(wanted)
+    truth = reference(spec, there, rounded, wanted=wanted, dtype=torch.float64)
     try:
-        truth = run(
-            spec.reference, spec, on_cpu, wanted=wanted, grad_outputs=rounded, dtype=torch.float64
-        )
-        try:
-            baseline = run(
-                spec.reference, spec, arguments, wanted=wanted, grad_outputs=grad_outputs
-            )
-        except RuntimeError:
-            # what torch takes on the CPU alone: batch norm with a bias and no weight, say
-            baseline = run(spec.reference, spec, on_cpu, wanted=wanted, grad_outputs=grad_outputs)
-    except Exception as error:
-        raise Refused(f"{spec.name}: the reference raises {type(error).__name__}: {error}") from (
-            error
-        )
+        baseline = reference(spec, arguments, grad_outputs, wanted=wanted)
+    except Refused:
+        # what torch takes on the CPU alone: batch norm with a bias and no weight, say
+        baseline = reference(spec, there, grad_outputs, wanted=wanted)
     if len(actual.outputs) != len(truth.outputs) and spec.mutates:
         # whether a call that writes its arguments returns them too is a matter of taste
         actual, truth, baseline = (
@@ -347,31 +372,36 @@ def judge(
         )
     if len(actual.outputs) != len(truth.outputs):
         said = f"number: {len(actual.outputs)} outputs, where torch gives {len(truth.outputs)}"
-        return [("result", tolerances.Verdict(False, math.inf, None, said))]
-    scales = _scales(spec, on_cpu, given, wanted)
+        return [Judgement("result", _refusal(said))]
+    scales = _scales(spec, there, given, wanted)
     values, baselines = dict(actual.named()), dict(baseline.named())
     found = []
     for what, true in truth.named():
         if what not in values:
-            verdict = tolerances.Verdict(False, math.inf, None, "missing: there is none")
-        else:
-            torch_value = baselines[what]
-            exact = spec.accuracy == "exact"
-            verdict = tolerances.compare(
-                values[what],
-                torch_value if exact else true.double() if true.is_floating_point() else true,
-                baseline=torch_value,
-                exact=exact,
-                unit_in=unit_in,
-                **scales.get(what, {}),
-            )
-        found.append((what, verdict))
-    for what in values.keys() - dict(truth.named()).keys():
-        # a gradient of zero says the same as none
-        if values[what].any():
-            verdict = tolerances.Verdict(False, math.inf, None, "number: torch gives none")
-            found.append((what, verdict))
-    return found
+            found.append(Judgement(what, _refusal("missing: there is none")))
+            continue
+        expected = true.double() if true.is_floating_point() else true
+        expected = baselines[what] if spec.accuracy == "exact" else expected
+        verdict = tolerances.compare(
+            values[what],
+            expected,
+            baseline=baselines[what],
+            exact=spec.accuracy == "exact",
+            unit_in=unit_in,
+            **scales.get(what, {}),
+        )
+        found.append(Judgement(what, verdict, values[what], expected))
+    known = dict(truth.named())
+    # a gradient of zero says the same as none
+    return found + [
+        Judgement(what, _refusal("number: torch gives none"))
+        for what, value in values.items()
+        if what not in known and value.any()
+    ]
+
+
+def _refusal(said: str) -> tolerances.Verdict:
+    return tolerances.Verdict(False, math.inf, None, said)
 
 
 def _scales(

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
@@ -56,6 +56,7 @@ class Verdict:
     without.  `ratio`: RMS error over torch's, None without a baseline.  `failure`: the clauses
     broken, each named and with its numbers; empty if accepted.  `index`: the element that comes
     worst under C1 (C0 where that fails), with its `actual` and `truth`; None if there is none.
+    `wrong`: which elements break C0 or C1 by themselves; None if none can be named.
     """
 
     accepted: bool
@@ -65,6 +66,7 @@ class Verdict:
     index: tuple[int, ...] | None = None
     actual: float = math.nan
     truth: float = math.nan
+    wrong: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 class Scale(TypedDict, total=False):
@@ -252,7 +254,7 @@ def _different(actual: Tensor, truth: Tensor, wrong: Tensor, clause: str) -> Ver
         f"{clause}: {int(wrong.sum())} of {wrong.numel()} elements differ, "
         f"at {index} {got} where the truth is {expected}"
     )
-    return Verdict(False, math.inf, None, failure, index, float(got), float(expected))
+    return Verdict(False, math.inf, None, failure, index, float(got), float(expected), wrong)
 
 
 @dataclass(frozen=True)
@@ -335,7 +337,10 @@ def _judge(
     elements = _elements(error, unavoidable, bound)
     worst = int(elements.argmax())
     index = tuple(finite.nonzero()[worst].tolist())
+    wrong = None
     if elements[worst] > 1:
+        wrong = torch.zeros_like(finite)
+        wrong[finite] = elements > 1
         failures.append(
             f"C1 element: {int((elements > 1).sum())} of {t.numel()} out of bounds, worst at "
             f"{index}: {actual[index].item()} where the truth is {t[worst].item()}, "
@@ -368,6 +373,7 @@ def _judge(
         index=index,
         actual=float(actual[index]),
         truth=float(t[worst]),
+        wrong=wrong,
     )
 
 
