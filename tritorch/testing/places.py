@@ -58,7 +58,8 @@ def statement(place: Place) -> str:
     if found is None or hasattr(found, "body"):
         return line
     lines = (linecache.getline(place.file, n) for n in _lines_of(found))
-    return " ".join(line.split("#")[0].strip() for line in lines).strip() or line
+    joined = " ".join(line.split("#")[0].strip() for line in lines).strip()
+    return joined.replace("( ", "(").replace(", )", ")").replace(" )", ")") or line
 
 
 def _lines_of(node: ast.stmt) -> range:
