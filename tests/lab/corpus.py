@@ -1,9 +1,9 @@
 """The kernels that the correctness lab is judged by: correct ones, and ones with one defect each.
 
 A file holds kernels, a function of the file's name that launches them, and its plain-PyTorch
-`reference`.  Constants say what a user would tell a check: INPUTS, and where its own guess does not
-fit DTYPES and NON_FINITE.  A broken one says in DEFECT what kind of finding it deserves, and the
-line at fault ends in `MARK` if findings of that kind have a line.
+`reference`.  Constants say what a user would tell a check: INPUTS, and where what it finds out by
+itself does not fit DTYPES and NON_FINITE.  A broken one says in DEFECT what kind of finding it
+deserves, and the line at fault ends in `MARK` if findings of that kind have a line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from tritorch.testing import hosting
 
@@ -46,14 +45,6 @@ class Kernel:
     def module(self) -> ModuleType:
         """The module, imported as a check imports it."""
         return sys.modules[hosting.load(self.target).__module__]
-
-    def options(self) -> dict[str, Any]:
-        """What a check is told beside the function and its reference."""
-        module = self.module()
-        named = {"inputs": "INPUTS", "dtypes": "DTYPES", "non_finite": "NON_FINITE"}
-        return {
-            option: getattr(module, name) for option, name in named.items() if hasattr(module, name)
-        }
 
 
 def kernels(folder: str) -> list[Kernel]:

@@ -109,7 +109,7 @@ def causal_attention(q, k, v):
     out = torch.empty((T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((T, H), dtype=torch.float32, device=q.device)
     # a multiple of BLOCK_N, so that the diagonal lies in whole blocks of keys
-    BLOCK_M = 32
+    BLOCK_M = 16
     scale = 1 / math.sqrt(D) if D else 0.0
     _causal_attention_fwd[(triton.cdiv(T, BLOCK_M), H)](
         q,

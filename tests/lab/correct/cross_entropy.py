@@ -79,7 +79,7 @@ class CrossEntropy(torch.autograd.Function):
         loss = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
         lse = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
         cross_entropy_fwd_kernel[(n_rows,)](
-            loss, lse, logits, target, n_cols, logits.stride(0), ignore_index, BLOCK_SIZE=64
+            loss, lse, logits, target, n_cols, logits.stride(0), ignore_index, BLOCK_SIZE=32
         )
         count = (target != ignore_index).sum().float()
         ctx.save_for_backward(logits, target, lse, count)
@@ -92,7 +92,7 @@ class CrossEntropy(torch.autograd.Function):
         logits, target, lse, count = ctx.saved_tensors
         n_rows, n_cols = logits.shape
         grad = torch.empty((n_rows, n_cols), dtype=logits.dtype, device=logits.device)
-        grid = (n_rows, triton.cdiv(n_cols, 64))
+        grid = (n_rows, triton.cdiv(n_cols, 32))
         cross_entropy_bwd_kernel[grid](
             grad,
             dloss,
@@ -103,7 +103,7 @@ class CrossEntropy(torch.autograd.Function):
             n_cols,
             logits.stride(0),
             ctx.ignore_index,
-            BLOCK_SIZE=64,
+            BLOCK_SIZE=32,
         )
         return grad, None, None
 

@@ -112,7 +112,7 @@ class LayerNorm(torch.autograd.Function):
         rstd = torch.empty(M, dtype=torch.float32, device=x.device)
         if x.numel():
             _layer_norm_fwd[(M,)](
-                x, y, weight, bias, mean, rstd, x.stride(0), N, eps, BLOCK_SIZE=64
+                x, y, weight, bias, mean, rstd, x.stride(0), N, eps, BLOCK_SIZE=32
             )
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
@@ -146,8 +146,8 @@ class LayerNorm(torch.autograd.Function):
                 GROUPS=groups,
                 BLOCK_N=triton.next_power_of_2(N),
             )
-            _layer_norm_bwd_dwdb[(triton.cdiv(N, 64),)](
-                partial_dw, partial_db, dw, db, min(groups, M), N, BLOCK_M=4, BLOCK_N=64
+            _layer_norm_bwd_dwdb[(triton.cdiv(N, 32),)](
+                partial_dw, partial_db, dw, db, min(groups, M), N, BLOCK_M=4, BLOCK_N=32
             )
         return dx, dw, db, None
 

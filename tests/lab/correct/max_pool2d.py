@@ -53,7 +53,7 @@ def max_pool2d(x):
     Q = (W + 2 * padding - kernel) // stride + 1
     y = torch.empty((N, C, P, Q), dtype=x.dtype, device=x.device)
     total = y.numel()
-    max_pool2d_kernel[(triton.cdiv(total, 256),)](
+    max_pool2d_kernel[(triton.cdiv(total, 64),)](
         x,
         y,
         *x.stride(),
@@ -66,7 +66,7 @@ def max_pool2d(x):
         KERNEL=kernel,
         STRIDE=stride,
         PADDING=padding,
-        BLOCK=256,
+        BLOCK=64,
     )
     return y
 
