@@ -248,7 +248,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._storages: dict[int, Storage] = {}
-        # of tensors that are no argument, found when a kernel first asks for their memory
+        # of tensors whose address was asked for
         self._others: dict[int, tuple[Extent, Storage]] = {}
 
     def adopt(self, tensor: Tensor) -> None:
@@ -277,22 +277,26 @@ class Memory:
         self._storages = {k: s for k, s in self._storages.items() if not s.weak.expired()}
         self._others = {k: p for k, p in self._others.items() if not p[1].weak.expired()}
 
+    def note(self, tensor: Tensor) -> bool:
+        """Notes memory that a table of pointers may lead to; whether it is news."""
+        if type(tensor) not in _PLAIN or not is_plain(tensor) or tensor.numel() == 0:
+            return False
+        key = tensor.untyped_storage()._cdata
+        if key in self._others and not self._others[key][1].weak.expired():
+            return False
+        self._others[key] = Extent("", tensor, whole_storage=True), self.storage_of(tensor)
+        return True
+
     def other_extents(self) -> Iterator[tuple[Extent, Storage]]:
         """Every live storage of a CPU tensor: a table of pointers may lead to it.
 
-        Those known from before come first, then new tensors before old ones: most often none but
-        the first few are asked for, and all of them are many.
+        First those noted: where a table was made before there was a detector, all the tensors that
+        Python knows.
         """
         yield from list(self._others.values())
-        for generation in range(3):
-            for tensor in gc.get_objects(generation):
-                if type(tensor) not in _PLAIN or not is_plain(tensor) or tensor.numel() == 0:
-                    continue
-                key = tensor.untyped_storage()._cdata
-                if key not in self._others:
-                    pair = Extent("", tensor, whole_storage=True), self.storage_of(tensor)
-                    self._others[key] = pair
-                    yield pair
+        for candidate in gc.get_objects():
+            if type(candidate) in _PLAIN and self.note(candidate):
+                yield self._others[candidate.untyped_storage()._cdata]
 
 
 # of subclasses memory is what they make of it

@@ -54,6 +54,7 @@ def _load() -> None:
     _marks_patches.extend(below)
     _patches.extend(above)
     _patches.append((corrections, "refuse_tile", _refuse_tile))
+    _patches.append((torch.Tensor, "data_ptr", _data_ptr))
     for owner, names in ((torch, _ALLOCATING), (torch.Tensor, ("new_empty", "new_empty_strided"))):
         _patches.extend((owner, name, _allocating(owner, name)) for name in names)
 
@@ -91,6 +92,12 @@ def _allocating(owner: Any, name: str) -> Callable[..., Any]:
         return tensor
 
     return replacement
+
+
+def _data_ptr(self: Any) -> Any:
+    # who asks may put the address into a table
+    accesses.active.memory.note(self)
+    return accesses.originals["data_ptr"](self)
 
 
 # launches
