@@ -9,8 +9,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "catalogue"
 
-# classes that the interpreter cannot see, since it neither compiles nor rounds to TF32
-COMPILED = frozenset({"shared memory", "spills", "TF32 always"})
+# classes that the interpreter cannot see, since it does not compile
+COMPILED = frozenset({"shared memory", "spills"})
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,14 @@ _OF_OP = {
     "cross_entropy": "cross_entropy and not binary",
     "binary_cross_entropy": "binary_cross_entropy and not logits",
 }
+# words of the tests that are made for a class of defects
+_OF_KIND = {
+    "NaN semantics": "special",
+    "TF32 always": "tf32",
+    "ignored strides": "layout",
+    "missing memory format": "layout_of_results",
+    "wrong needs_input_grad index": "alone",
+}
 _OF_FAMILY = {
     "losses": ["tests/test_loss.py"],
     "optim": ["tests/test_optim.py", "tests/test_optim_protocol.py"],
@@ -71,25 +79,26 @@ class Tree:
         archive.unlink()
         self._servers: dict[str, subprocess.Popen[str]] = {}
 
-    def pytest(self, rung: str, *selected: str) -> tuple[int, str]:
-        """Exit status of pytest there, or the negative number of a signal, and what it printed."""
-        output = self.folder / f"{rung}.out"
-        arguments = [*_PYTEST, "--rung", rung, *selected]
-        server = self._server(rung)
+    def ask(self, mode: str, **request: object) -> tuple[int, str]:
+        """Exit status of what `server.py` does in a mode of Triton, and what it printed.
+
+        The status is the negative number of a signal where one ended it.
+        """
+        output = self.folder / f"{mode}.out"
+        server = self._server(mode)
         assert server.stdin is not None
         assert server.stdout is not None
-        request = {"arguments": arguments, "output": str(output)}
-        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.write(json.dumps(request | {"output": str(output)}) + "\n")
         server.stdin.flush()
         return int(server.stdout.readline()), output.read_text(errors="replace")
 
-    def _server(self, rung: str) -> subprocess.Popen[str]:
-        """The process that runs the tests of a rung, with the lowest claim on the machine."""
-        if rung not in self._servers:
+    def _server(self, mode: str) -> subprocess.Popen[str]:
+        """The process of a mode of Triton, with the lowest claim on the machine."""
+        if mode not in self._servers:
             environment = os.environ | {
                 "PYTHONPATH": str(self.folder),
                 # Triton reads it once, when it is imported
-                "TRITON_INTERPRET": "1" if rung == "interpret" else "0",
+                "TRITON_INTERPRET": "1" if mode == "interpret" else "0",
                 # a line replaced within the second would leave the bytecode of the old one valid
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "OMP_NUM_THREADS": "1",
@@ -97,15 +106,26 @@ class Tree:
                 # of the summary, where a test says why it failed
                 "COLUMNS": "400",
             }
-            self._servers[rung] = subprocess.Popen(
-                ["nice", "-n", "10", sys.executable, self.folder / "tests/mutation/server.py"],
+            self._servers[mode] = subprocess.Popen(
+                ["nice", "-n", "10", sys.executable, Path(__file__).with_name("server.py")],
                 cwd=self.folder,
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-        return self._servers[rung]
+        return self._servers[mode]
+
+    @contextlib.contextmanager
+    def changed(self, mutant: Mutant) -> Iterator[None]:
+        """Has the defect inside the block."""
+        file = self.folder / mutant.file
+        source = file.read_text()
+        file.write_text(mutant.applied(source))
+        try:
+            yield
+        finally:
+            file.write_text(source)
 
     def close(self) -> None:
         """Ends the servers."""
@@ -114,7 +134,8 @@ class Tree:
 
     def first_failure(self, rung: str, *selected: str) -> Kill | None:
         """The first test of those selected that fails, or None."""
-        status, printed = self.pytest(rung, "-x", *selected)
+        arguments = [*_PYTEST, "-x", "--rung", rung, *selected]
+        status, printed = self.ask(rung, arguments=arguments)
         if status == 0:
             return None
         if failed := _failed(printed):
@@ -124,9 +145,23 @@ class Tree:
             return Kill(running[-1], f"ended by {signal.Signals(-status).name}", rung)
         raise RuntimeError(f"pytest on {selected} ended with {status}: {printed[-2000:]}")
 
+    def first_finding(self, mode: str, op: str, level: str) -> Kill | None:
+        """What `tritorch check` finds first of an op, or None."""
+        status, printed = self.ask(mode, check=[mode, op, level])
+        if status == 0:
+            return None
+        if status < 0:
+            return Kill("crash", f"{op}: ended by {signal.Signals(-status).name}", mode)
+        try:
+            found = json.loads(printed.splitlines()[-1])
+        except ValueError:
+            raise RuntimeError(f"check {op} ended with {status}: {printed[-2000:]}") from None
+        place = f"{found['file'].rpartition('/')[2]}:{found['line']}" if found["line"] else ""
+        return Kill(f"{found['kind']} {place}".strip(), f"{op}: {found['message']}", mode)
+
     def failing(self, rung: str, tests: Sequence[str]) -> set[str]:
         """Those of the tests that fail."""
-        status, printed = self.pytest(rung, *tests)
+        status, printed = self.ask(rung, arguments=[*_PYTEST, "--rung", rung, *tests])
         if status not in (0, 1):
             raise RuntimeError(f"pytest ended with {status}: {printed[-2000:]}")
         return {test for test, _ in _failed(printed)}
@@ -143,7 +178,7 @@ def _git(*arguments: str) -> str:
     ).stdout
 
 
-def _stages(mutant: Mutant, tree: Tree) -> Iterator[tuple[str, list[str]]]:
+def _stages(mutant: Mutant) -> Iterator[tuple[str, list[str]]]:
     """Rungs and selections of tests, the likeliest to fail first."""
     ops = " or ".join(f"({_OF_OP.get(op, op)})" for op in mutant.ops)
     if mutant.kind in catalogue.COMPILED:
@@ -153,10 +188,10 @@ def _stages(mutant: Mutant, tree: Tree) -> Iterator[tuple[str, list[str]]]:
         return
     if mutant.kind == "lost int64 cast":
         yield "interpret", ["tests/test_offsets.py", "-k", ops]
-    if mutant.survives:
-        # said to be equivalent: enough to see that nothing obvious contradicts
-        yield "interpret", ["tests/test_memory.py", "-k", ops]
-        return
+    if mutant.kind == "TF32 always":
+        yield "interpret", ["tests/test_tf32.py"]
+    if word := _OF_KIND.get(mutant.kind):
+        yield "interpret", ["tests/test_ops.py", "-k", f"{word} and ({ops})"]
     files = ["tests/test_ops.py", "tests/test_memory.py"]
     if mutant.kind == "dropped mask":
         files.reverse()
@@ -168,17 +203,21 @@ def _stages(mutant: Mutant, tree: Tree) -> Iterator[tuple[str, list[str]]]:
 
 
 def killed_by_suite(mutant: Mutant, tree: Tree) -> Kill | None:
-    """The first test that fails with the defect and passes without it."""
-    source = (tree.folder / mutant.file).read_text()
-    for rung, selected in _stages(mutant, tree):
-        (tree.folder / mutant.file).write_text(mutant.applied(source))
-        try:
-            kill = tree.first_failure(rung, *selected)
-        finally:
-            (tree.folder / mutant.file).write_text(source)
-        if kill is not None:
-            return kill
-    return None
+    """The first test that fails with the defect."""
+    kills = (tree.first_failure(rung, *selected) for rung, selected in _stages(mutant))
+    return next((kill for kill in kills if kill is not None), None)
+
+
+def killed_by_check(mutant: Mutant, tree: Tree) -> Kill | None:
+    """What a check finds first with the defect: the quick one, else the full one."""
+    modes = ["compile"] if mutant.kind in catalogue.COMPILED else ["interpret"]
+    kills = (
+        tree.first_finding(mode, op, level)
+        for mode in modes
+        for level in ("quick", "full")
+        for op in mutant.ops
+    )
+    return next((kill for kill in kills if kill is not None), None)
 
 
 def measure(mutants: Sequence[Mutant], halves: Sequence[str], path: Path, again: bool) -> None:
@@ -194,7 +233,8 @@ def measure(mutants: Sequence[Mutant], halves: Sequence[str], path: Path, again:
                 if half in row and not again:
                     continue
                 started = time.monotonic()
-                kill = HALVES[half](mutant, tree)
+                with tree.changed(mutant):
+                    kill = HALVES[half](mutant, tree)
                 row[half] = {
                     "killed": kill is not None,
                     **(_shown(kill) if kill else {}),
@@ -247,7 +287,7 @@ def _row(mutant: Mutant, tree: Tree, known: Mapping[str, Any]) -> dict[str, Any]
     return row | {half: known[half] for half in HALVES if same and half in known}
 
 
-HALVES = {"suite": killed_by_suite}
+HALVES = {"suite": killed_by_suite, "check": killed_by_check}
 
 
 def main() -> None:
@@ -256,7 +296,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("ids", nargs="*", help="only these entries of the catalogue")
+    parser.add_argument("ids", nargs="*", help="these entries; by default all that can be seen")
     parser.add_argument("--half", choices=HALVES, action="append", help="by default every one")
     parser.add_argument("--again", action="store_true", help="measure also what the result has")
     parser.add_argument("--survivors", action="store_true", help="again, what survived before")
@@ -266,7 +306,7 @@ def main() -> None:
     if unknown := set(options.ids) - {mutant.id for mutant in mutants}:
         parser.error(f"no such entry: {', '.join(sorted(unknown))}")
     halves = options.half or list(HALVES)
-    chosen = [mutant for mutant in mutants if not options.ids or mutant.id in options.ids]
+    chosen = [m for m in mutants if (m.id in options.ids if options.ids else not m.survives)]
     if options.survivors:
         rows = report.read(options.result)
         alive = {
