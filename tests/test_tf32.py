@@ -34,10 +34,11 @@ def precisions(monkeypatch):
 
 @pytest.mark.parametrize("own", ["tf32", "ieee"])
 @pytest.mark.parametrize("name", FLAGS)
-def test_only_the_flag_of_the_family_decides(name, own, device, precisions, monkeypatch):
-    for flags in set(FLAGS.values()):
-        other = "ieee" if own == "tf32" else "tf32"
-        monkeypatch.setattr(flags, "fp32_precision", own if flags is FLAGS[name] else other)
+def test_only_the_flag_of_the_family_decides(name, own, device, precisions):
+    # conftest.py puts both back after each test
+    for flags in FLAGS.values():
+        flags.fp32_precision = "ieee" if own == "tf32" else "tf32"
+    FLAGS[name].fp32_precision = own
     spec = next(spec for spec in specs() if spec.name == name)
     sample = next(s.name for s in spec.samples(Maker(torch.float32, "meta")) if s.layouts)
     make = Maker(torch.float32, device, name)
