@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
+from torch.library import opcheck
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -280,7 +281,7 @@ def library(subject: Subject, case: Case, *, required: bool = False) -> list[Fin
         findings.append(Finding("library", "no library op was called", case=str(case)))
     for function, args, kwargs in calls.values():
         try:
-            torch.library.opcheck(function, args, kwargs)
+            opcheck(function, args, kwargs)
         except Exception as error:
             text = next(iter(str(error).strip().splitlines()), repr(error))
             findings.append(Finding("library", f"{function}: {text}", case=str(case)))

@@ -14,11 +14,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritorch.registry import Maker, Subject
-from tritorch.testing import battery, cases, describe, hosting, inputs
+from tritorch.testing import battery, battery_torch, cases, describe, hosting, inputs
 from tritorch.testing.battery import Case
 from tritorch.testing.findings import Finding
 from tritorch.testing.inputs import Inputs
@@ -86,6 +84,8 @@ class Examination:
         self.notes: list[str] = []
         self.tiles: tuple[int, ...] = ()
         self.configurations: dict[str, list[Any]] = {}
+        # the sample of sizes that no other call has
+        self._fresh = ""
 
     def run(self, on_step: Callable[[Step], None] = lambda step: None) -> Iterator[Outcome]:
         """Runs every step; `on_step` hears of each before it starts."""
@@ -97,11 +97,25 @@ class Examination:
                     continue
                 on_step(step)
                 start = time.perf_counter()
-                try:
-                    findings = step.run()
-                except Exception as error:
-                    findings = [battery.raised(error, step.case)]
-                yield Outcome(step, findings, time.perf_counter() - start)
+                yield Outcome(step, self._watched(step), time.perf_counter() - start)
+
+    def _watched(self, step: Step) -> list[Finding]:
+        """Runs a step with every access watched: one out of bounds could end the process."""
+        with contextlib.ExitStack() as stack:
+            detector = None
+            if self.device == "cpu":
+                from tritorch.testing import detectors
+
+                detector = stack.enter_context(detectors.detecting())
+            try:
+                found = step.run()
+            except cases.Refused:
+                # a case that the reference does not take says nothing
+                found = []
+            except Exception as error:
+                found = [battery.raised(error, step.case)]
+        seen = [] if detector is None else detector.findings
+        return found + [replace(finding, case=str(step.case)) for finding in seen]
 
     def section_of(self, finding: Finding, step: Step) -> str:
         """Where a report shows a finding."""
@@ -111,33 +125,34 @@ class Examination:
         """One call that finds out the tiles, and whether the function has gradients."""
         subject = self.subject
         dtype = subject.dtypes[0]
+        first: inputs.Sizes = {}
         if self.inputs is not None:
             first = inputs.choices(self.inputs, (), "quick", self.seed)[0]
             self.subject = subject = self._sized([first])
         name = next(battery.samples_of(subject, dtype)).name
         case = Case(name, dtype, self.device, seed=self.seed)
         launches: list[Any] = []
-        with contextlib.suppress(Exception):
+        gives = False
+        with contextlib.ExitStack() as stack, contextlib.suppress(Exception):
             # what it raises is found by the first step
             if self.device == "cpu":
                 from tritorch.testing import detectors
 
-                with detectors.detecting() as detector:
-                    subject.op(**case.arguments(subject))
-                launches = detector.launches
+                launches = stack.enter_context(detectors.detecting()).launches
+            subject.op(**case.arguments(subject))
+            gives = describe.gives_gradients(subject, dtype, self.device)
         if self.device == "cpu" and not launches:
             self.notes.append("no Triton kernel was launched: what is checked is plain PyTorch")
         self.tiles = inputs.tile_sizes(launches)
-        if subject.gradients:
-            gives = False
-            with contextlib.suppress(Exception):
-                gives = describe.gives_gradients(subject, dtype, self.device)
-            if not gives:
-                self.notes.append("its result requires no gradient: gradients are not checked")
-                self.subject = replace(subject, gradients=())
+        if subject.gradients and not gives:
+            self.notes.append("its result requires no gradient: gradients are not checked")
+            self.subject = replace(subject, gradients=())
         if self.inputs is not None:
             chosen = inputs.choices(self.inputs, self.tiles, self.level, self.seed)
-            self.subject = self._sized([*chosen, *inputs.empties(self.inputs)])
+            chosen += inputs.empties(self.inputs)
+            fresh = inputs.apart(self.inputs, [*chosen, first])
+            self._fresh = self.inputs.name(fresh)
+            self.subject = self._sized([*chosen, fresh])
 
     def _sized(self, sizes: Iterable[inputs.Sizes]) -> Subject:
         assert self.inputs is not None
@@ -149,21 +164,25 @@ class Examination:
         empty = []
         if self.inputs is not None:
             empty = [self.inputs.name(sizes) for sizes in inputs.empties(self.inputs)]
-            names = [name for name in names if name not in empty]
+            names = [name for name in names if name not in (*empty, self._fresh)]
         # beyond a tile in every direction, small in every direction
-        typical = names[1 % len(names)]
+        marked = [s.name for s in battery.samples_of(subject, subject.dtypes[0]) if s.layouts]
+        typical = marked[0] if marked else names[1 % len(names)]
         main = subject.dtypes[0]
 
         def case(name: str = typical, dtype: torch.dtype = main, **options: Any) -> Case:
             return Case(name, dtype, self.device, seed=self.seed, unit_in=self.unit_in, **options)
 
+        # before any cache is filled
+        yield from self._repeats(names, case)
+        # first, before anything else has left its traces
+        yield from self._repeats(names, case)
         yield from self._values(names, case)
         yield from self._layouts(case())
         yield from self._orders(names, case)
         yield from self._masked(names, case)
         yield from self._specials(case)
         yield from self._configurations(names, case)
-        yield from self._repeats(names, case)
         for name in empty:
             one = case(name)
             yield Step("empty tensors", one, partial(battery.values, subject, one))
@@ -175,7 +194,8 @@ class Examination:
 
     def _values(self, names: list[str], case: Callable[..., Case]) -> Iterator[Step]:
         subject, order = self.subject, self._watch()
-        exact = subject.accuracy == "multilinear"
+        # integers in which sums are exact, or ties are many
+        exact = subject.accuracy in ("multilinear", "exact")
         others = names if self.level != "quick" else names[:3]
         if exact:
             for name in names:
@@ -190,10 +210,15 @@ class Examination:
                 yield Step("rounding", one, partial(battery.values, subject, one, order=watched))
         for scale in (1e-3, 1e3) if self.level != "quick" else ():
             one = case(scale=scale)
-            yield Step("rounding", one, partial(battery.values, subject, one))
+            yield Step("rounding", one, partial(battery.scaled, subject, one))
         if subject.gradients:
             one = case()
-            yield Step("gradients", one, partial(battery.each_gradient_alone, subject, one))
+            for check in (
+                battery.each_gradient_alone,
+                battery_torch.views,
+                battery_torch.second_gradient,
+            ):
+                yield Step("gradients", one, partial(check, subject, one))
 
     def _layouts(self, typical: Case) -> Iterator[Step]:
         subject, order = self.subject, self._watch()
@@ -231,11 +256,16 @@ class Examination:
             yield Step("masked lanes", one, partial(battery.masked_lanes, self.subject, one))
 
     def _specials(self, case: Callable[..., Case]) -> Iterator[Step]:
-        for name in self.subject.non_finite:
+        subject, tiles = self.subject, self.tiles if self.level != "quick" else ()
+        given = case().arguments(subject)
+        for name in subject.non_finite:
+            value = given[name]
+            shape = value.shape if isinstance(value, Tensor) else ()
             for number in battery.SPECIAL:
-                one = case(special=(name, number))
-                run = partial(battery.special_values, self.subject, one)
-                yield Step("special values", one, run)
+                for at in (None, *battery.corners(shape, tiles)):
+                    one = case(special=(name, number), special_at=at)
+                    run = partial(battery.special_values, subject, one)
+                    yield Step("special values", one, run)
 
     def _configurations(self, names: list[str], case: Callable[..., Case]) -> Iterator[Step]:
         """Each configuration of each autotuned kernel, on its own."""
@@ -280,10 +310,10 @@ class Examination:
         subject = self.subject
         one = case()
         yield Step("repeated calls", one, partial(battery.repeatability, subject, one))
-        others = [case(name) for name in names[:4] if name != one.sample]
-        others += [case(one.sample, dtype) for dtype in subject.dtypes[1:2]]
-        sequence = [one, *others]
-        yield Step("repeated calls", one, partial(battery.history, subject, sequence))
+        fresh = case(self._fresh) if self._fresh else one
+        sequence = battery.history_of(subject, fresh, names[:4])
+        yield Step("repeated calls", fresh, partial(battery.history, subject, sequence))
+        yield Step("repeated calls", one, partial(battery.repeatability, subject, one))
 
     def _offsets(self, case: Callable[..., Case]) -> Iterator[Step]:
         if self.device != "cpu":
@@ -294,42 +324,7 @@ class Examination:
                 yield Step("offsets", one, partial(battery.offsets, self.subject, one, name))
 
     def _library(self, one: Case) -> Iterator[Step]:
-        with contextlib.suppress(Exception), _Recorded() as recorded:
-            self.subject.op(**one.arguments(self.subject))
-        for function, args, kwargs in {call[0]: call for call in recorded.calls}.values():
-            run = partial(opcheck, function, args, kwargs, one)
-            yield Step("torch.library", one, run)
-
-
-def opcheck(function: Any, args: Any, kwargs: Any, one: Case) -> list[Finding]:
-    """torch.library's own checks of an op that the call ran."""
-    try:
-        torch.library.opcheck(function, args, kwargs)
-    except Exception as error:
-        text = str(error).strip().splitlines()
-        return [Finding("library", f"{function}: {text[0] if text else error!r}", case=str(one))]
-    return []
-
-
-# namespaces of torch's own ops
-_TORCHS = frozenset(("aten", "prim", "prims", "profiler", "inductor", "debugprims", "triton"))
-
-
-class _Recorded(TorchDispatchMode):
-    """Collects the calls of ops that are not torch's own."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[Any, Any, Any]] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function.namespace not in _TORCHS:
-            # the ops know nothing of autograd: the Function around them does
-            given = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))
-            self.calls.append((function, *given))
-        return function(*args, **(kwargs or {}))
+        yield Step("torch.library", one, partial(battery_torch.library, self.subject, one))
 
 
 def shrink(

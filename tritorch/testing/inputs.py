@@ -274,11 +274,24 @@ def choices(inputs: Inputs, tiles: Sequence[int], level: str, seed: int) -> list
     return unique[: {"quick": 12, "full": 60, "soak": 400}[level]]
 
 
+def apart(inputs: Inputs, taken: Iterable[Sizes]) -> dict[str, int]:
+    """Small sizes none of which is taken, so that no cache can know them."""
+    known = [dict(sizes) for sizes in taken]
+    found: dict[str, int] = {}
+    for letter in inputs.letters:
+        used = {sizes.get(letter) for sizes in known} | set(found.values())
+        candidates = (inputs.allowed(letter, size) for size in itertools.count(17))
+        found[letter] = next(size for size in candidates if size not in used)
+    return found
+
+
 def empties(inputs: Inputs) -> list[dict[str, int]]:
     """One choice of sizes for each letter that is 0."""
     small = dict(zip(inputs.letters, itertools.cycle(_SMALL), strict=False))
     small = {letter: inputs.allowed(letter, size) for letter, size in small.items()}
-    return [small | {letter: 0} for letter in inputs.letters]
+    # there is no index into nothing
+    bounds = {tensor.bound for tensor in inputs.tensors}
+    return [small | {letter: 0} for letter in inputs.letters if letter not in bounds]
 
 
 # what functions of one to three tensors commonly look like
