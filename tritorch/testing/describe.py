@@ -85,7 +85,7 @@ def gives_gradients(subject: Subject, dtype: torch.dtype, device: str = "cpu") -
 def classify(reference: Callable[..., Any], arguments: dict[str, Argument]) -> Accuracy:
     """By which rule the rounding of what the reference computes is judged."""
     result = _outputs(_call(reference, arguments))
-    if all(not output.is_floating_point() or _copies(output, arguments) for output in result):
+    if result and _only_copies(reference, arguments, result):
         return "exact"
     floating = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()]
     if len(result) != 1 or not floating:
@@ -158,6 +158,17 @@ def _copies(output: Tensor, arguments: dict[str, Argument]) -> bool:
     return bool(torch.isin(output.reshape(-1), known).all())
 
 
+def _only_copies(
+    reference: Callable[..., Any], arguments: dict[str, Argument], result: tuple[Tensor, ...]
+) -> bool:
+    """Whether the outputs hold the arguments' values, and the gradients those of the outputs'."""
+    if not all(not output.is_floating_point() or _copies(output, arguments) for output in result):
+        return False
+    floating = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    grads, given = _gradients(reference, arguments, floating)
+    return all(_copies(grad, {"given": given}) for grad in grads.values())
+
+
 def _mutated(reference: Callable[..., Any], arguments: dict[str, Argument]) -> tuple[str, ...]:
     copies = {n: cases.map_tensors(v, lambda t: t.detach().clone()) for n, v in arguments.items()}
     reference(**copies)
@@ -170,6 +181,13 @@ def _differentiable(
     function: Callable[..., Any], arguments: dict[str, Argument], names: Iterable[str]
 ) -> tuple[str, ...]:
     """The arguments of `names`, if a result of the function requires their gradients."""
+    return tuple(_gradients(function, arguments, names)[0])
+
+
+def _gradients(
+    function: Callable[..., Any], arguments: dict[str, Argument], names: Iterable[str]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients by argument, and all that was sent into the outputs, as one tensor."""
     given = {
         name: cases.map_tensors(value, lambda tensor: tensor.detach().clone())
         for name, value in arguments.items()
@@ -179,18 +197,20 @@ def _differentiable(
         value = given[name]
         if isinstance(value, Tensor) and value.is_floating_point():
             chosen[name] = value.requires_grad_()
+    nothing: tuple[dict[str, Tensor], Tensor] = {}, torch.zeros(1)
     try:
         results = _outputs(function(**given))
     except RuntimeError:
         # it writes to a leaf, say
-        return ()
+        return nothing
     outputs = [output for output in results if output.requires_grad]
     if not outputs or not chosen:
-        return ()
-    found = torch.autograd.grad(
-        outputs,
-        list(chosen.values()),
-        [torch.ones_like(output) for output in outputs],
-        allow_unused=True,
-    )
-    return tuple(name for name, grad in zip(chosen, found, strict=True) if grad is not None)
+        return nothing
+    generator = torch.Generator().manual_seed(2)
+    sent = [
+        torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+        for output in outputs
+    ]
+    found = torch.autograd.grad(outputs, list(chosen.values()), sent, allow_unused=True)
+    grads = {name: g for name, g in zip(chosen, found, strict=True) if g is not None}
+    return grads, torch.cat([grad.reshape(-1) for grad in sent])
