@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tritorch import __version__
+from tritorch import __version__, check_command
 
 if TYPE_CHECKING:
     from tritorch.screen import Screen
@@ -44,6 +44,9 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
 @click.version_option(__version__, prog_name="tritorch")
 def main() -> None:
     """Hand-written Triton kernels behind torch's interface."""
+
+
+main.add_command(check_command.check)
 
 
 @main.command()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from tritorch.registry import Maker, OpSpec, Sample
 from tritorch.testing import describe, examine, hosting, interpreter, parts, reproduction, supervise
 from tritorch.testing.findings import Finding
-from tritorch.testing.parts import TARGETS, Request
+from tritorch.testing.parts import LIMITS, TARGETS, Request
 from tritorch.testing.report import Report
 
 # seconds that one case may take in a process of its own
@@ -101,16 +103,22 @@ def check(
     )
     run = _Run(request, timeout, on_event or (lambda event: None))
     here = not isinstance(fn, str) and interpreter.interpreting() and request.device == "cpu"
-    if here:
-        run.here(fn, reference, samples, {**fixed, "dtypes": tuple(dtypes) if dtypes else None})
-    else:
+    if not here:
         _must_be_known(request, fn, reference, samples)
-        run.apart("cuda" if request.device == "cuda" else "interpret")
-    if request.targets and not request.case:
-        if request.target and (reference is None or request.reference):
-            run.apart("compile")
+    compiles = bool(request.targets) and not request.case
+    if compiles and not (request.target and (reference is None or request.reference)):
+        compiles = False
+        run.report.section(LIMITS).skipped = "its functions have no name to import"
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        # beside each other: a machine that interprets has a second core to compile on
+        compiling = pool.submit(run.apart, "compile") if compiles else None
+        if here:
+            constants = {**fixed, "dtypes": tuple(dtypes) if dtypes else None}
+            run.here(fn, reference, samples, constants)
         else:
-            run.report.section("GPU limits").skipped = "its functions have no name to import"
+            run.apart("cuda" if request.device == "cuda" else "interpret")
+        if compiling is not None:
+            compiling.result()
     return run.finish(reproductions)
 
 
@@ -127,6 +135,7 @@ class _Run:
         )
         # what a reproduction of each finding needs: its case and its inputs
         self.shown: list[tuple[Finding, str, str]] = []
+        self.lock = threading.Lock()
 
     def here(
         self,
@@ -170,8 +179,13 @@ class _Run:
         self._hear({"event": event, **fields})
 
     def _hear(self, event: supervise.Event) -> None:
+        with self.lock:
+            self._note(event)
+            self.on_event(event)
+
+    def _note(self, event: supervise.Event) -> None:
         kind = event["event"]
-        if kind == "begin":
+        if kind == "begin" and event["part"] != "compile":
             self.report.reference = event["reference"]
             self.report.notes += event["notes"]
         elif kind == "end":
@@ -184,10 +198,11 @@ class _Run:
             finding = parts.as_finding(event["finding"])
             for new in self.report.add(event["section"], [finding]):
                 self.shown.append((new, event["id"], event["pinned"]))
-        self.on_event(event)
 
     def finish(self, folder: str | Path | None) -> Report:
         self.report.seconds = time.perf_counter() - self.start
+        if LIMITS in self.report.sections:
+            self.report.sections[LIMITS] = self.report.sections.pop(LIMITS)
         if folder is not None and self.shown:
             for finding, case, pinned in self.shown:
                 request = replace(self.request, case=case, inputs=pinned or self.request.inputs)

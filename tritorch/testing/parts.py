@@ -20,6 +20,8 @@ Say = Callable[..., None]
 
 # GPUs whose limits a kernel is held to unless its user names others
 TARGETS = ("sm_80", "sm_90")
+# the section of a report that the compiling part fills
+LIMITS = "GPU limits"
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def run(part: str, fields: dict[str, Any], say: Say) -> None:
 def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = True) -> None:
     """Runs the battery; events "begin", "doing", "outcome" and "end"."""
     folder = _folder(found.subject)
-    say("begin", reference=found.reference, notes=found.notes)
+    say("begin", part="battery", reference=found.reference, notes=found.notes)
     examination = examine.Examination(
         found.subject,
         inputs=found.inputs,
@@ -254,7 +256,7 @@ def compile_part(request: Request, found: Asked, say: Say) -> None:
     for dtype in subject.dtypes:
         name = next(iter(wanted(Maker(dtype, "meta")))).name
         case = f"{name}, {str(dtype).removeprefix('torch.')}"
-        say("doing", property="GPU limits", case=case, folder=folder)
+        say("doing", property=LIMITS, case=case, folder=folder)
         arguments = dict(next(iter(wanted(Maker(dtype)))).arguments)
 
         def call(arguments: dict[str, Any] = arguments) -> None:
@@ -276,9 +278,9 @@ def compile_part(request: Request, found: Asked, say: Say) -> None:
 
         contract: Any = request.contract
         findings = gpu_limits.limits(call, request.targets, contract)
-        say("outcome", section="GPU limits", seconds=0.0)
+        say("outcome", section=LIMITS, seconds=0.0)
         for finding in findings:
-            say("finding", section="GPU limits", finding=finding.to_json(), id="", pinned="")
+            say("finding", section=LIMITS, finding=finding.to_json(), id="", pinned="")
 
 
 def _bounded(text: Inputs, sizes: dict[str, int]) -> dict[str, int]:
