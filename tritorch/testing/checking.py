@@ -18,7 +18,7 @@ from tritorch.registry import Maker, OpSpec, Sample
 from tritorch.testing import describe, examine, hosting, interpreter, parts, reproduction, supervise
 from tritorch.testing.findings import Finding
 from tritorch.testing.parts import LIMITS, TARGETS, Request
-from tritorch.testing.report import Report
+from tritorch.testing.report import MEMORY, Report
 
 # seconds that one case may take in a process of its own
 TIMEOUT = 120.0
@@ -190,6 +190,8 @@ class _Run:
             self.report.notes += event["notes"]
         elif kind == "end":
             self.report.notes += event["notes"]
+            if event["watched"]:
+                self.report.section(MEMORY).cases = event["watched"]
         elif kind == "outcome":
             section = self.report.section(event["section"])
             section.cases += 1
@@ -201,8 +203,9 @@ class _Run:
 
     def finish(self, folder: str | Path | None) -> Report:
         self.report.seconds = time.perf_counter() - self.start
-        if LIMITS in self.report.sections:
-            self.report.sections[LIMITS] = self.report.sections.pop(LIMITS)
+        for last in (MEMORY, LIMITS):
+            if last in self.report.sections:
+                self.report.sections[last] = self.report.sections.pop(last)
         if folder is not None and self.shown:
             for finding, case, pinned in self.shown:
                 request = replace(self.request, case=case, inputs=pinned or self.request.inputs)

@@ -20,6 +20,7 @@ from tritorch.testing import battery, battery_torch, cases, describe, hosting, i
 from tritorch.testing.battery import Case
 from tritorch.testing.findings import Finding
 from tritorch.testing.inputs import Inputs
+from tritorch.testing.report import MEMORY
 
 Level: TypeAlias = Literal["quick", "full", "soak"]
 LEVELS: tuple[Level, ...] = ("quick", "full", "soak")
@@ -97,9 +98,9 @@ class Examination:
                     continue
                 on_step(step)
                 start = time.perf_counter()
-                yield Outcome(step, self._watched(step), time.perf_counter() - start)
+                yield Outcome(step, self.watched(step), time.perf_counter() - start)
 
-    def _watched(self, step: Step) -> list[Finding]:
+    def watched(self, step: Step) -> list[Finding]:
         """Runs a step with every access watched: one out of bounds could end the process."""
         with contextlib.ExitStack() as stack:
             detector = None
@@ -119,7 +120,7 @@ class Examination:
 
     def section_of(self, finding: Finding, step: Step) -> str:
         """Where a report shows a finding."""
-        return "memory" if finding.kind in _MEMORY else step.section
+        return MEMORY if finding.kind in _MEMORY else step.section
 
     def _probe(self) -> None:
         """One call that finds out the tiles, and whether the function has gradients."""
@@ -189,11 +190,13 @@ class Examination:
         yield from self._offsets(case)
         yield from self._library(case())
 
-    def _watch(self) -> Any:
+    @property
+    def watch(self) -> Any:
+        """The order in which programs are watched; None on a GPU."""
         return "forward" if self.device == "cpu" else None
 
     def _values(self, names: list[str], case: Callable[..., Case]) -> Iterator[Step]:
-        subject, order = self.subject, self._watch()
+        subject, order = self.subject, self.watch
         # integers in which sums are exact, or ties are many
         exact = subject.accuracy in ("multilinear", "exact")
         others = names if self.level != "quick" else names[:3]
@@ -221,7 +224,7 @@ class Examination:
                 yield Step("gradients", one, partial(check, subject, one))
 
     def _layouts(self, typical: Case) -> Iterator[Step]:
-        subject, order = self.subject, self._watch()
+        subject, order = self.subject, self.watch
         for name, value in typical.arguments(subject).items():
             if not isinstance(value, Tensor) or value.dim() == 0:
                 continue
@@ -281,7 +284,7 @@ class Examination:
 
     def _configured(self, index: int, one: Case) -> list[Finding]:
         with hosting.hosted(config=index):
-            found = battery.values(self.subject, one, order=self._watch())
+            found = battery.values(self.subject, one, order=self.watch)
         shown = "; ".join(
             f"{kernel} {configs[min(index, len(configs) - 1)]}"
             for kernel, configs in self.configurations.items()
@@ -335,8 +338,14 @@ def shrink(
     None where the sizes are not a text's, or none smaller shows it.
     """
     text = examination.inputs
-    if text is None or step.section in ("empty tensors", "torch.library", "repeated calls"):
+    if text is None or step.section in ("empty tensors", "torch.library"):
         return None
+    if step.section == "repeated calls":
+        if finding.kind not in _MEMORY:
+            return None
+        # one call shows what a sequence did
+        run = partial(battery.values, examination.subject, step.case, order=examination.watch)
+        step = replace(step, run=run)
     sizes = _sizes(text, step.case.sample)
     if sizes is None:
         return None
@@ -367,11 +376,10 @@ def _again(
         subject if value is original else one if value == step.case else value
         for value in function.args
     ]
+    run = partial(function.func, *arguments, **function.keywords)
     examination.subject = subject
     try:
-        found = function.func(*arguments, **function.keywords)
-    except Exception:
-        return None
+        found = examination.watched(Step(step.section, one, run))
     finally:
         examination.subject = original
     return next((f for f in found if (f.kind, f.line) == (finding.kind, finding.line)), None)

@@ -222,8 +222,10 @@ def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = Tr
         say("doing", property=step.section, case=str(step.case), folder=folder)
 
     known: set[Any] = set()
+    count = 0
     for outcome in examination.run(doing):
         step = outcome.step
+        count += 1
         say("outcome", section=step.section, seconds=outcome.seconds)
         for finding in outcome.findings:
             if finding.key in known:
@@ -235,7 +237,8 @@ def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = Tr
                 pinned = found.inputs.pinned(sizes) if found.inputs is not None else ""
             section = examination.section_of(finding, step)
             say("finding", section=section, finding=finding.to_json(), id=step.id, pinned=pinned)
-    say("end", notes=examination.notes)
+    watched = count if request.device == "cpu" else 0
+    say("end", notes=examination.notes, watched=watched)
 
 
 def compile_part(request: Request, found: Asked, say: Say) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 
 from tritorch.testing.findings import Finding
 
+# the section of what the detectors see: its cases are all the others'
+MEMORY = "memory"
+
 
 @dataclass
 class Section:
@@ -58,8 +61,9 @@ class Report:
 
     @property
     def findings(self) -> list[Finding]:
-        """Every defect once, in the order in which they were found."""
-        return [finding for section in self.sections.values() for finding in section.findings]
+        """Every defect once: first what has a line, then in the order of finding."""
+        found = [finding for section in self.sections.values() for finding in section.findings]
+        return sorted(found, key=lambda finding: finding.line == 0)
 
     @property
     def ok(self) -> bool:
@@ -69,7 +73,7 @@ class Report:
     @property
     def cases(self) -> int:
         """How many cases were run, of all properties."""
-        return sum(section.cases for section in self.sections.values())
+        return sum(s.cases for s in self.sections.values() if s.name != MEMORY)
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
