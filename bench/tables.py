@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,34 +64,48 @@ def _second_gradient(spec: OpSpec) -> str:
 
 
 def results_table(folder: Path = RESULTS) -> str:
-    """One row per timed row of every committed result file, slowest claim first to be checked:
-    verified or not.
+    """One row per GPU, op and pass: the newest time of each shape, summed over the shapes.
+
+    A shape counts as often as its workload has it.  No speed-up is given where one of the shapes
+    was not verified.
     """
-    rows = [
-        (
-            str(environment.get("gpu")),
-            str(environment.get("date"))[:10],
-            str(row["op"]),
-            str(row["pass"]),
-            str(row["implementation"]),
-            f"{row['median_us']:.1f}",
-            f"{row['speedup']:.2f}"
-            if row.get("verified") and row.get("speedup")
-            else "not verified",
-        )
-        for environment, row in _timed(folder)
-    ]
-    if not rows:
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for environment, row in _timed(folder):
+        named = (row["op"], row["pass"], row.get("name"), row["shape"])
+        newest[(str(environment["gpu"]), *map(str, named))] = row
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for (gpu, op, which, _, shape), row in newest.items():
+        # sums of whole steps would mix batch sizes
+        groups.setdefault((gpu, op, which, shape if which == "train_step" else ""), []).append(row)
+    if not groups:
         return "No result of a GPU is committed yet: nothing is claimed about speed.\n"
-    header = ("GPU", "date", "op", "pass", "implementation", "median, us", "speed-up over torch")
+    rows = [(*key[:3], *_summed(key[3], rows)) for key, rows in sorted(groups.items())]
+    header = ("GPU", "op", "pass", "shapes", "tritorch, us", "torch, us", "speed-up", "weakest")
     return _markdown(header, rows)
 
 
-def _timed(folder: Path) -> Iterator[tuple[dict[str, object], dict[str, float]]]:
-    for path in sorted(folder.glob("*/**/*.json")):
-        result = json.loads(path.read_text())
+def _summed(shape: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    ours, torchs = (
+        sum(row.get("count", 1) * row[key] for row in rows) for key in ("median_us", "baseline_us")
+    )
+    wrong = sum(not row["verified"] for row in rows)
+    if rows[0]["pass"] == "host":
+        speedup, weakest = "", ""
+    elif wrong:
+        speedup, weakest = "", f"{wrong} not verified"
+    else:
+        speedup = f"{torchs / ours:.2f}"
+        weakest = f"{min(row['speedup'] for row in rows):.2f}"
+    return shape or str(len(rows)), f"{ours:.0f}", f"{torchs:.0f}", speedup, weakest
+
+
+def _timed(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows that have a baseline, of the oldest result first."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*/**/*.json"))]
+    results = [result for result in results if result["environment"].get("gpu")]
+    for result in sorted(results, key=lambda result: str(result["environment"].get("date"))):
         for row in result["rows"]:
-            if "median_us" in row and result["environment"].get("gpu"):
+            if "baseline_us" in row:
                 yield result["environment"], row
 
 

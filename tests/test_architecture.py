@@ -79,17 +79,22 @@ ROOMS = (
         may="stdlib torch tritorch.launch",
     ),
     Room(
+        "tritorch/testing/plugin.py",
+        "the fixture costs a run nothing that does not use it",
+        may="stdlib pytest",
+        lazily="tritorch",
+    ),
+    Room(
         "tritorch/testing/*.py",
         "testing works without pytest, and imports triton when it is used",
         may="stdlib numpy torch"
         " tritorch.backend tritorch.launch tritorch.registry tritorch.testing",
-        lazily="triton",
-        unused="torch.library",
+        lazily="triton tritorch.ops",
     ),
     Room("tritorch/data/make_digits.py", "a script run by hand", may="stdlib numpy sklearn"),
     Room("tritorch/data/*.py", "data knows no op", may="stdlib numpy torch"),
     Room(
-        "tritorch/cli.py tritorch/screen.py tritorch/train.py",
+        "tritorch/cli.py tritorch/check_command.py tritorch/screen.py tritorch/train.py",
         "programs use what a user has, and record where their results come from",
         may="stdlib click numpy rich torch tritorch",
         lazily="matplotlib triton",

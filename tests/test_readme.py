@@ -29,18 +29,40 @@ def test_a_stale_table_is_seen():
         tables.regenerated("<!-- table: unknown -->\n<!-- end -->")
 
 
-def test_unverified_rows_show_no_speedup(tmp_path):
-    (tmp_path / "gpu").mkdir()
-    row = {"op": "relu", "pass": "forward", "implementation": "tritorch"}
-    row |= {"median_us": 2.0, "speedup": 3.0}
-    environment = {"gpu": "G", "date": "2026-01-02T03:04:05"}
-    rows = [row | {"verified": verified} for verified in (True, False)]
-    result = json.dumps({"environment": environment, "rows": rows})
-    (tmp_path / "gpu" / "1.json").write_text(result)
-    table = tables.results_table(tmp_path).splitlines()
-    assert table[2] == "| G | 2026-01-02 | relu | forward | tritorch | 2.0 | 3.00 |"
-    assert table[3] == "| G | 2026-01-02 | relu | forward | tritorch | 2.0 | not verified |"
-    assert "No result of a GPU" in tables.results_table(tmp_path / "gpu")
+def test_results_are_summed_and_unverified_ones_show_no_speedup(tmp_path):
+    def result(date, rows):
+        environment = {"gpu": "G", "date": date}
+        (tmp_path / "gpu").mkdir(exist_ok=True)
+        text = json.dumps({"environment": environment, "rows": rows})
+        (tmp_path / "gpu" / f"{date}.json").write_text(text)
+
+    def row(op, which, shape, ours, torchs, verified=True, **more):
+        times = {"median_us": ours, "baseline_us": torchs, "speedup": torchs / ours}
+        return {"op": op, "pass": which, "shape": shape, **times, "verified": verified, **more}
+
+    result("2026-01-01", [row("relu", "forward", [1], 100.0, 1.0)])
+    result(
+        "2026-01-02",
+        [
+            # newer than the one above
+            row("relu", "forward", [1], 2.0, 3.0),
+            row("relu", "forward", [2], 4.0, 2.0, count=2),
+            row("relu", "backward", [1], 2.0, 9.0),
+            row("relu", "backward", [2], 2.0, 9.0, verified=False),
+            row("relu", "host", [], 5.0, 1.0, verified=False),
+            row("net", "train_step", [8], 4.0, 6.0),
+            row("net", "train_step", [9], 4.0, 2.0),
+            {"op": "copy", "pass": "forward", "shape": [1], "median_us": 1.0},
+        ],
+    )
+    assert tables.results_table(tmp_path).splitlines()[2:] == [
+        "| G | net | train_step | [8] | 4 | 6 | 1.50 | 1.50 |",
+        "| G | net | train_step | [9] | 4 | 2 | 0.50 | 0.50 |",
+        "| G | relu | backward | 2 | 4 | 18 |  | 1 not verified |",
+        "| G | relu | forward | 2 | 10 | 7 | 0.70 | 0.50 |",
+        "| G | relu | host | 1 | 5 | 1 |  |  |",
+    ]
+    assert "No result of a GPU" in tables.results_table(tmp_path / "gpu" / "none")
 
 
 def test_examples_run():
