@@ -186,10 +186,13 @@ def _second(
     """The gradient of the sum of the gradients' cosines, which no constant factor hides."""
     generator = torch.Generator().manual_seed(case.seed)
     outputs = [output for output in call(*inputs) if output.requires_grad]
-    weights = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+    # the decorator minds whether these require a gradient
+    weights = [torch.randn(o.shape, generator=generator).to(o).requires_grad_() for o in outputs]
     grads = torch.autograd.grad(outputs, inputs, weights, create_graph=True, allow_unused=True)
     total = sum((grad.cos().sum() for grad in grads if grad is not None), inputs[0].new_zeros(()))
-    return torch.autograd.grad(total, inputs, allow_unused=True)
+    # unlike grad(), it goes everywhere, and meets what the decorator left to raise
+    torch.autograd.backward(total)
+    return tuple(tensor.grad for tensor in inputs)
 
 
 def _of_inputs(
