@@ -215,24 +215,29 @@ def run(
 
     with poisoned_memory():
         outputs = outputs_of(call(function, given), spec.name)
-        grads = _differentiate(outputs, given, grad_outputs)
+        grads = differentiate(outputs, given, grad_outputs)
 
     for name, value in given.items():
         if name not in spec.mutates and not bitwise_equal(value, before[name]):
             raise Mutated(spec.name, name)
-    written = {
+    return Outcome(tuple(output.detach() for output in outputs), grads, written(spec, given))
+
+
+def written(spec: Subject, given: Mapping[str, Argument]) -> dict[str, Tensor]:
+    """The arguments that a call may write, as it left them."""
+    return {
         f"{name}[{i}]" if isinstance(given[name], list) else name: tensor.detach()
         for name in spec.mutates
-        for i, tensor in enumerate(_tensors(given.get(name)))
+        for i, tensor in enumerate(tensors_of(given.get(name)))
     }
-    return Outcome(tuple(output.detach() for output in outputs), grads, written)
 
 
-def _differentiate(
+def differentiate(
     outputs: tuple[Tensor, ...],
     given: dict[str, Argument],
     grad_outputs: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, Tensor]:
+    """The gradients of the arguments that require one, by name."""
     leaves = {n: v for n, v in given.items() if isinstance(v, Tensor) and v.requires_grad}
     differentiable = [output for output in outputs if output.requires_grad]
     if not leaves or not differentiable or grad_outputs is None:
@@ -246,7 +251,8 @@ def _differentiate(
     return {n: g.detach() for n, g in zip(leaves, found, strict=True) if g is not None}
 
 
-def _tensors(value: Argument) -> list[Tensor]:
+def tensors_of(value: Argument) -> list[Tensor]:
+    """The tensors of an argument: itself, or those of a list."""
     if isinstance(value, Tensor):
         return [value]
     return value if isinstance(value, list) else []
@@ -256,7 +262,7 @@ def bitwise_equal(value: Argument, before: Argument) -> bool:
     """Whether tensors, or lists of them, have the same shapes, dtypes and bits, NaN included."""
     return all(
         now.shape == then.shape and now.dtype == then.dtype and torch.equal(_bits(now), _bits(then))
-        for now, then in zip(_tensors(value), _tensors(before), strict=True)
+        for now, then in zip(tensors_of(value), tensors_of(before), strict=True)
     )
 
 
@@ -456,7 +462,7 @@ def _scales(
     for i in floating:
         if f"output {i}" not in scales:
             scales[f"output {i}"] = derive(one(i), values).output
-    if any(0 in t.stride() for value in [*arguments.values(), *grads] for t in _tensors(value)):
+    if any(0 in t.stride() for value in [*arguments.values(), *grads] for t in tensors_of(value)):
         # equal terms round alike: their errors add up in step, not as a random walk
         for scale in scales.values():
             scale["terms"] = scale["terms"].square()

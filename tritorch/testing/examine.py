@@ -91,7 +91,7 @@ class Examination:
     def run(self, on_step: Callable[[Step], None] = lambda step: None) -> Iterator[Outcome]:
         """Runs every step; `on_step` hears of each before it starts."""
         with hosting.hosted() as host:
-            self._probe()
+            self._probe(on_step)
             self.configurations = host.configurations
             for step in self._steps():
                 if self.only and step.id != self.only:
@@ -113,7 +113,7 @@ class Examination:
             except cases.Refused:
                 # a case that the reference does not take says nothing
                 found = []
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 found = [battery.raised(error, step.case)]
         seen = [] if detector is None else detector.findings
         return found + [replace(finding, case=str(step.case)) for finding in seen]
@@ -122,7 +122,7 @@ class Examination:
         """Where a report shows a finding."""
         return MEMORY if finding.kind in _MEMORY else step.section
 
-    def _probe(self) -> None:
+    def _probe(self, on_step: Callable[[Step], None]) -> None:
         """One call that finds out the tiles, and whether the function has gradients."""
         subject = self.subject
         dtype = subject.dtypes[0]
@@ -132,9 +132,10 @@ class Examination:
             self.subject = subject = self._sized([first])
         name = next(battery.samples_of(subject, dtype)).name
         case = Case(name, dtype, self.device, seed=self.seed)
+        on_step(Step("first call", case, list))
         launches: list[Any] = []
         gives = False
-        with contextlib.ExitStack() as stack, contextlib.suppress(Exception):
+        with contextlib.ExitStack() as stack, contextlib.suppress(Exception, SystemExit):
             # what it raises is found by the first step
             if self.device == "cpu":
                 from tritorch.testing import detectors
@@ -174,9 +175,7 @@ class Examination:
         def case(name: str = typical, dtype: torch.dtype = main, **options: Any) -> Case:
             return Case(name, dtype, self.device, seed=self.seed, unit_in=self.unit_in, **options)
 
-        # before any cache is filled
-        yield from self._repeats(names, case)
-        # first, before anything else has left its traces
+        # before anything else has left its traces
         yield from self._repeats(names, case)
         yield from self._values(names, case)
         yield from self._layouts(case())
@@ -312,7 +311,6 @@ class Examination:
     def _repeats(self, names: list[str], case: Callable[..., Case]) -> Iterator[Step]:
         subject = self.subject
         one = case()
-        yield Step("repeated calls", one, partial(battery.repeatability, subject, one))
         fresh = case(self._fresh) if self._fresh else one
         sequence = battery.history_of(subject, fresh, names[:4])
         yield Step("repeated calls", fresh, partial(battery.history, subject, sequence))
@@ -331,11 +329,16 @@ class Examination:
 
 
 def shrink(
-    examination: Examination, step: Step, finding: Finding, *, most: int = 24
+    examination: Examination,
+    step: Step,
+    finding: Finding,
+    on_step: Callable[[Step], None] = lambda step: None,
+    *,
+    most: int = 24,
 ) -> tuple[inputs.Sizes, Finding] | None:
     """Smaller sizes with which the same property still has the same kind of finding.
 
-    None where the sizes are not a text's, or none smaller shows it.
+    None where the sizes are not a text's, or none smaller shows it.  `on_step` hears of every try.
     """
     text = examination.inputs
     if text is None or step.section in ("empty tensors", "torch.library"):
@@ -357,7 +360,7 @@ def shrink(
             if smaller == sizes or tried >= most:
                 continue
             tried += 1
-            again = _again(examination, step, text, smaller, finding)
+            again = _again(examination, step, text, smaller, finding, on_step)
             if again is not None:
                 best, sizes = (smaller, again), smaller
                 break
@@ -365,7 +368,12 @@ def shrink(
 
 
 def _again(
-    examination: Examination, step: Step, text: Inputs, sizes: inputs.Sizes, finding: Finding
+    examination: Examination,
+    step: Step,
+    text: Inputs,
+    sizes: inputs.Sizes,
+    finding: Finding,
+    on_step: Callable[[Step], None],
 ) -> Finding | None:
     original, name = examination.subject, text.name(sizes)
     one = replace(step.case, sample=name)
@@ -378,8 +386,10 @@ def _again(
     ]
     run = partial(function.func, *arguments, **function.keywords)
     examination.subject = subject
+    smaller = Step(step.section, one, run)
+    on_step(smaller)
     try:
-        found = examination.watched(Step(step.section, one, run))
+        found = examination.watched(smaller)
     finally:
         examination.subject = original
     return next((f for f in found if (f.kind, f.line) == (finding.kind, finding.line)), None)
