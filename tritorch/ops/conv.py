@@ -259,9 +259,13 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("depthwise-5x5", (1, 16, 5, 4), (16, 1, 5, 5), padding=2, groups=16, **last)
     yield sample("depthwise-same", image, (5, 1, 2, 4), padding="same", dilation=(1, 3), groups=5)
     yield sample("depthwise-gaps", (1, 5, 8, 9), (5, 1, 2, 1), stride=4, groups=5)
+    # sums over several tiles of pixels each
+    yield sample("depthwise-splits", (1, 8, 9, 9), (8, 1, 3, 3), padding=1, groups=8, **last)
     yield sample("unbatched", (5, 6, 4), (6, 5, 3, 3), padding=1)
     yield sample("empty-batch", (0, 5, 6, 4), (6, 5, 3, 3), padding=1)
     yield sample("empty-batch-depthwise", (0, 5, 6, 4), (5, 1, 3, 3), padding=1, groups=5)
+    # channels along memory that are no whole vectors
+    yield sample("fours", (1, 12, 4, 5), (20, 12, 1, 1), **last)
     yield sample("tile-edges", (1, 33, 3, 4), (65, 33, 3, 3), padding=1)
     yield sample("channel-blocks", (1, 120, 2, 3), (40, 120, 2, 1), padding=(1, 0), **last)
     yield sample("split-sum", (1, 256, 2, 1), (16, 256, 3, 1), padding=(1, 0), **last)
