@@ -134,7 +134,7 @@ def _call(function: Callable[..., Any], arguments: dict[str, Argument]) -> Any:
         name: cases.map_tensors(value, lambda tensor: tensor.detach().clone())
         for name, value in arguments.items()
     }
-    return function(**copies)
+    return cases.call(function, copies)
 
 
 def _outputs(result: Any) -> tuple[Tensor, ...]:
@@ -171,7 +171,7 @@ def _only_copies(
 
 def _mutated(reference: Callable[..., Any], arguments: dict[str, Argument]) -> tuple[str, ...]:
     copies = {n: cases.map_tensors(v, lambda t: t.detach().clone()) for n, v in arguments.items()}
-    reference(**copies)
+    cases.call(reference, copies)
     return tuple(
         name for name, value in copies.items() if not cases.bitwise_equal(value, arguments[name])
     )
@@ -199,7 +199,7 @@ def _gradients(
             chosen[name] = value.requires_grad_()
     nothing: tuple[dict[str, Tensor], Tensor] = {}, torch.zeros(1)
     try:
-        results = _outputs(function(**given))
+        results = _outputs(cases.call(function, given))
     except RuntimeError:
         # it writes to a leaf, say
         return nothing

@@ -1,12 +1,12 @@
 """What the arguments of a function look like, in a line of text, and the sizes to try it with.
 
-    x[M, K] weight[N, K%16] index[M]:int64<K eps=1e-5 N=64
+    x[M, K] weight[N, K%16] index[M]:int64<K eps=1e-5 shape=(M, 2) N=64
 
 A tensor is a name and its sizes: a letter stands for any size, the same letter for the same one, a
 number for itself; `K%16` says that only multiples of 16 are meant.  A dtype behind a colon is that
 tensor's in every case, others have the dtype under test; `<K` bounds integers from above, 0 is
-their least.  `eps=1e-5` is an argument that is no tensor (a Python literal), and `N=64` fixes a
-letter that occurs as a size.
+their least.  `eps=1e-5` is an argument that is no tensor: a Python literal, which may name letters
+to have their numbers.  `N=64` fixes a letter that occurs as a size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tritorch.registry import Argument, Maker, Sample
+from tritorch.testing import cases
 
 Sizes = Mapping[str, int]
 
@@ -58,6 +59,10 @@ class Inputs:
     text: str
     tensors: tuple[TensorInput, ...]
     values: dict[str, Argument]
+    # all arguments by name, in the order of the text
+    names: tuple[str, ...]
+    # the values that name letters
+    sized: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, int] = field(default_factory=dict)
     multiples: dict[str, int] = field(default_factory=dict)
 
@@ -80,8 +85,10 @@ class Inputs:
     def sample(self, sizes: Sizes, make: Maker) -> Sample:
         """One call."""
         whole = {**self.fixed, **sizes}
-        arguments: dict[str, Any] = {t.name: _tensor(t, whole, make) for t in self.tensors}
-        return Sample(self.name(sizes), **arguments | self.values)
+        made: dict[str, Any] = {t.name: _tensor(t, whole, make) for t in self.tensors}
+        made |= self.values
+        made |= {name: _with_sizes(text, whole) for name, text in self.sized.items()}
+        return Sample(self.name(sizes), **{name: made[name] for name in self.names})
 
     def name(self, sizes: Sizes) -> str:
         """How a sample is called: "M=33 K=17"."""
@@ -108,25 +115,31 @@ def parse(text: str, fn: Callable[..., Any] | None = None) -> Inputs:
     Raises ValueError: says what could not be read, and with `fn` which parameter is missing.
     """
     tensors: list[TensorInput] = []
-    values: dict[str, Argument] = {}
+    words: dict[str, str] = {}
+    names: list[str] = []
     multiples: dict[str, int] = {}
     rest = text
     while rest := rest.lstrip(" ,;\n"):
         if match := _TENSOR.match(rest):
             tensors.append(_tensor_input(match, multiples))
         elif match := _VALUE.match(rest):
-            values[match["name"]] = _literal(match["value"])
+            words[match["name"]] = match["value"]
         else:
             raise ValueError(
                 "inputs: expects tensors such as x[M, K] and values such as eps=1e-5, "
                 f"received {rest.split()[0]!r}"
             )
+        if match["name"] in names:
+            raise ValueError(f"inputs: {match['name']} occurs twice")
+        names.append(match["name"])
         rest = rest[match.end() :]
     letters = {size for tensor in tensors for size in tensor.sizes if isinstance(size, str)}
+    sized = {name: word for name, word in words.items() if _names_sizes(word, letters)}
+    values = {name: _literal(word) for name, word in words.items() if name not in sized}
     fixed: dict[str, int] = {}
     for name in letters & values.keys():
         value = values.pop(name)
-        if not isinstance(value, int) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"inputs: the size {name} must be a number, received {value!r}")
         fixed[name] = value
     for tensor in tensors:
@@ -134,7 +147,8 @@ def parse(text: str, fn: Callable[..., Any] | None = None) -> Inputs:
             raise ValueError(f"inputs: {tensor.name} is bounded by {tensor.bound}, no size")
     if not tensors:
         raise ValueError("inputs: there is no tensor among the arguments")
-    found = Inputs(text, tuple(tensors), values, fixed, multiples)
+    arguments = tuple(name for name in names if name not in fixed)
+    found = Inputs(text, tuple(tensors), values, arguments, sized, fixed, multiples)
     if fn is not None:
         _check_signature(fn, found)
     return found
@@ -175,8 +189,27 @@ def _literal(text: str) -> Argument:
     return value
 
 
+def _names_sizes(text: str, letters: Collection[str]) -> bool:
+    """Whether a value is made of letters: one, or a tuple or list with some."""
+    try:
+        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+    except SyntaxError:
+        return False
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return bool(names) and names <= set(letters)
+
+
+def _with_sizes(text: str, sizes: Sizes) -> Argument:
+    class Numbers(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.AST:
+            return ast.copy_location(ast.Constant(sizes[node.id]), node)
+
+    value: Argument = ast.literal_eval(Numbers().visit(ast.parse(text, mode="eval")))
+    return value
+
+
 def _check_signature(fn: Callable[..., Any], inputs: Inputs) -> None:
-    given = {tensor.name for tensor in inputs.tensors} | inputs.values.keys()
+    given = set(inputs.names)
     try:
         parameters = inspect.signature(fn).parameters
     except (TypeError, ValueError):
@@ -256,12 +289,16 @@ def choices(inputs: Inputs, tiles: Sequence[int], level: str, seed: int) -> list
     least = min(tiles)
     # beyond one tile in every direction, by another number in each
     found.append({letter: small[letter] + least for letter in letters})
-    edges = sizes_around(tiles, level)
-    for edge in reversed(edges):
+    # a whole number of tiles tells least
+    edges = sorted(
+        sizes_around(tiles, level),
+        key=lambda edge: (edge in tiles, edge != max(tiles) + 1, edge > 1, -edge),
+    )
+    for edge in edges:
         for letter in letters:
             found.append(small | {letter: edge})
     if level != "quick":
-        found += [dict.fromkeys(letters, edge) for edge in reversed(edges)]
+        found += [dict.fromkeys(letters, edge) for edge in edges]
         draw = random.Random(seed)
         most = 2 * max(tiles) + 1
         for _ in range(10 if level == "full" else 200):
@@ -294,47 +331,65 @@ def empties(inputs: Inputs) -> list[dict[str, int]]:
     return [small | {letter: 0} for letter in inputs.letters if letter not in bounds]
 
 
-# what functions of one to three tensors commonly look like
+# what functions of one to three tensors commonly look like; before each its more general forms
 _COMMON = {
     1: ("{0}[M, N]", "{0}[N]", "{0}[N, C, H, W]", "{0}[B, M, N]"),
     2: (
+        "{0}[M, K] {1}[K, N]",
+        "{0}[M, K] {1}[N, K]",
         "{0}[M, N] {1}[M, N]",
         "{0}[N] {1}[N]",
-        "{0}[M, K] {1}[K, N]",
         "{0}[M, N] {1}[N]",
-        "{0}[M, K] {1}[N, K]",
         "{0}[M, V] {1}[M]:int64<V",
+        "{0}[V, D] {1}[M]:int64<V",
+        "{0}[M]:int64<V {1}[V, D]",
         "{0}[N, C, H, W] {1}[K, C, 3, 3]",
     ),
     3: (
-        "{0}[M, N] {1}[N] {2}[N]",
         "{0}[M, K] {1}[K, N] {2}[N]",
         "{0}[M, K] {1}[N, K] {2}[N]",
-        "{0}[M, N] {1}[M, N] {2}[M, N]",
         "{0}[B, H, M, D] {1}[B, H, N, D] {2}[B, H, N, D]",
+        "{0}[M, N] {1}[M, N] {2}[M, N]",
+        "{0}[M, N] {1}[N] {2}[N]",
         "{0}[N] {1}[N] {2}[N]",
     ),
 }
+_INDEX = re.compile(r"target|label|ind(ex|ices)|idx|ids?$|token", re.IGNORECASE)
+_AFFINE = re.compile(r"weight|bias|gamma|beta|scale|shift|^[wb]$", re.IGNORECASE)
 
 
 def guess(fn: Callable[..., Any], reference: Callable[..., Any]) -> str:
-    """The first common description with which the reference works.
+    """The first common description with which the reference works, those first that suit the names.
 
     Parameters with defaults keep them.  Raises ValueError where none fits.
     """
     parameters = inspect.signature(fn).parameters.values()
-    names = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    for pattern in _COMMON.get(len(names), ()):
+    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    names = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+    patterns = sorted(_COMMON.get(len(names), ()), key=lambda text: _unlikely(text, names))
+    for pattern in patterns:
         text = pattern.format(*names)
         inputs = parse(text)
         sizes = dict(zip(inputs.letters, itertools.cycle(_SMALL), strict=False))
+        arguments = inputs.sample(sizes, Maker(seed="guess")).arguments
         try:
-            result = reference(**inputs.sample(sizes, Maker(seed="guess")).arguments)
+            result = cases.outputs_of(cases.call(reference, arguments))
         except Exception:
             continue
-        if isinstance(result, Tensor | tuple):
+        if result:
             return text
     raise ValueError(
         f"inputs: what {getattr(fn, '__name__', fn)}({', '.join(names)}) takes cannot be guessed: "
         "say what its arguments look like, for example 'x[M, K] weight[N, K] eps=1e-5'"
     )
+
+
+def _unlikely(pattern: str, names: Sequence[str]) -> int:
+    """How many of the names suggest another thing: a target is an index, a bias has no rows."""
+    tensors = parse(pattern.format(*names)).tensors
+    wrong = 0
+    for tensor in tensors:
+        wrong += (tensor.dtype is not None) != (_INDEX.search(tensor.name) is not None)
+        broadcasts = tensor is not tensors[0] and _AFFINE.search(tensor.name) is not None
+        wrong += broadcasts and tensor.sizes == tensors[0].sizes
+    return wrong
