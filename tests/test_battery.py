@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tritorch.registry import Sample, Subject
-from tritorch.testing import battery, battery_torch, cases
-from tritorch.testing.battery import Case
+from tritorch.testing import battery, battery_torch, calls, cases, trials
+from tritorch.testing.trials import Case
 
 pytestmark = pytest.mark.reference
 
@@ -96,7 +96,7 @@ def test_the_reference_has_every_property(check):
 
 @pytest.mark.parametrize("number", battery.SPECIAL)
 def test_the_reference_has_its_own_special_values(number):
-    for at in (None, *battery.corners((6, 5), [4])):
+    for at in (None, *trials.corners((6, 5), [4])):
         case = replace(CASE, special=("input", number), special_at=at)
         assert battery.special_values(PRODUCT, case, strict=True) == []
 
@@ -191,7 +191,7 @@ def test_results_may_come_in_lists_and_dicts_and_as_numbers():
 def test_arguments_go_by_position_where_their_names_differ():
     subject = wrong(lambda a, b, /: a @ b, reference=torch.matmul)
     assert battery.values(subject, CASE) == []
-    assert cases.call(lambda x, *, weight: (x, weight), {"input": 1, "weight": 2}) == (1, 2)
+    assert calls.call(lambda x, *, weight: (x, weight), {"input": 1, "weight": 2}) == (1, 2)
 
 
 def test_a_wrong_index_is_exact_evidence():
@@ -326,7 +326,7 @@ def test_a_layout_may_be_declined_but_not_misread():
 
     (case,) = [
         one
-        for one in battery.with_each_layout(PRODUCT, CASE, "transposed")
+        for one in trials.with_each_layout(PRODUCT, CASE, "transposed")
         if one.layout == ("input", "transposed")
     ]
     assert battery.values(PRODUCT, case) == []
@@ -424,10 +424,10 @@ def test_a_library_op_is_checked():
 
 
 def test_corners_are_one_at_a_time():
-    assert battery.corners((6, 5)) == [(5, 4), (0, 0)]
-    assert battery.corners((6, 5), [4]) == [(5, 4), (0, 0), (4, 4), (3, 3)]
-    assert battery.corners((0, 5)) == []
-    tensor = battery.with_special(torch.zeros(6, 5), 1.0, (5, 4))
+    assert trials.corners((6, 5)) == [(5, 4), (0, 0)]
+    assert trials.corners((6, 5), [4]) == [(5, 4), (0, 0), (4, 4), (3, 3)]
+    assert trials.corners((0, 5)) == []
+    tensor = trials.with_special(torch.zeros(6, 5), 1.0, (5, 4))
     assert tensor.nonzero().tolist() == [[5, 4]]
 
 

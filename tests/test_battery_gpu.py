@@ -8,7 +8,7 @@ import torch
 
 from tritorch.registry import Sample, Subject
 from tritorch.testing import battery_gpu, cases
-from tritorch.testing.battery import Case
+from tritorch.testing.trials import Case
 
 pytestmark = pytest.mark.reference
 

@@ -7,7 +7,7 @@ import torch
 
 import tritorch.ops  # noqa: F401  declares the specs
 from tritorch.registry import specs
-from tritorch.testing import cases
+from tritorch.testing import cases, scales
 
 pytestmark = pytest.mark.reference
 
@@ -88,8 +88,8 @@ def test_only_wanted_gradients_come_back():
 
 def test_equal_terms_widen_the_bound():
     arguments = linear_arguments()
-    plain = cases._scales(LINEAR, arguments, [torch.ones(7, 6)])
-    repeated = cases._scales(LINEAR, arguments, [torch.ones(()).expand(7, 6)])
+    plain = scales.scales_of(LINEAR, arguments, [torch.ones(7, 6)])
+    repeated = scales.scales_of(LINEAR, arguments, [torch.ones(()).expand(7, 6)])
     for what, scale in plain.items():
         assert torch.equal(repeated[what]["terms"], scale["terms"].square())
 

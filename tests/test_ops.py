@@ -8,8 +8,8 @@ import torch
 import tritorch.ops  # noqa: F401  declares the specs
 from tritorch import backend
 from tritorch.registry import Maker, specs
-from tritorch.testing import battery, battery_torch, cases
-from tritorch.testing.battery import Case
+from tritorch.testing import battery, battery_torch, cases, trials
+from tritorch.testing.trials import Case
 
 pytestmark = pytest.mark.interpret
 
@@ -24,7 +24,7 @@ def samples(select=lambda spec, sample: True, dtypes=tuple(NAMES), where=lambda 
         if where(spec)
         for dtype in spec.dtypes
         if dtype in dtypes
-        for sample in battery.samples_of(spec, dtype)
+        for sample in trials.samples_of(spec, dtype)
         if select(spec, sample)
     ]
 
@@ -40,7 +40,7 @@ def differentiable(spec):
 
 def typical(spec, device, **options):
     """The first sample that is repeated with every layout: small, with every argument."""
-    name = next(s.name for s in battery.samples_of(spec, torch.float32) if s.layouts)
+    name = next(s.name for s in trials.samples_of(spec, torch.float32) if s.layouts)
     return Case(name, torch.float32, device, **options)
 
 
@@ -83,7 +83,7 @@ def test_integers_are_exact(spec, dtype, name, device):
         for spec in specs()
         for scale in (1e-3, 1e3)
         # a probability cannot be any size
-        if not battery.refused(spec, typical(spec, "cpu", scale=scale))
+        if not trials.refused(spec, typical(spec, "cpu", scale=scale))
     ],
 )
 def test_any_scale(spec, scale, device):
@@ -108,7 +108,7 @@ def test_tf32_is_not_used_elsewhere(spec, device):
 )
 def test_any_input_layout(spec, dtype, name, layout, device):
     case = Case(name, dtype, device)
-    laid_out = battery.with_each_layout(spec, case, layout)
+    laid_out = trials.with_each_layout(spec, case, layout)
     check([finding for one in laid_out for finding in battery.values(spec, one)])
 
 
@@ -135,7 +135,7 @@ def test_special_values(spec, value, device):
     for argument in spec.non_finite:
         one = typical(spec, device, special=(argument, value))
         shape = case.arguments(spec)[argument].shape
-        for at in (None, *battery.corners(shape)):
+        for at in (None, *trials.corners(shape)):
             found += battery.special_values(spec, replace(one, special_at=at), strict=True)
     check(found)
 
@@ -160,7 +160,7 @@ def test_repeats_bitwise(spec, device):
 @pytest.mark.parametrize("spec", by_op())
 def test_no_call_depends_on_others(spec, device):
     """Other numbers, memory, dtypes and shapes come between two calls that are the same."""
-    others = [sample.name for sample in battery.samples_of(spec, torch.float32)][:3]
+    others = [sample.name for sample in trials.samples_of(spec, torch.float32)][:3]
     check(battery.history(spec, battery.history_of(spec, typical(spec, device), others)))
 
 

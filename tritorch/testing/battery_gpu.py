@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tritorch.registry import Argument, Subject
-from tritorch.testing import cases
-from tritorch.testing.battery import Case, judged, outcome, raised, same_bits
+from tritorch.testing import calls, cases
 from tritorch.testing.cases import Outcome
 from tritorch.testing.findings import Finding
+from tritorch.testing.trials import Case, judged, outcome, raised, same_bits
 
 # some 30 milliseconds: longer than any host code takes to get ahead
 _DELAY_CYCLES = 50_000_000
@@ -66,7 +66,7 @@ def side_stream(subject: Subject, case: Case) -> list[Finding]:
         return findings
     # makes the gradients too, on a stream that is waited for
     _once(subject, _leaves(subject, arguments), make_grad)
-    late = _leaves(subject, {n: cases.map_tensors(v, _stale) for n, v in arguments.items()})
+    late = _leaves(subject, {n: calls.map_tensors(v, _stale) for n, v in arguments.items()})
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -99,7 +99,7 @@ def guard_bands(subject: Subject, case: Case) -> list[Finding]:
 
         return place
 
-    given = {name: cases.map_tensors(v, banded(name)) for name, v in arguments.items()}
+    given = {name: calls.map_tensors(v, banded(name)) for name, v in arguments.items()}
     actual = _once(subject, _leaves(subject, given, copy=False), case.gradient(subject))
     for band in bands.values():
         if band.written():
@@ -143,7 +143,7 @@ def _leaves(
 ) -> dict[str, Argument]:
     """Arguments to call with, those with a gradient as leaves."""
     given = {
-        name: cases.map_tensors(value, torch.clone if copy else torch.detach)
+        name: calls.map_tensors(value, torch.clone if copy else torch.detach)
         for name, value in arguments.items()
     }
     for name in subject.gradients:
@@ -157,7 +157,7 @@ def _once(
     subject: Subject, given: dict[str, Argument], make_grad: Callable[[Tensor], Tensor]
 ) -> Outcome:
     """One call and its gradients, without the copies and checks that a capture does not allow."""
-    outputs = cases.outputs_of(cases.call(subject.op, given), subject.name)
+    outputs = calls.outputs_of(calls.call(subject.op, given), subject.name)
     grads = cases.differentiate(outputs, given, make_grad)
     return Outcome(
         tuple(output.detach() for output in outputs), grads, cases.written(subject, given)
@@ -182,7 +182,7 @@ def _write(given: Mapping[str, Argument], values: Mapping[str, Argument]) -> Non
     with torch.no_grad():
         for name, value in values.items():
             for target, source in zip(
-                cases.tensors_of(given[name]), cases.tensors_of(value), strict=True
+                calls.tensors_of(given[name]), calls.tensors_of(value), strict=True
             ):
                 target.copy_(source)
 

@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritorch.registry import Argument, Subject
-from tritorch.testing import cases, interpreter
-from tritorch.testing.battery import Case, different, judged, outcome, raised, same_bits
+from tritorch.testing import calls, cases, interpreter
 from tritorch.testing.findings import Finding
+from tritorch.testing.trials import Case, different, judged, outcome, raised, same_bits
 
 # namespaces of torch's own ops
 _TORCHS = frozenset(("aten", "prim", "prims", "profiler", "inductor", "debugprims", "triton"))
@@ -92,7 +92,7 @@ Change = Callable[[dict[str, Argument]], dict[str, Argument]]
 
 
 def _replacing(target: str, source: str, view: Callable[[Tensor], Tensor]) -> Change:
-    return lambda given: given | {target: cases.map_tensors(given[source], view)}
+    return lambda given: given | {target: calls.map_tensors(given[source], view)}
 
 
 def _changed(
@@ -106,7 +106,7 @@ def _changed(
     """Judges the subject where both functions get their arguments changed."""
 
     def changing(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda **given: cases.call(function, change(given))
+        return lambda **given: calls.call(function, change(given))
 
     changed = replace(subject, op=changing(subject.op), reference=changing(subject.reference))
     actual, findings = outcome(changed, case, arguments, order=order)
@@ -208,9 +208,9 @@ def _of_inputs(
     }
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        fresh = {n: cases.map_tensors(v, torch.clone) for n, v in given.items()}
-        result = cases.call(subject.op, fresh | dict(zip(named, tensors, strict=True)))
-        outputs = cases.outputs_of(result, subject.name)
+        fresh = {n: calls.map_tensors(v, torch.clone) for n, v in given.items()}
+        result = calls.call(subject.op, fresh | dict(zip(named, tensors, strict=True)))
+        outputs = calls.outputs_of(result, subject.name)
         return tuple(output for output in outputs if output.is_floating_point())
 
     return call, list(named.values())
@@ -225,7 +225,7 @@ def autocast(subject: Subject, case: Case) -> list[Finding]:
     def under_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(**arguments: Argument) -> Any:
             with torch.autocast(device, dtype=torch.bfloat16):
-                return cases.call(function, arguments)
+                return calls.call(function, arguments)
 
         return call
 

@@ -9,7 +9,6 @@ tolerance rule; tests and checks are loops over these three.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +20,8 @@ from torch import Tensor
 
 from tritorch.registry import Argument, Maker, Sample, Subject
 from tritorch.testing import tolerances
+from tritorch.testing.calls import call, map_tensors, outputs_of, tensors_of
+from tritorch.testing.scales import scales_of
 
 LAYOUTS = ("sliced", "transposed", "channels_last", "misaligned", "expanded")
 GRAD_LAYOUTS = ("sliced", "transposed", "channels_last", "misaligned", "ones")
@@ -54,51 +55,6 @@ class Mutated(AssertionError):
 
 class Refused(RuntimeError):
     """The reference does not take a call, which therefore says nothing about the subject."""
-
-
-def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """Calls `function` with `arguments` by name or, where it names them otherwise, in their order.
-
-    What it takes by keyword alone is passed by keyword in either case.
-    """
-    try:
-        signature = inspect.signature(function)
-        signature.bind(**arguments)
-    except ValueError:
-        # functions of torch that are written in C++ have no signature
-        return function(*arguments.values())
-    except TypeError:
-        by_keyword = {
-            name
-            for name, parameter in signature.parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY and name in arguments
-        }
-        return function(
-            *(value for name, value in arguments.items() if name not in by_keyword),
-            **{name: arguments[name] for name in by_keyword},
-        )
-    return function(**arguments)
-
-
-def outputs_of(result: Any, name: str = "the function") -> tuple[Tensor, ...]:
-    """The tensors of a result: of tuples, lists and dicts (by sorted keys) too, without None.
-
-    A number becomes a tensor of no dimensions.  Raises TypeError for anything else.
-    """
-    if result is None:
-        return ()
-    if isinstance(result, Tensor):
-        return (result,)
-    if isinstance(result, bool | int | float):
-        return (torch.tensor(result, dtype=torch.float64 if type(result) is float else None),)
-    if isinstance(result, Mapping):
-        result = [result[key] for key in sorted(result)]
-    if isinstance(result, tuple | list):
-        return tuple(output for one in result for output in outputs_of(one, name))
-    raise TypeError(
-        f"{name} returns {type(result).__name__}, where tensors are expected, "
-        "alone or in tuples, lists and dicts"
-    )
 
 
 def sample_of(spec: Subject, name: str, make: Maker) -> Sample:
@@ -141,15 +97,6 @@ def relayout(tensor: Tensor, layout: str) -> Tensor:
 def _garbage(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     value = float("nan") if tensor.is_floating_point() else 113
     return torch.full(shape, value, dtype=tensor.dtype, device=tensor.device)
-
-
-def map_tensors(value: Argument, function: Callable[[Tensor], Tensor]) -> Argument:
-    """Applies `function` to a tensor, or to each tensor of a list; leaves other arguments."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, list):
-        return [function(tensor) for tensor in value]
-    return value
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -249,13 +196,6 @@ def differentiate(
         allow_unused=True,
     )
     return {n: g.detach() for n, g in zip(leaves, found, strict=True) if g is not None}
-
-
-def tensors_of(value: Argument) -> list[Tensor]:
-    """The tensors of an argument: itself, or those of a list."""
-    if isinstance(value, Tensor):
-        return [value]
-    return value if isinstance(value, list) else []
 
 
 def bitwise_equal(value: Argument, before: Argument) -> bool:
@@ -379,7 +319,7 @@ def judge(
     if len(actual.outputs) != len(truth.outputs):
         said = f"number: {len(actual.outputs)} outputs, where torch gives {len(truth.outputs)}"
         return [Judgement("result", _refusal(said))]
-    scales = _scales(spec, there, given, wanted)
+    scales = scales_of(spec, there, given, wanted)
     values, baselines = dict(actual.named()), dict(baseline.named())
     found = []
     for what, true in truth.named():
@@ -408,68 +348,3 @@ def judge(
 
 def _refusal(said: str) -> tolerances.Verdict:
     return tolerances.Verdict(False, math.inf, None, said)
-
-
-def _scales(
-    spec: Subject,
-    arguments: dict[str, Argument],
-    grads: list[Tensor],
-    wanted: Iterable[str] | None = None,
-) -> dict[str, Any]:
-    """Keyword arguments of `compare` for the floating-point outputs and the gradients.
-
-    grads: of the outputs that are differentiable, in their order.
-    """
-    gradients = spec.gradients if wanted is None else tuple(wanted)
-    if spec.accuracy == "exact" or (spec.mutates and not gradients):
-        return {}
-    multilinear = spec.accuracy == "multilinear"
-    derive = tolerances.derive_scales if multilinear else tolerances.derive_conditions
-    names = list(arguments)
-    # by the number of an output, filled by the first call
-    floating: list[int] = []
-    differentiable: list[int] = []
-
-    def outputs(values: tuple[Argument, ...]) -> tuple[Tensor, ...]:
-        given = dict(zip(names, values, strict=True))
-        # torch refuses a gradient of what has none, and what the op writes would be written three
-        # times
-        fixed = {n: map_tensors(v, Tensor.detach) for n, v in given.items() if n not in gradients}
-        fresh = {n: map_tensors(given[n], lambda t: t.detach().clone()) for n in spec.mutates}
-        found = outputs_of(call(spec.reference, given | fixed | fresh))
-        floating[:] = [i for i, output in enumerate(found) if output.is_floating_point()]
-        differentiable[:] = [i for i in floating if found[i].requires_grad]
-        return found
-
-    def one(number: int) -> Callable[..., Tensor]:
-        return lambda *values: outputs(values)[number].double()
-
-    def all_as_one(*values: Argument) -> Tensor:
-        found = outputs(values)
-        return torch.cat([found[i].double().reshape(-1) for i in differentiable])
-
-    values = list(arguments.values())
-    outputs(tuple(map_tensors(value, _float64) for value in values))
-    scales: dict[str, Any] = {}
-    if len(grads) == 1:
-        derived = derive(one(differentiable[0]), values, grads[0])
-        scales[f"output {differentiable[0]}"] = derived.output
-    elif grads:
-        derived = derive(all_as_one, values, torch.cat([g.double().reshape(-1) for g in grads]))
-    for name, scale in zip(names, derived.grads if grads else [None] * len(names), strict=True):
-        if scale is not None:
-            scales[f"gradient of {name}"] = scale
-    for i in floating:
-        if f"output {i}" not in scales:
-            scales[f"output {i}"] = derive(one(i), values).output
-    if any(0 in t.stride() for value in [*arguments.values(), *grads] for t in tensors_of(value)):
-        # equal terms round alike: their errors add up in step, not as a random walk
-        for scale in scales.values():
-            scale["terms"] = scale["terms"].square()
-    return scales
-
-
-def _float64(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor.detach().double().requires_grad_()

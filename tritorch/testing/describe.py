@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tritorch.registry import Argument, Maker, Sample, Subject
-from tritorch.testing import cases
+from tritorch.testing import calls, cases
 
 Accuracy = Literal["exact", "multilinear", "composite"]
 
@@ -131,10 +131,10 @@ def _first(samples: Callable[[Maker], Iterable[Sample]], make: Maker) -> dict[st
 
 def _call(function: Callable[..., Any], arguments: dict[str, Argument]) -> Any:
     copies = {
-        name: cases.map_tensors(value, lambda tensor: tensor.detach().clone())
+        name: calls.map_tensors(value, lambda tensor: tensor.detach().clone())
         for name, value in arguments.items()
     }
-    return cases.call(function, copies)
+    return calls.call(function, copies)
 
 
 def _outputs(result: Any) -> tuple[Tensor, ...]:
@@ -170,8 +170,8 @@ def _only_copies(
 
 
 def _mutated(reference: Callable[..., Any], arguments: dict[str, Argument]) -> tuple[str, ...]:
-    copies = {n: cases.map_tensors(v, lambda t: t.detach().clone()) for n, v in arguments.items()}
-    cases.call(reference, copies)
+    copies = {n: calls.map_tensors(v, lambda t: t.detach().clone()) for n, v in arguments.items()}
+    calls.call(reference, copies)
     return tuple(
         name for name, value in copies.items() if not cases.bitwise_equal(value, arguments[name])
     )
@@ -189,7 +189,7 @@ def _gradients(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients by argument, and all that was sent into the outputs, as one tensor."""
     given = {
-        name: cases.map_tensors(value, lambda tensor: tensor.detach().clone())
+        name: calls.map_tensors(value, lambda tensor: tensor.detach().clone())
         for name, value in arguments.items()
     }
     chosen: dict[str, Tensor] = {}
@@ -199,7 +199,7 @@ def _gradients(
             chosen[name] = value.requires_grad_()
     nothing: tuple[dict[str, Tensor], Tensor] = {}, torch.zeros(1)
     try:
-        results = _outputs(cases.call(function, given))
+        results = _outputs(calls.call(function, given))
     except RuntimeError:
         # it writes to a leaf, say
         return nothing

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from tritorch.registry import Maker, Subject
-from tritorch.testing import battery, battery_torch, cases, describe, hosting, inputs
-from tritorch.testing.battery import Case
+from tritorch.testing import battery, battery_torch, cases, describe, hosting, inputs, trials
 from tritorch.testing.findings import Finding
 from tritorch.testing.inputs import Inputs
 from tritorch.testing.report import MEMORY
+from tritorch.testing.trials import Case
 
 Level: TypeAlias = Literal["quick", "full", "soak"]
 LEVELS: tuple[Level, ...] = ("quick", "full", "soak")
@@ -117,7 +117,7 @@ class Examination:
                 # a case that the reference does not take says nothing
                 found = []
             except (Exception, SystemExit) as error:
-                found = [battery.raised(error, step.case)]
+                found = [trials.raised(error, step.case)]
         seen = [] if detector is None else detector.findings
         return found + [replace(finding, case=str(step.case)) for finding in seen]
 
@@ -133,7 +133,7 @@ class Examination:
         if self.inputs is not None:
             first = inputs.choices(self.inputs, (), "quick", self.seed)[0]
             self.subject = subject = self._sized([first])
-        name = next(battery.samples_of(subject, dtype)).name
+        name = next(trials.samples_of(subject, dtype)).name
         case = Case(name, dtype, self.device, seed=self.seed)
         on_step(Step("first call", case, list))
         launches: list[Any] = []
@@ -165,13 +165,13 @@ class Examination:
 
     def _steps(self) -> Iterator[Step]:
         subject = self.subject
-        names = [sample.name for sample in battery.samples_of(subject, subject.dtypes[0])]
+        names = [sample.name for sample in trials.samples_of(subject, subject.dtypes[0])]
         empty = []
         if self.inputs is not None:
             empty = [self.inputs.name(sizes) for sizes in inputs.empties(self.inputs)]
             names = [name for name in names if name not in (*empty, self._fresh)]
         # beyond a tile in every direction, small in every direction
-        marked = [s.name for s in battery.samples_of(subject, subject.dtypes[0]) if s.layouts]
+        marked = [s.name for s in trials.samples_of(subject, subject.dtypes[0]) if s.layouts]
         typical = marked[0] if marked else names[1 % len(names)]
         main = subject.dtypes[0]
         if self.inputs is None and self.level == "quick":
@@ -229,7 +229,7 @@ class Examination:
         subject, one = self.subject, case()
         if subject.double_backward:
             # by finite differences: of a small sample, in float64
-            samples = battery.samples_of(subject, subject.dtypes[0])
+            samples = trials.samples_of(subject, subject.dtypes[0])
             small = [sample.name for sample in samples if sample.gradcheck]
             if not small or torch.float64 not in subject.dtypes:
                 return
@@ -279,7 +279,7 @@ class Examination:
             value = given[name]
             shape = value.shape if isinstance(value, Tensor) else ()
             for number in battery.SPECIAL:
-                for at in (None, *battery.corners(shape, tiles)):
+                for at in (None, *trials.corners(shape, tiles)):
                     one = case(special=(name, number), special_at=at)
                     run = partial(battery.special_values, subject, one)
                     yield Step("special values", one, run)

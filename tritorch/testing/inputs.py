@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tritorch.registry import Argument, Maker, Sample
-from tritorch.testing import cases
+from tritorch.testing import calls
 
 Sizes = Mapping[str, int]
 
@@ -373,7 +373,7 @@ def guess(fn: Callable[..., Any], reference: Callable[..., Any]) -> str:
         sizes = dict(zip(inputs.letters, itertools.cycle(_SMALL), strict=False))
         arguments = inputs.sample(sizes, Maker(seed="guess")).arguments
         try:
-            result = cases.outputs_of(cases.call(reference, arguments))
+            result = calls.outputs_of(calls.call(reference, arguments))
         except Exception:
             continue
         if result:
