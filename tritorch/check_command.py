@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 if TYPE_CHECKING:
     from tritorch.testing.report import Report
@@ -118,8 +120,12 @@ def check(target: str, json_file: Path | None, force: bool, **options: Any) -> N
 
     Exit status: 0 nothing found, 1 findings, 2 a wrong call, 3 something missing (Triton, a GPU).
     """
-    if json_file is not None and str(json_file) != "-" and json_file.exists() and not force:
-        raise click.UsageError(f"--json {json_file} exists: name a new file, or add --force")
+    if json_file is not None and str(json_file) != "-":
+        check_folder(json_file.parent)
+        if json_file.exists() and not force:
+            raise click.UsageError(f"--json {json_file} exists: name a new file, or add --force")
+    if options["reproductions"] is not None:
+        check_folder(options["reproductions"])
     if importlib.util.find_spec("triton") is None:
         _stop("tritorch check needs Triton: pip install triton", _UNABLE)
     from tritorch.testing import dry
@@ -135,19 +141,28 @@ def check(target: str, json_file: Path | None, force: bool, **options: Any) -> N
             _stop("--device cuda: torch finds no GPU", _UNABLE)
     from tritorch.testing.parts import dtype_of
 
-    console = Console(stderr=str(json_file) == "-", highlight=False, soft_wrap=True)
+    console = Console(stderr=str(json_file) == "-", highlight=False, soft_wrap=True, emoji=False)
     try:
         if options["dtypes"] is not None:
             options["dtypes"] = [dtype_of(name) for name in options["dtypes"]]
         with _progress(console) as on_event:
             samples = options.pop("inputs")
             report = run(target, samples=samples, on_event=on_event, **options)
-    except (ValueError, FileExistsError) as error:
+    except ValueError as error:
         _stop(f"{error}", _USAGE)
+    except RuntimeError as error:
+        _stop(f"the check itself failed: {error}", _UNABLE)
     _show(report, console)
     if json_file is not None:
         _write(report, json_file, force)
     sys.exit(0 if report.ok else _FOUND)
+
+
+def check_folder(folder: Path) -> None:
+    """The nearest folder of `folder`'s path that exists must be one to write in."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise click.UsageError(f"{folder}: {existing} is not a folder to write in")
 
 
 def _stop(message: str, status: int) -> Any:
@@ -162,7 +177,7 @@ def _progress(console: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
 
         def on_event(event: dict[str, Any]) -> None:
             if status is not None and event["event"] == "doing":
-                status.update(f"{event['property']}: {event['case']}")
+                status.update(Text(f"{event['property']}: {event['case']}"))
 
         yield on_event
 

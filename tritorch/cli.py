@@ -227,7 +227,7 @@ def _check_free(out: Path | None, json_file: Path | None, force: bool) -> None:
     """Before minutes of work whose result could not be written."""
     for path in (out, json_file):
         if path is not None and str(path) != "-":
-            _check_folder(path if path is out else path.parent)
+            check_command.check_folder(path if path is out else path.parent)
     if force:
         return
     if json_file is not None and str(json_file) != "-" and json_file.exists():
@@ -236,13 +236,6 @@ def _check_free(out: Path | None, json_file: Path | None, force: bool) -> None:
         raise click.UsageError(
             f"--out {out} holds something else than a report: name a new folder, or add --force"
         )
-
-
-def _check_folder(folder: Path) -> None:
-    """The nearest folder of `folder`'s path that exists must be one to write in."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise click.UsageError(f"{folder}: {existing} is not a folder to write in")
 
 
 def _is_report(folder: Path) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import importlib.machinery
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +76,7 @@ def check(
         targets: GPUs to compile for, of "sm_80", "sm_90", "sm_100" and "gfx942"; none: not at all.
         device: "cuda" runs on a GPU instead.  None: "cpu", interpreted.
         timeout: seconds that one case may take before it counts as hung, in a process of its own.
-        reproductions: a folder for scripts that show one finding each.
+        reproductions: a folder for scripts that show one finding each; made if need be.
         on_event: hears of every case before it starts, and of what came of it.
 
     Returns:
@@ -83,8 +85,18 @@ def check(
     Raises:
         ValueError: a name that is not there, inputs that cannot be read or guessed, a reference
             that refuses them.
-        RuntimeError: `fn` is known to this process alone, which does not interpret kernels.
+        RuntimeError: `fn` is known to this process alone, which does not interpret kernels; or a
+            file that is checked calls `check` while it is imported.
+        OSError: `reproductions` is no folder to write in.
     """
+    if os.environ.get(supervise.CHILD):
+        raise RuntimeError(
+            "check: a check imports the file that calls this one: put the call below "
+            '`if __name__ == "__main__":`'
+        )
+    if reproductions is not None:
+        # before minutes of work
+        Path(reproductions).mkdir(parents=True, exist_ok=True)
     lists = {"gradients": gradients, "mutates": mutates, "non_finite": non_finite}
     fixed: dict[str, Any] = {k: None if v is None else tuple(v) for k, v in lists.items()}
     fixed["accuracy"] = accuracy
@@ -109,7 +121,7 @@ def check(
     if compiles and not (request.target and (reference is None or request.reference)):
         compiles = False
         run.report.section(LIMITS).skipped = "its functions have no name to import"
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with ThreadPoolExecutor(max_workers=1) as pool, run.ended_together():
         # beside each other: a machine that interprets has a second core to compile on
         compiling = pool.submit(run.apart, "compile") if compiles else None
         if here:
@@ -135,7 +147,20 @@ class _Run:
         )
         # what a reproduction of each finding needs: its case and its inputs
         self.shown: list[tuple[Finding, str, str]] = []
+        # what the compiling part said: it counts when the other is done, whichever was faster
+        self.later: list[supervise.Event] = []
+        self.ended: list[tuple[Finding, str]] = []
+        self.unwanted = threading.Event()
         self.lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def ended_together(self) -> Iterator[None]:
+        """What fails or interrupts one part ends the process of the other."""
+        try:
+            yield
+        except BaseException:
+            self.unwanted.set()
+            raise
 
     def here(
         self,
@@ -164,28 +189,36 @@ class _Run:
 
     def apart(self, part: str) -> None:
         """A part in a process of its own."""
-        try:
-            ended = supervise.run(
-                part, self.request.to_json(), timeout=self.timeout, on_event=self._hear
-            )
-        except supervise.ChildError as error:
-            raise ValueError(str(error)) from None
-        for finding in ended:
-            if new := self.report.add(finding.kind, [finding]):
-                self.report.section(finding.kind).cases += 1
-                self.shown += [(one, "", "") for one in new]
+        compiles = part == "compile"
+        # each GPU's compilation is a case
+        timeout = self.timeout * (len(self.request.targets) if compiles else 1)
+        doing = ""
+
+        def hear(event: supervise.Event) -> None:
+            nonlocal doing
+            doing = event.get("id", doing)
+            self._hear(event, later=compiles)
+
+        request = self.request.to_json()
+        for finding in supervise.run(
+            part, request, timeout=timeout, on_event=hear, unwanted=self.unwanted
+        ):
+            self.ended.append((finding, doing))
 
     def _say(self, event: str, **fields: Any) -> None:
-        self._hear({"event": event, **fields})
+        self._hear({"event": event, **fields}, later=False)
 
-    def _hear(self, event: supervise.Event) -> None:
+    def _hear(self, event: supervise.Event, *, later: bool) -> None:
         with self.lock:
-            self._note(event)
+            if later:
+                self.later.append(event)
+            else:
+                self._note(event)
             self.on_event(event)
 
     def _note(self, event: supervise.Event) -> None:
         kind = event["event"]
-        if kind == "begin" and event["part"] != "compile":
+        if kind == "begin":
             self.report.reference = event["reference"]
             self.report.notes += event["notes"]
         elif kind == "end":
@@ -200,8 +233,17 @@ class _Run:
             finding = parts.as_finding(event["finding"])
             for new in self.report.add(event["section"], [finding]):
                 self.shown.append((new, event["id"], event["pinned"]))
+                self.report.ids[new.key] = event["id"]
 
     def finish(self, folder: str | Path | None) -> Report:
+        for event in self.later:
+            self._note(event)
+        # in the order of their parts too
+        for finding, case in sorted(self.ended, key=lambda ended: ended[0].message):
+            self.report.section(finding.kind).cases += 1
+            for new in self.report.add(finding.kind, [finding]):
+                self.shown.append((new, case, ""))
+                self.report.ids[new.key] = case
         self.report.seconds = time.perf_counter() - self.start
         for last in (MEMORY, LIMITS):
             if last in self.report.sections:
@@ -209,7 +251,9 @@ class _Run:
         if folder is not None and self.shown:
             for finding, case, pinned in self.shown:
                 request = replace(self.request, case=case, inputs=pinned or self.request.inputs)
-                path = reproduction.write(Path(folder), request, finding, pinned=bool(pinned))
+                path = reproduction.write(
+                    Path(folder), request, finding, pinned=bool(pinned), timeout=self.timeout
+                )
                 self.report.reproductions.append(str(path))
         return self.report
 
@@ -229,17 +273,17 @@ def _name(value: Any) -> str:
         found = getattr(found, part, None)
     if found is not value:
         return ""
-    if module.__name__ != "__main__" and not _is_script(module):
-        return f"{module.__name__}:{name}"
     file = getattr(module, "__file__", None)
-    return f"{file}:{name}" if file else ""
+    if file and file.endswith(".py") and not _is_of_a_package(module):
+        return f"{file}:{name}"
+    return "" if module.__name__ == "__main__" else f"{module.__name__}:{name}"
 
 
-def _is_script(module: Any) -> bool:
-    """Whether a module was loaded from a file that no import would find."""
-    spec = getattr(module, "__spec__", None)
-    origin = inspect.getsourcefile(module)
-    return spec is None or ("." not in module.__name__ and origin is not None)
+def _is_of_a_package(module: Any) -> bool:
+    """Whether another process finds the module by its name: a file alone is found as a file."""
+    top, dot, _ = module.__name__.partition(".")
+    # a loader of tests makes up names such as tests.test_kernels
+    return bool(dot) and importlib.machinery.PathFinder.find_spec(top) is not None
 
 
 def _must_be_known(request: Request, fn: Any, reference: Any, samples: Any) -> None:

@@ -198,6 +198,9 @@ def dtype_of(name: str) -> torch.dtype:
 def run(part: str, fields: dict[str, Any], say: Say) -> None:
     """Runs one part of a request: "interpret" and "cuda" the battery, "compile" the limits."""
     request = Request.from_json(fields)
+    # what torch itself allows, for kernels and host code that ask it
+    backends: Any = torch.backends
+    backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = request.contract
     found = find(request)
     if part == "compile":
         return compile_part(request, found, say)
@@ -219,7 +222,7 @@ def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = Tr
     )
 
     def doing(step: examine.Step) -> None:
-        say("doing", property=step.section, case=str(step.case), folder=folder)
+        say("doing", property=step.section, case=str(step.case), id=step.id, folder=folder)
 
     known: set[Any] = set()
     count = 0
@@ -232,7 +235,8 @@ def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = Tr
                 continue
             known.add(finding.key)
             pinned = ""
-            if shrinks and (smaller := examine.shrink(examination, step, finding)) is not None:
+            smaller = examine.shrink(examination, step, finding, doing) if shrinks else None
+            if smaller is not None:
                 sizes, finding = smaller
                 pinned = found.inputs.pinned(sizes) if found.inputs is not None else ""
             section = examination.section_of(finding, step)
@@ -264,7 +268,9 @@ def compile_part(request: Request, found: Asked, say: Say) -> None:
 
         def call(arguments: dict[str, Any] = arguments) -> None:
             leaves = {
-                n: v.detach().requires_grad_() if n in subject.gradients else v
+                n: v.detach().requires_grad_()
+                if n in subject.gradients and isinstance(v, torch.Tensor) and v.is_floating_point()
+                else v
                 for n, v in arguments.items()
             }
             with backend.use("triton"):
@@ -275,7 +281,7 @@ def compile_part(request: Request, found: Asked, say: Say) -> None:
                 )
                 if outputs:
                     chosen = [leaves[n] for n in subject.gradients]
-                    tensors = [t for t in chosen if isinstance(t, torch.Tensor)]
+                    tensors = [t for t in chosen if isinstance(t, torch.Tensor) and t.requires_grad]
                     grads = [torch.empty_like(output) for output in outputs]
                     torch.autograd.grad(outputs, tensors, grads, allow_unused=True)
 

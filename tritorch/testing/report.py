@@ -29,8 +29,9 @@ class Report:
     """The outcome of one check.
 
     `target` and `reference`: what was compared.  `notes`: what the check assumed or found out that
-    its caller may want to correct (guessed inputs, the rule of accuracy).  `reproductions`: scripts
-    that were written, each of which shows one finding alone.
+    its caller may want to correct (guessed inputs, the rule of accuracy).  `ids`: by the key of a
+    finding the id of its case, which runs it alone.  `reproductions`: scripts that were written,
+    each of which shows one finding alone.
     """
 
     target: str
@@ -41,6 +42,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     sections: dict[str, Section] = field(default_factory=dict)
     seconds: float = 0.0
+    ids: dict[tuple[str, str, str, str, int], str] = field(default_factory=dict)
     reproductions: list[str] = field(default_factory=list)
 
     def section(self, name: str) -> Section:
@@ -94,7 +96,7 @@ class Report:
                 outcome = f"pass  {section.cases} cases"
             lines.append(f"  {section.name:{width}}  {outcome}")
         for number, finding in enumerate(self.findings, 1):
-            lines += ["", *describe(finding, number)]
+            lines += ["", *describe(finding, number, self.ids.get(finding.key, ""))]
         lines.append("")
         found = len(self.findings)
         what = f"{found} finding{'s' * (found != 1)}" if found else "nothing found"
@@ -119,7 +121,10 @@ class Report:
                     "cases": section.cases,
                     "seconds": section.seconds,
                     "skipped": section.skipped,
-                    "findings": [finding.to_json() for finding in section.findings],
+                    "findings": [
+                        finding.to_json() | {"id": self.ids.get(finding.key, "")}
+                        for finding in section.findings
+                    ],
                 }
                 for section in self.sections.values()
             ],
@@ -127,8 +132,11 @@ class Report:
         }
 
 
-def describe(finding: Finding, number: int) -> list[str]:
-    """One finding as text: kind and place, the statement, what it does, where it shows."""
+def describe(finding: Finding, number: int, case: str = "") -> list[str]:
+    """One finding as text: kind and place, the statement, what it does, where it shows.
+
+    case: the id of the case that found it, which need not be the smallest one that shows it.
+    """
     place = f"{finding.file}:{finding.line}" if finding.line else finding.file
     kernel = f"kernel {finding.kernel}" if finding.kernel else ""
     head = ", ".join(part for part in (place, kernel) if part)
@@ -145,6 +153,8 @@ def describe(finding: Finding, number: int) -> list[str]:
         where.append(f"lanes {shown}{more}" if finding.program is not None else f"at {shown}{more}")
     if finding.case:
         where.append(f"shown by {finding.case}")
+    if case:
+        where.append(f"found by case {case}")
     if where:
         lines.append("   " + "; ".join(where))
     return lines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import zlib
 from pathlib import Path
@@ -12,11 +14,13 @@ from tritorch.testing.parts import Request
 _SCRIPT = '''"""{title}
 
 {message}
+
+{mark}
 """
 
 import sys
 
-import tritorch
+{path}import tritorch
 
 if __name__ == "__main__":
     # in a process of its own, with every access watched
@@ -28,49 +32,55 @@ if __name__ == "__main__":
 '''
 
 
-def write(folder: Path, request: Request, finding: Finding, *, pinned: bool) -> Path:
+def write(
+    folder: Path, request: Request, finding: Finding, *, pinned: bool, timeout: float
+) -> Path:
     """A script in `folder` that runs the case of a finding alone; its path.
 
     pinned: the request's inputs are the smallest that show the finding, so all their cases run.
+    timeout: seconds, for what hangs.  The script runs in any folder, and no other file is replaced.
     """
     place = f"{finding.file}:{finding.line}" if finding.line else finding.file
     title = f"{finding.kind}" + (f" at {place}" if place else "") + f": {KINDS[finding.kind]}."
     arguments: dict[str, object] = {
-        "fn": request.target,
-        "reference": request.reference or None,
-        "samples": request.inputs or None,
+        "fn": _whole(request.target),
+        "reference": _whole(request.reference) or None,
+        "samples": _whole(request.inputs) or None,
         "level": request.level,
         "seed": request.seed,
         # smaller sizes are other cases
-        "case": "" if pinned else request.case,
+        "case": request.case if request.case and not pinned else None,
         "contract": request.contract,
-        "targets": request.targets if finding.kind in _COMPILED else (),
+        "targets": request.targets if finding.kind in _COMPILED or not request.case else (),
+        "device": request.device if request.device != "cpu" else None,
+        "timeout": timeout if finding.kind == "hang" else None,
     }
-    for name in ("dtypes", "gradients", "mutates", "non_finite", "accuracy"):
-        value = getattr(request, name)
-        if value:
-            arguments[name] = value
-    if dtypes := arguments.pop("dtypes", None):
-        assert isinstance(dtypes, tuple)
-        shown = ", ".join(f"tritorch.{dtype}" for dtype in dtypes)
+    for name in ("gradients", "mutates", "non_finite", "accuracy"):
+        arguments[name] = getattr(request, name)
+    if request.dtypes:
+        shown = ", ".join(f"tritorch.{dtype}" for dtype in request.dtypes)
         arguments["dtypes"] = _Code(f"({shown},)")
     text = _SCRIPT.format(
         title=_escaped(title),
         message=_escaped(finding.message),
+        mark=_MARK,
+        path=_path(request),
         arguments="\n".join(
             f"        {name}={value!r}," for name, value in arguments.items() if value is not None
         ),
     )
     key = "/".join(str(part) for part in (*finding.key, request.target, request.seed))
     slug = re.sub(r"[^a-z0-9]+", "_", finding.kind.lower())
-    path = folder / f"repro_{slug}_{zlib.crc32(key.encode()) & 0xFFFF:04x}.py"
+    stem = f"repro_{slug}_{zlib.crc32(key.encode()) & 0xFFFF:04x}"
+    names = (stem if count == 1 else f"{stem}_{count}" for count in itertools.count(1))
+    paths = (folder / f"{name}.py" for name in names)
+    path = next(path for path in paths if not path.exists() or _is_ours(path))
     folder.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.read_text(encoding="utf-8") != text and not _is_ours(path):
-        raise FileExistsError(f"{path} is no reproduction: name another folder")
     path.write_text(text, encoding="utf-8")
     return path
 
 
+_MARK = "Written by `tritorch check --repro`, which writes it anew."
 _COMPILED = frozenset(("compilation", "resources", "tf32"))
 
 
@@ -85,5 +95,21 @@ def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"""', "'''")
 
 
+def _whole(name: str) -> str:
+    """A name of a function with the whole path of its file; other text as it is."""
+    file, colon, function = name.rpartition(":")
+    if not colon or not file.endswith(".py") or "[" in name:
+        return name
+    return f"{Path(file).resolve()}:{function}"
+
+
+def _path(request: Request) -> str:
+    """The line that finds modules which were found in the folder that the check was run in."""
+    names = (request.target, request.reference)
+    if all(":" not in name or name.rpartition(":")[0].endswith(".py") for name in names):
+        return ""
+    return f"sys.path.insert(0, {os.getcwd()!r})\n\n"
+
+
 def _is_ours(path: Path) -> bool:
-    return "tritorch.check(" in path.read_text(encoding="utf-8")
+    return path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace")
