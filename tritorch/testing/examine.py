@@ -137,7 +137,7 @@ class Examination:
         case = Case(name, dtype, self.device, seed=self.seed)
         on_step(Step("first call", case, list))
         launches: list[Any] = []
-        gives = False
+        returned, gives = False, False
         with contextlib.ExitStack() as stack, contextlib.suppress(Exception, SystemExit):
             # what it raises is found by the first step
             if self.device == "cpu":
@@ -145,19 +145,22 @@ class Examination:
 
                 launches = stack.enter_context(detectors.detecting()).launches
             subject.op(**case.arguments(subject))
+            returned = True
             gives = describe.gives_gradients(subject, dtype, self.device)
-        if self.device == "cpu" and not launches:
+        if self.device == "cpu" and returned and not launches:
             self.notes.append("no Triton kernel was launched: what is checked is plain PyTorch")
         self.tiles = inputs.tile_sizes(launches)
-        if subject.gradients and not gives:
+        if subject.gradients and returned and not gives:
             self.notes.append("its result requires no gradient: gradients are not checked")
             self.subject = replace(subject, gradients=())
         if self.inputs is not None:
             chosen = inputs.choices(self.inputs, self.tiles, self.level, self.seed)
             chosen += inputs.empties(self.inputs)
-            fresh = inputs.apart(self.inputs, [*chosen, first])
-            self._fresh = self.inputs.name(fresh)
-            self.subject = self._sized([*chosen, fresh])
+            if self.inputs.letters:
+                fresh = inputs.apart(self.inputs, [*chosen, first])
+                self._fresh = self.inputs.name(fresh)
+                chosen.append(fresh)
+            self.subject = self._sized(chosen)
 
     def _sized(self, sizes: Iterable[inputs.Sizes]) -> Subject:
         assert self.inputs is not None
