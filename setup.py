@@ -13,6 +13,7 @@ setup(
     # a set: where the links are followed, find_packages sees bench/ as well
     packages=sorted({*find_packages(include=["tritorch", "tritorch.*"]), *MAPPED}),
     package_dir=MAPPED,
+    py_modules=["pytest_tritorch"],
     package_data={
         "tritorch": ["py.typed"],
         "tritorch.data": ["README.md", "digits.npz"],

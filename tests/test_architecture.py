@@ -79,7 +79,7 @@ ROOMS = (
         may="stdlib torch tritorch.launch",
     ),
     Room(
-        "tritorch/testing/plugin.py",
+        "pytest_tritorch.py",
         "the fixture costs a run nothing that does not use it",
         may="stdlib pytest",
         lazily="tritorch",
@@ -133,7 +133,8 @@ def room_of(file: str) -> Room | None:
 
 def sources() -> dict[str, str]:
     """Every Python file of the checkout by its path from the root, each once."""
-    files = [file for top in FOLDERS for file in sorted((ROOT / top).rglob("*.py"))]
+    files = sorted(ROOT.glob("*.py"))
+    files += [file for top in FOLDERS for file in sorted((ROOT / top).rglob("*.py"))]
     paths = {file.relative_to(ROOT).as_posix(): file for file in files}
     # the links to kernels/ and bench/
     links = ("tritorch/kernels/", "tritorch/bench/")
@@ -146,7 +147,7 @@ def imports(file: str, tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
     `from a import b` counts as `a.b`: whether b is a module or a name in one, the rules agree.
     """
     package = file.split("/")[:-1]
-    if package[0] in ("kernels", "bench"):
+    if package[:1] in (["kernels"], ["bench"]):
         package.insert(0, "tritorch")
     later = {
         id(child)

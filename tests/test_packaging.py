@@ -38,7 +38,15 @@ def checkout(request, tmp_path_factory):
     for name in INSTALLED:
         ignore = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore, dirs_exist_ok=True)
-    for file in ("LICENSE", "MANIFEST.in", "NOTICE", "README.md", "pyproject.toml", "setup.py"):
+    for file in (
+        "LICENSE",
+        "MANIFEST.in",
+        "NOTICE",
+        "README.md",
+        "pyproject.toml",
+        "pytest_tritorch.py",
+        "setup.py",
+    ):
         shutil.copy(ROOT / file, copy)
     if request.param == "lost-links":
         for name in ("kernels", "bench"):
@@ -61,7 +69,7 @@ def wheel(checkout, tmp_path_factory):
 
 def expected_files() -> set[str]:
     """Every module of the checkout under its installed name, and the data beside them."""
-    files = set(DATA)
+    files = {*DATA, "pytest_tritorch.py"}
     for folder, installed in INSTALLED.items():
         for path in (ROOT / folder).rglob("*.py"):
             file = path.relative_to(ROOT / folder).as_posix()
@@ -111,7 +119,13 @@ def test_wheel_describes_itself(wheel):
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
     assert '\nRequires-Dist: triton>=3.6; platform_system == "Linux"\n' in metadata
     assert metadata.rstrip().endswith((ROOT / "README.md").read_text().rstrip())
-    assert entry_points.split() == ["[console_scripts]", "tritorch", "=", "tritorch.cli:main"]
+    assert entry_points.splitlines() == [
+        "[console_scripts]",
+        "tritorch = tritorch.cli:main",
+        "",
+        "[pytest11]",
+        "pytest_tritorch = pytest_tritorch",
+    ]
     assert [Path(file).name for file in licences] == ["LICENSE", "NOTICE"]
 
 

@@ -244,6 +244,11 @@ class _Run:
             for new in self.report.add(finding.kind, [finding]):
                 self.shown.append((new, case, ""))
                 self.report.ids[new.key] = case
+        if self.request.case and not self.report.cases:
+            raise ValueError(
+                f"check: no case has the id {self.request.case!r}: ids are those of a report of "
+                "the same inputs, level and seed"
+            )
         self.report.seconds = time.perf_counter() - self.start
         for last in (MEMORY, LIMITS):
             if last in self.report.sections:
