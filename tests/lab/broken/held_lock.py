@@ -4,7 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-INPUTS = "x[M, N]"
+INPUTS = "x[2, N] N=8"
+DTYPES = (torch.float32,)
+NON_FINITE = ()
 DEFECT = "hang"
 
 

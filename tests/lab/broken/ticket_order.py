@@ -22,7 +22,7 @@ def ticket_order(x):
     M, N = x.shape
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     ticket = torch.zeros(1, dtype=torch.int32, device=x.device)
-    negate_kernel[(M,)](x, y, ticket, *x.stride(), N, BLOCK=128)
+    negate_kernel[(M,)](x, y, ticket, *x.stride(), N, BLOCK=32)
     return y
 
 
