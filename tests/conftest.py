@@ -31,6 +31,8 @@ ONLY = {
     "test_dry.py": "compile",
     "test_compile.py": "compile",
     "test_launch.py": "compile",
+    "test_check_command.py": "compile",
+    "test_checking.py": "interpret",
     # builds a wheel, which a machine that only has a GPU need not be able to
     "test_packaging.py": "reference",
 }

@@ -17,7 +17,16 @@ from typing import Any
 import torch
 
 from tritorch.registry import Maker, OpSpec, Sample
-from tritorch.testing import describe, examine, hosting, interpreter, parts, reproduction, supervise
+from tritorch.testing import (
+    describe,
+    dry,
+    examine,
+    hosting,
+    interpreter,
+    parts,
+    reproduction,
+    supervise,
+)
 from tritorch.testing.findings import Finding
 from tritorch.testing.parts import LIMITS, TARGETS, Request
 from tritorch.testing.report import MEMORY, Report
@@ -83,8 +92,8 @@ def check(
         A `Report`: `findings`, `ok`, `str()` of it for people, `to_json()` for programs.
 
     Raises:
-        ValueError: a name that is not there, inputs that cannot be read or guessed, a reference
-            that refuses them.
+        ValueError: a name that is not there, an option that is not known, inputs that cannot be
+            read or guessed, a reference that refuses them.
         RuntimeError: `fn` is known to this process alone, which does not interpret kernels; or a
             file that is checked calls `check` while it is imported.
         OSError: `reproductions` is no folder to write in.
@@ -97,6 +106,12 @@ def check(
     if reproductions is not None:
         # before minutes of work
         Path(reproductions).mkdir(parents=True, exist_ok=True)
+    _must_be_one_of("level", level, examine.LEVELS)
+    _must_be_one_of("contract", contract, ("ieee", "tf32"))
+    _must_be_one_of("device", device or "cpu", ("cpu", "cuda"))
+    targets = tuple(targets)
+    for target in targets:
+        _must_be_one_of("targets", target, dry.TARGETS)
     lists = {"gradients": gradients, "mutates": mutates, "non_finite": non_finite}
     fixed: dict[str, Any] = {k: None if v is None else tuple(v) for k, v in lists.items()}
     fixed["accuracy"] = accuracy
@@ -105,7 +120,7 @@ def check(
         reference=reference if isinstance(reference, str) else _name(reference),
         inputs=samples if isinstance(samples, str) else _name(samples),
         dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in dtypes or ()),
-        targets=tuple(targets),
+        targets=targets,
         device=device or "cpu",
         level=level,
         seed=seed,
@@ -180,7 +195,8 @@ class _Run:
         for option, constant in (("dtypes", "DTYPES"), ("non_finite", "NON_FINITE")):
             if options[option] is None:
                 options[option] = getattr(module, constant, None)
-        samples = samples or getattr(module, "INPUTS", "")
+        if samples is None or samples == "":
+            samples = getattr(module, "INPUTS", "")
         named = self.request.reference or getattr(reference, "__name__", "reference")
         found = parts.asked(fn, reference, samples, named, options)
         if not self.report.target:
@@ -289,6 +305,11 @@ def _is_of_a_package(module: Any) -> bool:
     top, dot, _ = module.__name__.partition(".")
     # a loader of tests makes up names such as tests.test_kernels
     return bool(dot) and importlib.machinery.PathFinder.find_spec(top) is not None
+
+
+def _must_be_one_of(what: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"check: {what}: expects one of {', '.join(known)}, received {value!r}")
 
 
 def _must_be_known(request: Request, fn: Any, reference: Any, samples: Any) -> None:

@@ -40,7 +40,8 @@ def describe(
     float32, float16 and bfloat16 that the reference takes.  non_finite: the arguments in which NaN
     and infinities are tried, all floating-point ones.
 
-    Raises ValueError where the reference takes no sample, with what it says.
+    Raises ValueError where the reference takes no sample, with what it says, and for a name that
+    is no such argument's.
     """
     taken, refused = [], {}
     for dtype in dtypes or (torch.float32, torch.float16, torch.bfloat16):
@@ -58,7 +59,10 @@ def describe(
         ) from why
     arguments = _first(samples, Maker(torch.float64, seed="describe"))
     floating = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()]
-    found_mutates = _mutated(reference, arguments) if mutates is None else tuple(mutates)
+    gradients = _known("gradients", gradients, floating)
+    mutates = _known("mutates", mutates, arguments)
+    non_finite = _known("non_finite", non_finite, floating)
+    found_mutates = _mutated(reference, arguments) if mutates is None else mutates
     if gradients is None:
         give = _differentiable(reference, arguments, floating)
         gradients = give if give and not found_mutates else ()
@@ -66,14 +70,26 @@ def describe(
         name=name or getattr(fn, "__name__", "function"),
         op=fn,
         reference=reference,
-        gradients=tuple(gradients),
+        gradients=gradients,
         samples=samples,
         accuracy=accuracy or classify(reference, arguments),
         mutates=found_mutates,
         dtypes=tuple(taken),
-        non_finite=tuple(floating if non_finite is None else non_finite),
+        non_finite=tuple(floating) if non_finite is None else non_finite,
         double_backward=False,
     )
+
+
+def _known(
+    what: str, names: Iterable[str] | None, arguments: Iterable[str]
+) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    given, known = tuple(names), tuple(arguments)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"check: {what}: expects some of {', '.join(known)}, received {name}")
+    return given
 
 
 def gives_gradients(subject: Subject, dtype: torch.dtype, device: str = "cpu") -> bool:

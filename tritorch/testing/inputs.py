@@ -315,10 +315,15 @@ def apart(inputs: Inputs, taken: Iterable[Sizes]) -> dict[str, int]:
     """Small sizes none of which is taken, so that no cache can know them."""
     known = [dict(sizes) for sizes in taken]
     found: dict[str, int] = {}
-    for letter in inputs.letters:
-        used = {sizes.get(letter) for sizes in known} | set(found.values())
-        candidates = (inputs.allowed(letter, size) for size in itertools.count(17))
-        found[letter] = next(size for size in candidates if size not in used)
+    # of many dimensions smaller ones
+    for least in (17, 9, 4):
+        found = {}
+        for letter in inputs.letters:
+            used = {sizes.get(letter) for sizes in known} | set(found.values())
+            candidates = (inputs.allowed(letter, size) for size in itertools.count(least))
+            found[letter] = next(size for size in candidates if size not in used)
+        if inputs.elements(found) <= _MOST["quick"]:
+            break
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from tritorch.registry import Maker, OpSpec, Sample, Subject
 from tritorch.testing import describe, examine, gpu_limits, hosting
 from tritorch.testing import inputs as texts
+from tritorch.testing.calls import map_tensors
 from tritorch.testing.findings import Finding
 from tritorch.testing.inputs import Inputs
 
@@ -117,7 +118,7 @@ def asked(
     make: Callable[[Maker], Iterable[Sample]]
     if isinstance(samples, str) and "[" not in samples and ":" in samples:
         samples = hosting.load(samples)
-    if not samples:
+    if samples is None or samples == "":
         samples = texts.guess(fn, reference)
         notes.append(f"inputs guessed: {samples}")
     if isinstance(samples, str):
@@ -150,7 +151,7 @@ def _named(samples: Callable[[Maker], Any]) -> Callable[[Maker], Iterable[Sample
 
 def _given(fn: Callable[..., Any], calls: list[Any]) -> Callable[[Maker], Iterable[Sample]]:
     """Calls as a user has them, dicts or tuples of arguments: shapes and integers stay theirs."""
-    named = [one if isinstance(one, dict) else describe.bind(fn, tuple(one)) for one in calls]
+    named = [_call(fn, one) for one in calls]
     if not named:
         raise ValueError("check: there are no samples")
 
@@ -162,12 +163,28 @@ def _given(fn: Callable[..., Any], calls: list[Any]) -> Callable[[Maker], Iterab
     def make_samples(make: Maker) -> Iterable[Sample]:
         for number, one in enumerate(named):
             arguments: dict[str, Any] = {
-                name: like(value, make) if isinstance(value, torch.Tensor) else value
+                name: map_tensors(value, lambda tensor: like(tensor, make))
                 for name, value in one.items()
             }
             yield Sample(f"sample {number}", **arguments)
 
     return make_samples
+
+
+def _call(fn: Callable[..., Any], one: Any) -> dict[str, Any]:
+    """A call's arguments by name; a tensor is a call of its own."""
+    if isinstance(one, dict):
+        return one
+    if isinstance(one, torch.Tensor):
+        one = (one,)
+    if not isinstance(one, tuple | list):
+        raise ValueError(
+            f"check: samples are calls, dicts or tuples of arguments, received {type(one).__name__}"
+        )
+    try:
+        return describe.bind(fn, tuple(one))
+    except TypeError as error:
+        raise ValueError(f"check: a sample does not fit the function: {error}") from None
 
 
 def own_op(name: str) -> OpSpec | None:

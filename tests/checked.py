@@ -1,0 +1,142 @@
+"""Functions to check, right ones and wrong ones, small because every check calls them many times.
+
+Their names say what is wrong with them.  What a test wants to hear from inside a call goes to the
+file that the variable CALLED names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def double_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < N)
+    tl.store(y_ptr + offs, x * 2, mask=offs < N)
+
+
+@triton.jit
+def unmasked_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)  # without a mask
+    tl.store(y_ptr + offs, x * 2, mask=offs < N)
+
+
+@triton.jit
+def waiting_kernel(flag_ptr):
+    while tl.load(flag_ptr) == 0:  # for ever
+        pass
+
+
+def launched(kernel, x, y):
+    if x.numel():
+        kernel[(triton.cdiv(x.numel(), 16),)](x, y, x.numel(), BLOCK=16)
+    return y
+
+
+def reference(x):
+    return x * 2
+
+
+def double(x):
+    x = x.contiguous()
+    return launched(double_kernel, x, torch.empty_like(x))
+
+
+def unmasked(x):
+    x = x.contiguous()
+    return launched(unmasked_kernel, x, torch.empty_like(x))
+
+
+def thrice(x):
+    return double(x) * 1.5
+
+
+def talkative(x):
+    sys.stdout.write("to stdout, which is the report's\n")
+    os.write(1, b'{"not": "the report"}\n')
+    return double(x)
+
+
+def dereferences_null(x):
+    ctypes.string_at(0)  # nowhere
+
+
+def exits(x):
+    os._exit(3)
+
+
+def aborts(x):
+    os.abort()  # SIGABRT
+
+
+def leaves(x):
+    sys.exit(7)  # no Exception
+
+
+def loops(x):
+    if called := os.environ.get("CALLED"):
+        # a process that outlives whoever starts it, unless it is ended too
+        subprocess.Popen(["sleep", "600"])
+        Path(called).touch()
+    while True:  # for ever
+        pass
+
+
+def waits(x):
+    waiting_kernel[(1,)](torch.zeros(1, dtype=torch.int32))
+    return double(x)
+
+
+def of_none(x):
+    double(x)
+
+
+def in_place(x):
+    # no copy: what it is given is what it writes
+    if x.numel():
+        x.copy_(double(x))
+
+
+def in_place_reference(x):
+    x.mul_(2)
+
+
+def forms(x, form):
+    """Twice the argument, in each form of result."""
+    y = double(x)
+    results = {
+        "tensor": y,
+        "tuple": (y, x.dim()),
+        "list": [y, None, y],
+        "dict": {"b": y, "a": x.numel()},
+        "nested": {"pair": (y, [y])},
+        "number": x.dim(),
+        "nothing": None,
+        "text": "twice",
+    }
+    return results[form]
+
+
+def forms_reference(x, form):
+    y = x * 2
+    results = {
+        "tensor": y,
+        "tuple": (y, x.dim()),
+        "list": [y, None, y],
+        "dict": {"a": x.numel(), "b": y},
+        "nested": {"pair": (y, [y])},
+        "number": x.dim(),
+        "nothing": None,
+        "text": y,
+    }
+    return results[form]

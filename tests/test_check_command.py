@@ -1,0 +1,279 @@
+"""`tritorch check`: what it says, its exit status, and what becomes of its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import tritorch
+from tests import checked
+from tritorch.cli import main
+
+pytestmark = pytest.mark.compile
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKED = str(ROOT / "tests" / "checked.py")
+# one process, few cases
+SHORT = ("--inputs", "x[N]", "--arch", "", "--dtypes", "float32")
+
+
+def call(name, *options):
+    return CliRunner().invoke(main, ("check", f"{CHECKED}:{name}", *options))
+
+
+def line_of(text):
+    """The line of tests/checked.py that ends with a comment."""
+    lines = Path(CHECKED).read_text().splitlines()
+    (number,) = (n for n, line in enumerate(lines, 1) if line.endswith(f"  # {text}"))
+    return number
+
+
+@pytest.fixture
+def descendants(monkeypatch):
+    """Gives the processes that were started since, and whatever they started."""
+    mark = f"mark-{uuid.uuid4()}"
+    monkeypatch.setenv("TRITORCH_TEST_MARK", mark)
+
+    def living():
+        found = []
+        for process in Path("/proc").iterdir():
+            try:
+                if mark.encode() in (process / "environ").read_bytes():
+                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                # no process, or one that has ended
+                continue
+        return found
+
+    return living
+
+
+def run(*arguments, cwd, **options):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
+
+
+def test_a_finding_is_status_1_and_its_script_shows_it_again(tmp_path):
+    file, scripts = tmp_path / "report.json", tmp_path / "scripts"
+    options = ("--json", str(file), "--repro", str(scripts))
+    result = call("unmasked", *SHORT, *options)
+    assert result.exit_code == 1, result.output
+    report = json.loads(file.read_text())
+    (finding,) = [found for row in report["rows"] for found in row["findings"]]
+    line = line_of("without a mask")
+    assert (finding["kind"], finding["line"]) == ("out-of-bounds read", line)
+    assert f"1. out-of-bounds read  {CHECKED}:{line}, kernel unmasked_kernel" in result.output
+    assert report["kind"] == "check"
+    assert not any("guessed" in note for note in report["notes"])
+    (script,) = scripts.iterdir()
+    assert report["reproductions"] == [str(script)]
+    assert f"reproduce: python {script}" in result.output
+    # anywhere, and with the smallest size
+    again = run(script, cwd="/")
+    assert again.returncode == 1, again.stderr
+    assert f"1. out-of-bounds read  {CHECKED}:{line}, kernel unmasked_kernel" in again.stdout
+    assert "samples='x[N] N=1'" in script.read_text()
+    before = file.read_text()
+    refused = call("unmasked", *SHORT, "--json", str(file))
+    assert (refused.exit_code, "--force" in refused.output) == (2, True)
+    assert file.read_text() == before
+
+
+def test_nothing_found_is_status_0_and_stdout_is_json_alone():
+    clean = call("talkative", *SHORT, "--json", "-")
+    assert clean.exit_code == 0, clean.output
+    report = json.loads(clean.stdout)
+    assert "nothing found in" in clean.stderr
+    assert sum(len(row["findings"]) for row in report["rows"]) == 0
+    assert report["cases"] > 10
+
+
+def test_one_case_runs_alone(tmp_path):
+    file = tmp_path / "report.json"
+    call("thrice", *SHORT, "--json", str(file))
+    first = json.loads(file.read_text())
+    found = next(found for row in first["rows"] for found in row["findings"])
+    again = call("thrice", *SHORT, "--case", found["id"])
+    assert again.exit_code == 1
+    assert f"found by case {found['id']}" in again.output
+    assert found["message"] in again.output
+    cases = re.search(r"in (\d+) cases", again.output)
+    assert int(cases[1]) < 5 < first["cases"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("double", ("--dtypes", "float33"), "unknown dtype 'float33'"),
+        ("double", ("--arch", "sm_81"), "--arch: expects sm_80,"),
+        ("double", ("--level", "slow"), "--level"),
+        ("double", ("--json", f"{CHECKED}/report.json"), "is not a folder to write in"),
+        ("double", ("--repro", f"{CHECKED}/scripts"), "is not a folder to write in"),
+        ("doubel", SHORT, f"{CHECKED} has no 'doubel'; did you mean double"),
+        ("double", (*SHORT, "--case", "none"), "no case has the id 'none'"),
+    ],
+)
+def test_a_wrong_call_is_status_2(name, options, said):
+    result = call(name, *options)
+    assert (result.exit_code, said in result.output) == (2, True), result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("name", ["nothing", "module:", "no.such.module:function"])
+def test_a_name_that_is_not_there_is_status_2(name):
+    result = CliRunner().invoke(main, ("check", name, "--arch", ""))
+    assert (result.exit_code, "Error: " in result.output) == (2, True), result.output
+
+
+def test_a_missing_gpu_is_status_3(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = call("double", "--device", "cuda")
+    assert (result.exit_code, "no GPU" in result.output) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "place"),
+    [
+        ("dereferences_null", "died of SIGSEGV", "nowhere"),
+        ("aborts", "died of SIGABRT", "SIGABRT"),
+        ("exits", "ended itself with exit status 3", None),
+        ("leaves", "SystemExit: 7", "no Exception"),
+    ],
+)
+def test_a_call_that_ends_its_process_is_a_finding(name, said, place, descendants):
+    result = call(name, *SHORT)
+    assert result.exit_code == 1, result.output
+    assert said in result.output
+    assert "N=5, float32" in result.output or "N=18, float32" in result.output
+    if place is not None:
+        assert f"{CHECKED}:{line_of(place)}" in result.output
+    assert not descendants()
+
+
+@pytest.mark.parametrize("name", ["loops", "waits"])
+def test_a_call_that_does_not_end_is_a_finding(name, descendants, monkeypatch, tmp_path):
+    monkeypatch.setenv("CALLED", str(tmp_path / "called"))
+    begin = time.monotonic()
+    result = call(name, *SHORT, "--timeout", "1", "--repro", str(tmp_path / "scripts"))
+    assert time.monotonic() - begin < 60
+    assert result.exit_code == 1, result.output
+    lines = Path(CHECKED).read_text().splitlines()
+    at = re.search(rf"1\. hang  {CHECKED}:(\d+)", result.output)
+    # where it was when it was asked, in the loop or in its condition
+    assert lines[int(at[1]) - 1].endswith("# for ever") or lines[int(at[1]) - 1].strip() == "pass"
+    assert "N=5, float32 did not end in 1 s" in result.output
+    (script,) = (tmp_path / "scripts").iterdir()
+    assert "timeout=1.0" in script.read_text()
+    assert not descendants()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_whoever_ends_it_ends_its_processes(sent, descendants, monkeypatch, tmp_path):
+    called = tmp_path / "called"
+    monkeypatch.setenv("CALLED", str(called))
+    command = [sys.executable, "-m", "tritorch", "check", f"{CHECKED}:loops", "--inputs", "x[N]"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) as check:
+        until = time.monotonic() + 60
+        while not called.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert any("worker interpret" in line for line in descendants())
+        assert "sleep 600 " in descendants()
+        check.send_signal(sent)
+        said = check.communicate(timeout=20)[1].decode()
+    assert check.returncode != 0
+    assert "Traceback" not in said
+    while descendants() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not descendants()
+
+
+SCRIPT = """
+import sys
+import torch, tritorch
+from tests import checked
+
+def mine(x):
+    return checked.double(x)
+
+def plain(x):
+    return x + x
+
+{guard}
+    report = tritorch.check(mine, plain, "x[N]", dtypes=[torch.float32])
+    print(report)
+    sys.exit(0 if report.ok else 1)
+"""
+
+
+def test_a_script_checks_functions_of_its_own(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(guard='if __name__ == "__main__":'))
+    done = run(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{script}:mine against {script}:plain, level quick")
+    assert re.search(r"GPU limits +pass  1 cases", done.stdout)
+
+
+def test_a_script_without_a_guard_is_told_of_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(guard="if True:"))
+    done = run(script, cwd=tmp_path)
+    assert done.returncode == 1
+    assert 'put the call below `if __name__ == "__main__":`' in done.stderr
+
+
+def test_what_a_module_does_when_it_is_imported_is_its_own(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os, sys, warnings\n"
+        "import torch\n"
+        "from tests.checked import double, reference\n"
+        "print('imported')\n"
+        "torch.set_default_dtype(torch.float64)\n"
+        "torch.set_grad_enabled(False)\n"
+        "torch.manual_seed(0)\n"
+        "os.environ['TRITON_INTERPRET'] = '0'\n"
+        "os.chdir('/')\n"
+        "warnings.simplefilter('error')\n"
+        "sys.stdout = open(os.devnull, 'w')\n"
+    )
+    done = run("-m", "tritorch", "check", "mine:double", *SHORT, "--json", "-", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["target"] == "mine:double"
+
+
+def test_a_function_that_only_this_process_knows_is_refused():
+    def mine(x):
+        return checked.double(x)
+
+    with pytest.raises(RuntimeError, match=r"the function cannot be imported .* TRITON_INTERPRET"):
+        tritorch.check(mine, checked.reference, "x[N]")
+    with pytest.raises(RuntimeError, match="the reference cannot be imported"):
+        tritorch.check(checked.double, lambda x: 2 * x, "x[N]")
+    with pytest.raises(RuntimeError, match="the samples cannot be imported"):
+        tritorch.check(checked.double, checked.reference, [{"x": torch.ones(3)}])
+
+
+def test_an_op_of_tritorchs_own_is_clean():
+    result = CliRunner().invoke(main, ("check", "relu"))
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("relu against torch.relu, level quick")
