@@ -44,7 +44,7 @@ _LEVEL_INPUTS, _LEVEL_TILES = "a[M, K] b[K, N]", (32, 64)
 @functools.cache
 def report(name: str) -> str:
     """What `tritorch check` prints of an example, without what differs from machine to machine."""
-    done = _run("-m", "tritorch", "check", target(name))
+    done = run("-m", "tritorch", "check", target(name))
     if done.returncode != 1:
         raise RuntimeError(f"{target(name)}: expects findings: {done.stdout}{done.stderr}")
     return _SECONDS.sub("", done.stdout.replace(f"{ROOT}{os.sep}", "")).strip()
@@ -52,15 +52,17 @@ def report(name: str) -> str:
 
 def passes(name: str) -> str:
     """Runs an example's own test, in Triton's interpreter as it is; what came of it."""
-    done = _run(f"examples/check/{name}.py", TRITON_INTERPRET="1")
+    done = run(f"examples/check/{name}.py", TRITON_INTERPRET="1")
     return "passes" if done.returncode == 0 else "fails"
 
 
-def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in the checkout, whose tritorch comes before an installed one."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": path, "NO_COLOR": "1"} | environment,
         capture_output=True,
         text=True,
     )
