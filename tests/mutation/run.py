@@ -2,9 +2,11 @@
 
 `python -m tests.mutation.run` takes the committed tree, applies the one-line defects of
 tests/mutation/catalogue to a copy of it in a temporary folder, one at a time, and runs the tests on
-each until one fails.  In the end the tests that found something run without a defect, and must
-pass.  The result, tests/mutation/result.json, is written after every defect, and the next run goes
-on there: what it has is measured again only where the line or its replacement has changed.
+each until one fails: first those of its ops, and where it survives them the other files.  A check
+is a quick one, and a full one where that finds nothing.  In the end the tests that found something
+run without a defect, and must pass.  The result, tests/mutation/result.json, is written after every
+defect, and the next run goes on there: what it has is measured again only where the line or its
+replacement has changed.
 """
 
 from __future__ import annotations
@@ -179,8 +181,11 @@ def _git(*arguments: str) -> str:
     ).stdout
 
 
-def _stages(mutant: Mutant) -> Iterator[tuple[str, list[str]]]:
+def _stages(mutant: Mutant, thorough: bool) -> Iterator[tuple[str, list[str]]]:
     """Rungs and selections of tests, the likeliest to fail first."""
+    if thorough:
+        yield "interpret", ["tests", *(f"--ignore=tests/{name}" for name in _ELSEWHERE)]
+        return
     ops = " or ".join(f"({_OF_OP.get(op, op)})" for op in mutant.ops)
     if mutant.kind in catalogue.COMPILED:
         yield "compile", ["tests/test_compile.py", "-k", f"every_configuration and ({ops})"]
@@ -200,54 +205,57 @@ def _stages(mutant: Mutant) -> Iterator[tuple[str, list[str]]]:
         yield "interpret", [file, "-k", ops]
     for file in _OF_FAMILY.get(mutant.family, []):
         yield "interpret", [file]
-    yield "interpret", ["tests", *(f"--ignore=tests/{name}" for name in _ELSEWHERE)]
 
 
-def killed_by_suite(mutant: Mutant, tree: Tree) -> Kill | None:
-    """The first test that fails with the defect."""
-    kills = (tree.first_failure(rung, *selected) for rung, selected in _stages(mutant))
+def killed_by_suite(mutant: Mutant, tree: Tree, thorough: bool) -> Kill | None:
+    """The first test that fails with the defect: of those of its ops, or of the other files."""
+    kills = (tree.first_failure(rung, *chosen) for rung, chosen in _stages(mutant, thorough))
     return next((kill for kill in kills if kill is not None), None)
 
 
-def killed_by_check(mutant: Mutant, tree: Tree) -> Kill | None:
-    """What a check finds first with the defect: the quick one, else the full one."""
-    modes = ["compile"] if mutant.kind in catalogue.COMPILED else ["interpret"]
-    kills = (
-        tree.first_finding(mode, op, level)
-        for mode in modes
-        for level in ("quick", "full")
-        for op in mutant.ops
-    )
+def killed_by_check(mutant: Mutant, tree: Tree, thorough: bool) -> Kill | None:
+    """What a check finds first with the defect, a quick one or a full one."""
+    mode = "compile" if mutant.kind in catalogue.COMPILED else "interpret"
+    level = "full" if thorough else "quick"
+    kills = (tree.first_finding(mode, op, level) for op in mutant.ops)
     return next((kill for kill in kills if kill is not None), None)
 
 
 def measure(mutants: Sequence[Mutant], halves: Sequence[str], path: Path, again: bool) -> None:
-    """Measures what `path` does not have, and writes it there after each."""
+    """Measures what `path` does not have, and writes it there after each; survivors twice."""
     rows = report.read(path)
     with (
         tempfile.TemporaryDirectory(prefix="tritorch-mutation-") as name,
         contextlib.closing(Tree(Path(name))) as tree,
     ):
-        for number, mutant in enumerate(mutants, 1):
+        for mutant in mutants:
             row = _row(mutant, tree, rows.get(mutant.id, {}))
-            for half in halves:
-                if half in row and not again:
-                    continue
-                started = time.monotonic()
-                with tree.changed(mutant):
-                    kill = HALVES[half](mutant, tree)
-                row[half] = {
-                    "killed": kill is not None,
-                    **(_shown(kill) if kill else {}),
-                    "seconds": round(time.monotonic() - started, 1),
-                    "commit": tree.commit[:12],
-                }
-                word = "killed by " + kill.by if kill else "SURVIVES"
-                print(f"{number}/{len(mutants)} {mutant.id}: {half}: {word}", flush=True)
-            rows[mutant.id] = row
-            report.write(path, rows)
+            rows[mutant.id] = {n: v for n, v in row.items() if not again or n not in halves}
+        for thorough in (False, True):
+            for number, mutant in enumerate(mutants, 1):
+                for half in halves:
+                    known = rows[mutant.id].get(half)
+                    if known and (known["killed"] or known["thorough"] >= thorough):
+                        continue
+                    rows[mutant.id][half] = found = _measured(mutant, tree, half, thorough)
+                    said = f"killed by {found['by']}" if found["killed"] else "SURVIVES"
+                    print(f"{number}/{len(mutants)} {mutant.id}: {half}: {said}", flush=True)
+                    report.write(path, rows)
         _confirm(rows, tree)
         report.write(path, rows)
+
+
+def _measured(mutant: Mutant, tree: Tree, half: str, thorough: bool) -> dict[str, Any]:
+    started = time.monotonic()
+    with tree.changed(mutant):
+        kill = HALVES[half](mutant, tree, thorough)
+    return {
+        "killed": kill is not None,
+        **(_shown(kill) if kill else {}),
+        "thorough": thorough,
+        "seconds": round(time.monotonic() - started, 1),
+        "commit": tree.commit[:12],
+    }
 
 
 def _shown(kill: Kill) -> dict[str, str]:
