@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-INPUTS = "x[N, C%4, L] weight[C] bias[C] eps=1e-5"
+INPUTS = "x[2, C%4, L] weight[C] bias[C] eps=1e-5"
 GROUPS = 4
 
 

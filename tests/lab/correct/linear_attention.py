@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-INPUTS = "q[T, H, D] k[T, H, D] v[T, H, E]"
+INPUTS = "q[T, 2, D] k[T, 2, D] v[T, 2, E]"
 
 
 @triton.jit

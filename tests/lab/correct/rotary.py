@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-INPUTS = "q[B, T, H, D%2] cos[T, D] sin[T, D]"
+INPUTS = "q[2, T, H, D%2] cos[T, D] sin[T, D]"
 
 
 @triton.jit
