@@ -171,6 +171,36 @@ def test_sizes_apart_are_nobody_elses():
     assert all(c["M"] != found["M"] and c["K"] != found["K"] for c in chosen)
 
 
+@pytest.mark.parametrize("text", ["x[A, B, C, D]", "x[A%8, B%16, C]", "x[A] y[A, B] z[B, A, B]"])
+@pytest.mark.parametrize("level", ["quick", "full", "soak"])
+def test_no_choice_is_larger_than_its_level_bears(text, level):
+    parsed = inputs.parse(text)
+    most = {"quick": 1 << 14, "full": 1 << 17, "soak": 1 << 19}[level]
+    chosen = inputs.choices(parsed, (16, 128), level, 3)
+    assert len(chosen) > 3
+    assert all(parsed.elements(sizes) <= most for sizes in chosen)
+    assert parsed.elements(inputs.apart(parsed, chosen)) <= most
+
+
+def test_where_nothing_is_small_enough_the_smallest_is_tried():
+    parsed = inputs.parse("x[A%256, B%256]")
+    assert inputs.choices(parsed, (16,), "quick", 0) == [{"A": 256, "B": 256}]
+
+
+def test_a_pinned_text_makes_the_same_call():
+    parsed = inputs.parse("x[M, K%4] index[M]:int64<K eps=1e-5 N=3 y[N]")
+    sizes = {"M": 5, "K": 8}
+    again = inputs.parse(parsed.pinned(sizes))
+    assert again.letters == ()
+    assert again.fixed == {"N": 3, "M": 5, "K": 8}
+    (alone,) = inputs.choices(again, (16,), "full", 0)
+    one, other = parsed.sample(sizes, Maker()), again.sample(alone, Maker())
+    assert one.arguments.keys() == other.arguments.keys()
+    for name, value in one.arguments.items():
+        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+        assert same(value, other.arguments[name])
+
+
 def softmax(x):
     return torch.softmax(x, -1)
 

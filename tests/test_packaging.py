@@ -142,6 +142,35 @@ def test_tritorch_imports_from_the_unpacked_wheel(wheel, tmp_path):
     ]
 
 
+PLUGIN = """
+import sys
+
+def test_nothing_is_imported_for_nothing(pytestconfig):
+    assert pytestconfig.pluginmanager.has_plugin("pytest_tritorch")
+    assert pytestconfig.getoption("--tritorch-level") == "quick"
+    assert not {"tritorch", "torch", "triton", "numpy"} & sys.modules.keys()
+"""
+
+
+def test_pytest_finds_the_fixture_and_pays_nothing_for_it(wheel, tmp_path):
+    target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    (elsewhere / "test_mine.py").write_text(PLUGIN)
+    # other plugins may import what they like
+    others = [f"no:{name}" for name in ("hypothesispytest", "xdist", "anyio")]
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", "."]
+    done = subprocess.run(
+        [*command, *(word for name in others for word in ("-p", name)), "test_mine.py"],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_tritorch_imports_from_a_bare_checkout(checkout, tmp_path):
     lines = run(WHERE, checkout, tmp_path)
     assert [Path(line).resolve() for line in lines[:3]] == [

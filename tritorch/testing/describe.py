@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tritorch.registry import Argument, Maker, Sample, Subject
-from tritorch.testing import calls, cases
+from tritorch.testing import cases
+from tritorch.testing.calls import call, map_tensors, outputs_of
 
 Accuracy = Literal["exact", "multilinear", "composite"]
 
@@ -47,7 +48,7 @@ def describe(
     for dtype in dtypes or (torch.float32, torch.float16, torch.bfloat16):
         arguments = _first(samples, Maker(dtype, seed="describe"))
         try:
-            _call(reference, arguments)
+            outputs_of(_call(reference, arguments), "the reference")
         except Exception as error:
             refused[dtype] = error
         else:
@@ -57,7 +58,18 @@ def describe(
         raise ValueError(
             f"check: the reference refuses the inputs: {type(why).__name__}: {why}"
         ) from why
-    arguments = _first(samples, Maker(torch.float64, seed="describe"))
+    # as the truth is computed, whatever dtype an argument always has
+    arguments = {
+        name: map_tensors(value, lambda t: t.double() if t.is_floating_point() else t)
+        for name, value in _first(samples, Maker(torch.float64, seed="describe")).items()
+    }
+    try:
+        _call(reference, arguments)
+    except Exception as error:
+        raise ValueError(
+            "check: the reference refuses float64, in which it says what is right: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     floating = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()]
     gradients = _known("gradients", gradients, floating)
     mutates = _known("mutates", mutates, arguments)
@@ -100,7 +112,7 @@ def gives_gradients(subject: Subject, dtype: torch.dtype, device: str = "cpu") -
 
 def classify(reference: Callable[..., Any], arguments: dict[str, Argument]) -> Accuracy:
     """By which rule the rounding of what the reference computes is judged."""
-    result = _outputs(_call(reference, arguments))
+    result = outputs_of(_call(reference, arguments))
     if result and _only_copies(reference, arguments, result):
         return "exact"
     floating = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()]
@@ -115,7 +127,7 @@ def classify(reference: Callable[..., Any], arguments: dict[str, Argument]) -> A
         assert isinstance(given, Tensor)
         other = torch.randn(given.shape, generator=generator, dtype=given.dtype)
         of_other, of_both = (
-            _outputs(_call(reference, arguments | {name: value}))[0]
+            outputs_of(_call(reference, arguments | {name: value}))[0]
             for value in (other, given + 2 * other)
         )
         others = _without(reference, arguments, name)
@@ -124,7 +136,7 @@ def classify(reference: Callable[..., Any], arguments: dict[str, Argument]) -> A
         if not torch.allclose(of_both, expected, rtol=1e-9, atol=1e-9):
             return "composite"
     magnitudes = {n: v.abs() if n in floating else v for n, v in arguments.items()}  # type: ignore[union-attr]
-    most = _outputs(_call(reference, magnitudes))[0]
+    most = outputs_of(_call(reference, magnitudes))[0]
     return "multilinear" if bool((most + 1e-9 >= output.abs()).all()) else "composite"
 
 
@@ -136,7 +148,7 @@ def bind(fn: Callable[..., Any], values: tuple[Any, ...]) -> dict[str, Any]:
 def _without(reference: Callable[..., Any], arguments: dict[str, Argument], name: str) -> Tensor:
     given = arguments[name]
     assert isinstance(given, Tensor)
-    return _outputs(_call(reference, arguments | {name: torch.zeros_like(given)}))[0]
+    return outputs_of(_call(reference, arguments | {name: torch.zeros_like(given)}))[0]
 
 
 def _first(samples: Callable[[Maker], Iterable[Sample]], make: Maker) -> dict[str, Argument]:
@@ -147,18 +159,10 @@ def _first(samples: Callable[[Maker], Iterable[Sample]], make: Maker) -> dict[st
 
 def _call(function: Callable[..., Any], arguments: dict[str, Argument]) -> Any:
     copies = {
-        name: calls.map_tensors(value, lambda tensor: tensor.detach().clone())
+        name: map_tensors(value, lambda tensor: tensor.detach().clone())
         for name, value in arguments.items()
     }
-    return calls.call(function, copies)
-
-
-def _outputs(result: Any) -> tuple[Tensor, ...]:
-    if isinstance(result, Tensor):
-        return (result,)
-    if isinstance(result, tuple | list):
-        return tuple(value for value in result if isinstance(value, Tensor))
-    return ()
+    return call(function, copies)
 
 
 def _copies(output: Tensor, arguments: dict[str, Argument]) -> bool:
@@ -186,8 +190,8 @@ def _only_copies(
 
 
 def _mutated(reference: Callable[..., Any], arguments: dict[str, Argument]) -> tuple[str, ...]:
-    copies = {n: calls.map_tensors(v, lambda t: t.detach().clone()) for n, v in arguments.items()}
-    calls.call(reference, copies)
+    copies = {n: map_tensors(v, lambda t: t.detach().clone()) for n, v in arguments.items()}
+    call(reference, copies)
     return tuple(
         name for name, value in copies.items() if not cases.bitwise_equal(value, arguments[name])
     )
@@ -205,7 +209,7 @@ def _gradients(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients by argument, and all that was sent into the outputs, as one tensor."""
     given = {
-        name: calls.map_tensors(value, lambda tensor: tensor.detach().clone())
+        name: map_tensors(value, lambda tensor: tensor.detach().clone())
         for name, value in arguments.items()
     }
     chosen: dict[str, Tensor] = {}
@@ -215,7 +219,7 @@ def _gradients(
             chosen[name] = value.requires_grad_()
     nothing: tuple[dict[str, Tensor], Tensor] = {}, torch.zeros(1)
     try:
-        results = _outputs(calls.call(function, given))
+        results = outputs_of(call(function, given))
     except RuntimeError:
         # it writes to a leaf, say
         return nothing
