@@ -271,6 +271,17 @@ def test_other_bits_are_told():
     assert kinds(battery.repeatability(wrong(op, gradients=()), CASE)) == ["repeatability"]
 
 
+def test_another_number_of_results_is_told():
+    calls = []
+
+    def op(input, weight):
+        calls.append(None)
+        return (input @ weight,) * len(calls)
+
+    (found,) = battery.repeatability(wrong(op, gradients=()), CASE)
+    assert (found.kind, found.argument) == ("repeatability", "output 1")
+
+
 def test_a_stale_cache_is_told():
     kept = {}
 

@@ -245,6 +245,9 @@ def autocast(subject: Subject, case: Case) -> list[Finding]:
     if plain is None:
         return findings
     without = dict(plain.named())
+    if not torchs.keys() == without.keys() == dict(actual.named()).keys():
+        message = f"results are {list(dict(actual.named()))}, torch's {list(torchs)}"
+        return [*findings, Finding("shape", message, case=str(case))]
     for what, value in actual.named():
         if value.dtype != torchs[what].dtype:
             message = f"{what} is {value.dtype}, torch's {torchs[what].dtype}"

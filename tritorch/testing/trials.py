@@ -251,14 +251,19 @@ def _first(wrong: Tensor) -> tuple[tuple[int, ...], ...]:
 
 
 def same_bits(
-    kind: str, when: str, actual: Outcome, expected: Outcome, case: Case
+    kind: str, when: str, actual: Outcome, expected: Outcome, case: Case, *, partly: bool = False
 ) -> list[Finding]:
-    """Where two outcomes have not the same bits, of the tensors that both have."""
-    others = dict(expected.named())
-    return [
-        different(kind, f"{what} {when}".strip(), value, others[what], case)
-        for what, value in actual.named()
-        if what in others and not cases.bitwise_equal(value, others[what])
+    """Where two outcomes differ in bits, or in what they have, unless `partly` is enough."""
+    ours, theirs = dict(actual.named()), dict(expected.named())
+    found = [
+        Finding(kind, f"{what} {when}: one of two calls has it", argument=what, case=str(case))
+        for what in sorted(ours.keys() ^ theirs.keys())
+        if not partly
+    ]
+    return found + [
+        different(kind, f"{what} {when}".strip(), value, theirs[what], case)
+        for what, value in ours.items()
+        if what in theirs and not cases.bitwise_equal(value, theirs[what])
     ]
 
 
