@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from tritorch.registry import Maker, Subject
-from tritorch.testing import battery, battery_torch, cases, describe, hosting, inputs, trials
+from tritorch.testing import (
+    battery,
+    battery_gpu,
+    battery_torch,
+    cases,
+    describe,
+    hosting,
+    inputs,
+    trials,
+)
 from tritorch.testing.findings import Finding
 from tritorch.testing.inputs import Inputs
 from tritorch.testing.report import MEMORY
@@ -25,6 +34,8 @@ from tritorch.testing.trials import Case
 Level: TypeAlias = Literal["quick", "full", "soak"]
 LEVELS: tuple[Level, ...] = ("quick", "full", "soak")
 
+# a race may need many tries
+_GPU_REPEATS = 20
 # of a subject that brings its own, at level quick
 _MOST_SAMPLES = 8
 
@@ -331,8 +342,17 @@ class Examination:
         one = case()
         fresh = case(self._fresh) if self._fresh else one
         sequence = battery.history_of(subject, fresh, names[:4])
-        yield Step("repeated calls", fresh, partial(battery.history, subject, sequence))
-        yield Step("repeated calls", one, partial(battery.repeatability, subject, one))
+        # atomics have no fixed order on a GPU, and in the interpreter always the same
+        on_gpu = self.device != "cpu"
+        run = partial(battery.history, subject, sequence, bitwise=not on_gpu)
+        yield Step("repeated calls", fresh, run)
+        repeats = _GPU_REPEATS if on_gpu else 2
+        run = partial(battery.repeatability, subject, one, repeats=repeats, bitwise=not on_gpu)
+        yield Step("repeated calls", one, run)
+        if on_gpu:
+            yield Step("guard bands", one, partial(battery_gpu.guard_bands, subject, one))
+            yield Step("side streams", one, partial(battery_gpu.side_stream, subject, one))
+            yield Step("CUDA graphs", one, partial(battery_gpu.cuda_graph, subject, one))
 
     def _offsets(self, case: Callable[..., Case]) -> Iterator[Step]:
         if self.device != "cpu":
