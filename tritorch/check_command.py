@@ -50,7 +50,9 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
     show_default=True,
     help="Seconds, minutes, a night.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of every number."
+)
 @click.option("--case", default="", metavar="ID", help="Run this one case alone.")
 @click.option("--dtypes", callback=_names, metavar="A,B", help="float32, float16, bfloat16, ...")
 @click.option("--gradients", callback=_names, metavar="A,B", help="Arguments with a gradient.")

@@ -430,7 +430,13 @@ def _again(
         found = examination.watched(smaller)
     finally:
         examination.subject = original
-    return next((f for f in found if (f.kind, f.line) == (finding.kind, finding.line)), None)
+    return next((f for f in found if _likeness(f) == _likeness(finding)), None)
+
+
+def _likeness(finding: Finding) -> tuple[str, int, str]:
+    """Kind, place and the reason that its message guesses: what a smaller input must keep."""
+    reason = finding.message.rpartition("; ")[2] if finding.message.endswith("?") else ""
+    return finding.kind, finding.line, reason.rpartition(": ")[2]
 
 
 def _smaller(size: int) -> Iterator[int]:

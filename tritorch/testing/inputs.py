@@ -92,7 +92,8 @@ class Inputs:
 
     def name(self, sizes: Sizes) -> str:
         """How a sample is called: "M=33 K=17"."""
-        return " ".join(f"{letter}={size}" for letter, size in sizes.items()) or "as given"
+        shown = sizes or self.fixed
+        return " ".join(f"{letter}={size}" for letter, size in shown.items()) or "as given"
 
     def pinned(self, sizes: Sizes) -> str:
         """The same text with the letters' values, which reproduces one case."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +94,7 @@ class Report:
                 found = len(section.findings)
                 outcome = f"FAIL  {section.cases} cases, {found} finding{'s' * (found > 1)}"
             else:
-                outcome = f"pass  {section.cases} cases"
+                outcome = _singular(f"pass  {section.cases} cases")
             lines.append(f"  {section.name:{width}}  {outcome}")
         for number, finding in enumerate(self.findings, 1):
             lines += ["", *describe(finding, number, self.ids.get(finding.key, ""))]
@@ -132,6 +133,11 @@ class Report:
         }
 
 
+def _singular(text: str) -> str:
+    """ "1 elements" as people say it."""
+    return re.sub(r"(?<!of )\b1 (element|lane|case)s\b", r"1 \1", text)
+
+
 def describe(finding: Finding, number: int, case: str = "") -> list[str]:
     """One finding as text: kind and place, the statement, what it does, where it shows.
 
@@ -143,7 +149,7 @@ def describe(finding: Finding, number: int, case: str = "") -> list[str]:
     lines = [f"{number}. {finding.kind}" + (f"  {head}" if head else "")]
     if finding.source:
         lines.append(f"     {finding.source.strip()}")
-    lines.append(f"   {finding.message}")
+    lines.append(f"   {_singular(finding.message)}")
     where = []
     if finding.program is not None:
         where.append(f"program {finding.program}")
