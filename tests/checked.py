@@ -71,7 +71,15 @@ def dereferences_null(x):
     ctypes.string_at(0)  # nowhere
 
 
+def start_another():
+    """A process that outlives whoever starts it, unless it is ended too."""
+    if called := os.environ.get("CALLED"):
+        subprocess.Popen(["sleep", "600"])
+        Path(called).touch()
+
+
 def exits(x):
+    start_another()
     os._exit(3)
 
 
@@ -84,10 +92,7 @@ def leaves(x):
 
 
 def loops(x):
-    if called := os.environ.get("CALLED"):
-        # a process that outlives whoever starts it, unless it is ended too
-        subprocess.Popen(["sleep", "600"])
-        Path(called).touch()
+    start_another()
     while True:  # for ever
         pass
 

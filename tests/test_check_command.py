@@ -59,6 +59,14 @@ def descendants(monkeypatch):
     return living
 
 
+def left_of(descendants):
+    """Those that live a while after they should have been ended."""
+    until = time.monotonic() + 5
+    while descendants() and time.monotonic() < until:
+        time.sleep(0.05)
+    return descendants()
+
+
 def run(*arguments, cwd, **options):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -159,31 +167,34 @@ def test_a_missing_gpu_is_status_3(monkeypatch):
         ("leaves", "SystemExit: 7", "no Exception"),
     ],
 )
-def test_a_call_that_ends_its_process_is_a_finding(name, said, place, descendants):
+def test_a_call_that_ends_its_process_is_a_finding(
+    name, said, place, descendants, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("CALLED", str(tmp_path / "called"))
     result = call(name, *SHORT)
     assert result.exit_code == 1, result.output
     assert said in result.output
     assert "N=5, float32" in result.output or "N=18, float32" in result.output
     if place is not None:
         assert f"{CHECKED}:{line_of(place)}" in result.output
-    assert not descendants()
+    assert not left_of(descendants)
 
 
 @pytest.mark.parametrize("name", ["loops", "waits"])
 def test_a_call_that_does_not_end_is_a_finding(name, descendants, monkeypatch, tmp_path):
     monkeypatch.setenv("CALLED", str(tmp_path / "called"))
     begin = time.monotonic()
-    result = call(name, *SHORT, "--timeout", "1", "--repro", str(tmp_path / "scripts"))
+    result = call(name, *SHORT, "--timeout", "3", "--repro", str(tmp_path / "scripts"))
     assert time.monotonic() - begin < 60
     assert result.exit_code == 1, result.output
     lines = Path(CHECKED).read_text().splitlines()
     at = re.search(rf"1\. hang  {CHECKED}:(\d+)", result.output)
     # where it was when it was asked, in the loop or in its condition
     assert lines[int(at[1]) - 1].endswith("# for ever") or lines[int(at[1]) - 1].strip() == "pass"
-    assert "N=5, float32 did not end in 1 s" in result.output
+    assert "N=5, float32 did not end in 3 s" in result.output
     (script,) = (tmp_path / "scripts").iterdir()
-    assert "timeout=1.0" in script.read_text()
-    assert not descendants()
+    assert "timeout=3.0" in script.read_text()
+    assert not left_of(descendants)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
@@ -202,9 +213,7 @@ def test_whoever_ends_it_ends_its_processes(sent, descendants, monkeypatch, tmp_
         said = check.communicate(timeout=20)[1].decode()
     assert check.returncode != 0
     assert "Traceback" not in said
-    while descendants() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not descendants()
+    assert not left_of(descendants)
 
 
 SCRIPT = """
