@@ -11,7 +11,7 @@ import pytest
 
 import tritorch
 from tests.lab import corpus
-from tritorch.testing import parts
+from tritorch.testing import detector, parts
 from tritorch.testing.findings import KINDS, Finding
 from tritorch.testing.report import Report
 
@@ -105,7 +105,9 @@ def test_correct_kernel_fits_gpus(kernel):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("kernel", [k for k in BROKEN if k.defect not in COMPILED | FATAL], ids=str)
-def test_defect_is_found(kernel):
+def test_defect_is_found(kernel, monkeypatch):
+    # a program that hangs has asked often enough by then
+    monkeypatch.setattr(detector, "SPIN_LIMIT", 200)
     assert_named(interpreted(kernel).findings, kernel.defect, kernel.line)
 
 
