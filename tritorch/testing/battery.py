@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -320,31 +320,33 @@ def offsets(subject: Subject, case: Case, argument: str) -> list[Finding]:
     arguments = case.arguments(subject)
     given = arguments[argument]
     assert isinstance(given, Tensor)
-    strides = _far_apart(given)
-    if strides is None:
-        return []
-    far = detectors.virtual_tensor(given.shape, strides, given.dtype)
-    far.copy_(given)
     findings: list[Finding] = []
-    with detectors.detecting(virtual=True) as detector, contextlib.suppress(Exception):
-        # not every function takes every stride
-        calls.call(subject.op, arguments | {argument: far})
-    for finding in detector.findings:
-        if finding.kind == "int32 overflow" or finding.kind.startswith("out-of-bounds"):
-            findings.append(replace(finding, case=f"{case}, {argument} of strides {strides}"))
+    for strides in _far_apart(given):
+        far = detectors.virtual_tensor(given.shape, strides, given.dtype)
+        far.copy_(given)
+        with detectors.detecting(virtual=True) as detector, contextlib.suppress(Exception):
+            # not every function takes every stride
+            calls.call(subject.op, arguments | {argument: far})
+        findings += [
+            replace(finding, case=f"{case}, {argument} of strides {strides}")
+            for finding in detector.findings
+            if finding.kind == "int32 overflow" or finding.kind.startswith("out-of-bounds")
+        ]
     return findings
 
 
-def _far_apart(tensor: Tensor) -> tuple[int, ...] | None:
-    """Strides, as large as host code is likely to take, with offsets beyond 2^31 elements."""
+def _far_apart(tensor: Tensor) -> Iterator[tuple[int, ...]]:
+    """Strides with offsets beyond 2^31 elements: along the first dimension, and the longest."""
     dims = [dim for dim, size in enumerate(tensor.shape) if size > 1]
     if not dims or tensor.numel() == 0:
-        return None
-    first = dims[0]
-    size = tensor.shape[first]
-    strides = list(tensor.contiguous().stride())
-    # for half of the elements: an index may choose which ones are read
-    farthest = max(size // 2, min(size - 1, 2))
-    strides[first] = max(2**31 // farthest + 64, strides[first])
-    strides[first] += -strides[first] % 16
-    return tuple(strides)
+        return
+    longest = max(dims, key=lambda dim: tensor.shape[dim])
+    for dim in dict.fromkeys((dims[0], longest)):
+        size = tensor.shape[dim]
+        strides = list(tensor.contiguous().stride())
+        # for half of the elements, since an index may choose which ones are read; and where it can
+        # be a stride that is itself below 2^31, so that only products pass it
+        farthest = max(size // 2, min(size - 1, 2))
+        strides[dim] = max(2**31 // farthest + 64, strides[dim])
+        strides[dim] += -strides[dim] % 16
+        yield tuple(strides)

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from tritorch.registry import Maker, Subject
+from tritorch.registry import Maker, OpSpec, Subject
 from tritorch.testing import (
     battery,
     battery_gpu,
@@ -240,16 +240,18 @@ class Examination:
             yield from self._second_gradients(case)
 
     def _second_gradients(self, case: Callable[..., Case]) -> Iterator[Step]:
-        subject, one = self.subject, case()
+        subject, chosen = self.subject, [case()]
         if subject.double_backward:
-            # by finite differences: of a small sample, in float64
+            # by finite differences: of small samples, in float64
             samples = trials.samples_of(subject, subject.dtypes[0])
             small = [sample.name for sample in samples if sample.gradcheck]
-            if not small or torch.float64 not in subject.dtypes:
+            if torch.float64 not in subject.dtypes:
                 return
-            one = case(small[0], torch.float64)
-        run = partial(battery_torch.second_gradient, subject, one)
-        yield Step("gradients", one, run)
+            small = small[:1] if self.level == "quick" else small
+            chosen = [case(name, torch.float64) for name in small]
+        for one in chosen:
+            run = partial(battery_torch.second_gradient, subject, one)
+            yield Step("gradients", one, run)
 
     def _layouts(self, typical: Case) -> Iterator[Step]:
         subject, order = self.subject, self.watch
@@ -264,6 +266,10 @@ class Examination:
                     continue
                 one = replace(typical, layout=(name, layout))
                 yield Step("layouts", one, partial(battery.values, subject, one, order=order))
+        # torch's own strides are asked of tritorch's ops alone
+        for channels_last in (False, True) if isinstance(subject, OpSpec) else ():
+            check = partial(battery_torch.layout_of_results, channels_last=channels_last)
+            yield Step("layouts", typical, partial(check, subject, typical))
         for layout in cases.GRAD_LAYOUTS if subject.gradients else ():
             one = replace(typical, grad_layout=layout)
             yield Step("gradients", one, partial(battery.values, subject, one, order=order))
