@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-INPUTS = "q[T, 2, D] k[T, 2, D] v[T, 2, E]"
+INPUTS = "q[T, 2, 24] k[T, 2, 24] v[T, 2, E]"
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def matmul_host_descriptors(a, b):
     b_desc = TensorDescriptor.from_tensor(aligned(b), [BLOCK_N, BLOCK_K])
     c_desc = TensorDescriptor.from_tensor(c, [BLOCK_M, BLOCK_N])
     grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(N, BLOCK_N))
-    matmul_tma_kernel[grid](a_desc, b_desc, c_desc, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    matmul_tma_kernel[grid](a_desc, b_desc, c_desc, K, BLOCK_M, BLOCK_N, BLOCK_K, num_warps=8)
     return c
 
 
