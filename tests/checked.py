@@ -32,9 +32,11 @@ def unmasked_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def waiting_kernel(flag_ptr):
-    while tl.load(flag_ptr) == 0:  # for ever
-        pass
+def spinning_kernel(y_ptr, N):
+    count = N
+    while count > 0:  # for ever
+        count = count * 1
+    tl.store(y_ptr, count)
 
 
 def launched(kernel, x, y):
@@ -97,9 +99,10 @@ def loops(x):
         pass
 
 
-def waits(x):
-    waiting_kernel[(1,)](torch.zeros(1, dtype=torch.int32))
-    return double(x)
+def spins(x):
+    y = torch.empty_like(x)
+    spinning_kernel[(1,)](y, 1)
+    return y
 
 
 def of_none(x):
