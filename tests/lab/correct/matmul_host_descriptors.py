@@ -7,7 +7,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # a row is a multiple of 16 bytes
 INPUTS = "a[M, K%8] b[N%8, K%8]"
-BLOCK_M, BLOCK_N, BLOCK_K = 64, 32, 32
+BLOCK_M, BLOCK_N, BLOCK_K = 32, 64, 32
 
 
 @triton.jit
