@@ -67,7 +67,7 @@ def kernel_of(call):
     """The compiled kernel that a call launches."""
     known = set(launch._bound)
     call()
-    ((key, bound),) = ((k, b) for k, b in launch._bound.items() if k not in known)
+    ((_, bound),) = ((k, b) for k, b in launch._bound.items() if k not in known)
     return bound.metadata, bound.run
 
 
