@@ -80,7 +80,7 @@ def with_defects(*kinds: str) -> list[corpus.Kernel]:
     return [kernel for kernel in BROKEN if kernel.defect in kinds]
 
 
-@pytest.mark.reference
+@pytest.mark.interpret
 def test_corpus_says_what_is_wrong():
     assert len(CORRECT) > 20
     assert not [str(kernel) for kernel in CORRECT if kernel.defect or kernel.line]
