@@ -44,9 +44,17 @@ _OF_KIND = {
     "missing memory format": "layout_of_results",
     "wrong needs_input_grad index": "alone",
 }
+_FILE_OF_KIND = {
+    "alignment hint": "tests/test_hints.py",
+    "TF32 always": "tests/test_tf32.py",
+    "lost int64 cast": "tests/test_offsets.py",
+    "missing memory format": "tests/test_formats.py",
+}
 _OF_FAMILY = {
     "losses": ["tests/test_loss.py"],
+    "norm": ["tests/test_norm.py"],
     "optim": ["tests/test_optim.py", "tests/test_optim_protocol.py"],
+    "pool": ["tests/test_pool.py"],
     "activation": ["tests/test_in_place.py"],
 }
 # what has run by then, and what tests no op
@@ -192,10 +200,8 @@ def _stages(mutant: Mutant, thorough: bool) -> Iterator[tuple[str, list[str]]]:
         yield "compile", ["tests/test_compile.py", "-k", ops]
         yield "interpret", ["tests/test_ops.py", "-k", ops]
         return
-    if mutant.kind == "lost int64 cast":
-        yield "interpret", ["tests/test_offsets.py", "-k", ops]
-    if mutant.kind == "TF32 always":
-        yield "interpret", ["tests/test_tf32.py"]
+    if file := _FILE_OF_KIND.get(mutant.kind):
+        yield "interpret", [file, "-k", ops]
     if word := _OF_KIND.get(mutant.kind):
         yield "interpret", ["tests/test_ops.py", "-k", f"{word} and ({ops})"]
     files = ["tests/test_ops.py", "tests/test_memory.py"]

@@ -260,7 +260,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("depthwise-same", image, (5, 1, 2, 4), padding="same", dilation=(1, 3), groups=5)
     yield sample("depthwise-gaps", (1, 5, 8, 9), (5, 1, 2, 1), stride=4, groups=5)
     # sums over several tiles of pixels each
-    yield sample("depthwise-splits", (1, 8, 9, 9), (8, 1, 3, 3), padding=1, groups=8, **last)
+    yield sample("depthwise-splits", (1, 2, 23, 23), (2, 1, 3, 3), padding=1, groups=2)
     yield sample("unbatched", (5, 6, 4), (6, 5, 3, 3), padding=1)
     yield sample("empty-batch", (0, 5, 6, 4), (6, 5, 3, 3), padding=1)
     yield sample("empty-batch-depthwise", (0, 5, 6, 4), (5, 1, 3, 3), padding=1, groups=5)
