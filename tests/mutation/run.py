@@ -55,6 +55,7 @@ _OF_FAMILY = {
     "norm": ["tests/test_norm.py"],
     "optim": ["tests/test_optim.py", "tests/test_optim_protocol.py"],
     "pool": ["tests/test_pool.py"],
+    "reduce": ["tests/test_reduce.py"],
     "activation": ["tests/test_in_place.py"],
 }
 # what has run by then, and what tests no op

@@ -237,6 +237,10 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield Sample("valid", input=make(1, 3, 7, 9), **three, count_include_pad=False)
     yield Sample("divisor", input=make(1, 2, 7, 9), **three, divisor_override=-3)
     yield Sample("gaps", input=make(1, 2, 11, 10), kernel_size=2, stride=3, ceil_mode=True)
+    # a last window would start in the padding behind the image
+    yield Sample(
+        "ceil-gaps", input=make(1, 2, 5, 6), kernel_size=2, stride=3, padding=1, ceil_mode=True
+    )
     yield Sample(
         "asymmetric", input=make(2, 3, 9, 12), kernel_size=(3, 2), stride=(1, 3), padding=(1, 0)
     )
