@@ -15,6 +15,7 @@ import torch
 import tritorch
 from tests import checked
 from tritorch.registry import Sample
+from tritorch.testing import inputs
 
 pytestmark = pytest.mark.interpret
 
@@ -303,3 +304,44 @@ def test_the_fixture_fails_a_test_with_the_report(interprets, tmp_path):
     assert "def check(" not in done.stdout
     if not interprets:
         assert "the function cannot be imported by another process" in done.stdout
+
+
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        raise RuntimeError("backward is broken")
+
+
+class Silent(Broken):
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None
+
+
+@pytest.mark.parametrize("function", [Broken, Silent])
+def test_a_backward_that_fails_is_found(function):
+    report = check(lambda x: function.apply(x), lambda x: 2 * x)
+    assert kinds(report) & {"error", "gradients"}
+    assert not any("requires no gradient" in note for note in report.notes)
+
+
+def test_what_is_declined_is_counted():
+    def contiguous(x):
+        if not x.is_contiguous():
+            raise ValueError("x must be contiguous")
+        return checked.double(x)
+
+    report = check(contiguous)
+    assert report.ok
+    layouts = report.sections["layouts"]
+    assert 0 < layouts.declined < layouts.cases
+    assert f"{layouts.declined} of them declined" in str(report)
+
+
+def test_a_large_tile_is_passed_at_level_quick():
+    found = inputs.choices(inputs.parse("x[M, N]"), (4096,), "quick", 0)
+    assert max(sizes["N"] for sizes in found) > 4096

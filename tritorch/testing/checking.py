@@ -238,12 +238,13 @@ class _Run:
             self.report.reference = event["reference"]
             self.report.notes += event["notes"]
         elif kind == "end":
-            self.report.notes += event["notes"]
+            self.report.notes += [n for n in event["notes"] if n not in self.report.notes]
             if event["watched"]:
                 self.report.section(MEMORY).cases = event["watched"]
         elif kind == "outcome":
             section = self.report.section(event["section"])
             section.cases += 1
+            section.declined += event["declined"]
             section.seconds += event["seconds"]
         elif kind == "finding":
             finding = parts.as_finding(event["finding"])

@@ -105,9 +105,20 @@ def _known(
 
 
 def gives_gradients(subject: Subject, dtype: torch.dtype, device: str = "cpu") -> bool:
-    """Whether the function itself, launched once, gives a result that requires a gradient."""
+    """Whether the function, called once, gives a result that requires a gradient.
+
+    Its backward is not asked: one that raises, or gives nothing, is to be found.
+    """
     arguments = _first(subject.samples, Maker(dtype, device, seed="describe"))
-    return bool(_differentiable(subject.op, arguments, subject.gradients))
+    given = {
+        name: map_tensors(value, lambda tensor: tensor.detach().clone())
+        for name, value in arguments.items()
+    }
+    for name in subject.gradients:
+        value = given[name]
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value.requires_grad_()
+    return any(output.requires_grad for output in outputs_of(call(subject.op, given)))
 
 
 def classify(reference: Callable[..., Any], arguments: dict[str, Argument]) -> Accuracy:

@@ -69,11 +69,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step found, and how long it took."""
+    """What a step found, and how long it took.
+
+    declined: the function or its reference does not take the case, which therefore says nothing.
+    """
 
     step: Step
     findings: list[Finding]
     seconds: float
+    declined: bool = False
 
 
 class Examination:
@@ -97,6 +101,7 @@ class Examination:
         self.subject, self.inputs, self.level, self.seed = subject, inputs, level, seed
         self.device, self.unit_in, self.only = device, unit_in, only
         self.notes: list[str] = []
+        self._declined = False
         self.tiles: tuple[int, ...] = ()
         self.configurations: dict[str, list[Any]] = {}
         # the sample of sizes that no other call has
@@ -112,7 +117,9 @@ class Examination:
                     continue
                 on_step(step)
                 start = time.perf_counter()
-                yield Outcome(step, self.watched(step), time.perf_counter() - start)
+                self._declined = False
+                found = self.watched(step)
+                yield Outcome(step, found, time.perf_counter() - start, self._declined)
 
     def watched(self, step: Step) -> list[Finding]:
         """Runs a step with every access watched: one out of bounds could end the process."""
@@ -126,7 +133,7 @@ class Examination:
                 found = step.run()
             except cases.Refused:
                 # a case that the reference does not take says nothing
-                found = []
+                found, self._declined = [], True
             except (Exception, SystemExit) as error:
                 found = [trials.raised(error, step.case)]
         seen = [] if detector is None else detector.findings
@@ -148,7 +155,7 @@ class Examination:
         case = Case(name, dtype, self.device, seed=self.seed)
         on_step(Step("first call", case, list))
         launches: list[Any] = []
-        returned, gives = False, False
+        returned, gives = False, True
         with contextlib.ExitStack() as stack, contextlib.suppress(Exception, SystemExit):
             # what it raises is found by the first step
             if self.device == "cpu":

@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import linecache
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -351,6 +352,7 @@ def _tf32(attempts: Iterable[_Attempt]) -> Iterator[Finding]:
         locations = dict(_LOCATION.findall(assembly["ttir"]))
         for location in _DOT.findall(assembly["ttir"]):
             file, line = _resolve(location, locations)
+            file = _present(file, attempt.function)
             if (file, line) in found:
                 continue
             found.add((file, line))
@@ -363,6 +365,12 @@ def _tf32(attempts: Iterable[_Attempt]) -> Iterator[Finding]:
                 line=line,
                 source=linecache.getline(file, line).strip(),
             )
+
+
+def _present(file: str, function: Any) -> str:
+    """The file that a kernel is in, where Triton's cache names one of the same text elsewhere."""
+    own = str(function.fn.__code__.co_filename)
+    return own if os.path.basename(own) == os.path.basename(file) else file
 
 
 def _resolve(location: str, locations: dict[str, str]) -> tuple[str, int]:

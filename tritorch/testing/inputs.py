@@ -34,6 +34,8 @@ _VALUE = re.compile(r"(?P<name>\w+)=(?P<value>\([^)]*\)|\[[^\]]*\]|'[^']*'|\"[^\
 _SIZE = re.compile(r"(?P<size>\w+)(?:%(?P<multiple>\d+))?")
 # elements of one tensor that the interpreter goes through in a moment
 _MOST = {"quick": 1 << 14, "full": 1 << 17, "soak": 1 << 19}
+# times as many, where a tile is that large
+_BEYOND = 4
 # small, different from each other, and no multiples of each other
 _SMALL = (5, 3, 7, 2, 11, 13)
 
@@ -307,7 +309,16 @@ def choices(inputs: Inputs, tiles: Sequence[int], level: str, seed: int) -> list
     allowed = [
         {letter: inputs.allowed(letter, size) for letter, size in sizes.items()} for sizes in found
     ]
-    kept = [sizes for sizes in allowed if inputs.elements(sizes) <= _MOST[level]]
+    kept = []
+    for number, sizes in enumerate(allowed):
+        # the second, beyond a tile in every direction, is left out where it is too large
+        if number != 1 and inputs.elements(sizes) > _MOST[level]:
+            # a size beyond a large tile is worth more than the others are
+            longest = max(sizes, key=lambda letter: sizes[letter])
+            ones = {letter: inputs.allowed(letter, 1) for letter in letters}
+            sizes = ones | {longest: sizes[longest]}
+        if inputs.elements(sizes) <= (1 if number < 2 else _BEYOND) * _MOST[level]:
+            kept.append(sizes)
     unique = list({tuple(sizes.items()): sizes for sizes in kept or allowed[:1]}.values())
     return unique[: {"quick": 12, "full": 60, "soak": 400}[level]]
 

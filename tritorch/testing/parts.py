@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tritorch.registry import Maker, OpSpec, Sample, Subject
+from tritorch.registry import FLOATING, Maker, OpSpec, Sample, Subject
 from tritorch.testing import describe, examine, gpu_limits, hosting
 from tritorch.testing import inputs as texts
 from tritorch.testing.calls import map_tensors
@@ -209,6 +209,9 @@ def dtype_of(name: str) -> torch.dtype:
     dtype = getattr(torch, short.get(name, name), None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"check: unknown dtype {name!r}")
+    if dtype not in FLOATING:
+        known = ", ".join(str(known).removeprefix("torch.") for known in FLOATING)
+        raise ValueError(f"check: the dtypes under test are of {known}, received {name}")
     return dtype
 
 
@@ -246,7 +249,12 @@ def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = Tr
     for outcome in examination.run(doing):
         step = outcome.step
         count += 1
-        say("outcome", section=step.section, seconds=outcome.seconds)
+        say(
+            "outcome",
+            section=step.section,
+            seconds=outcome.seconds,
+            declined=outcome.declined,
+        )
         for finding in outcome.findings:
             if finding.key in known:
                 continue
@@ -304,8 +312,12 @@ def compile_part(request: Request, found: Asked, say: Say) -> None:
 
         contract: Any = request.contract
         findings = gpu_limits.limits(call, request.targets, contract)
-        say("outcome", section=LIMITS, seconds=0.0)
+        say("outcome", section=LIMITS, seconds=0.0, declined=False)
         for finding in findings:
+            if gpu_limits.is_discarded(finding):
+                # the kernel works: autotune leaves the configuration out by itself
+                say("end", notes=[finding.message], watched=0)
+                continue
             say("finding", section=LIMITS, finding=finding.to_json(), id="", pinned="")
 
 

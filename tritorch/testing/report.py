@@ -19,6 +19,8 @@ class Section:
 
     name: str
     cases: int = 0
+    # of those, what the function or its reference does not take
+    declined: int = 0
     seconds: float = 0.0
     findings: list[Finding] = field(default_factory=list)
     # why it was not tried, where it was not
@@ -95,6 +97,10 @@ class Report:
                 outcome = f"FAIL  {section.cases} cases, {found} finding{'s' * (found > 1)}"
             else:
                 outcome = _singular(f"pass  {section.cases} cases")
+                if section.declined:
+                    outcome += f", {section.declined} of them declined"
+                if section.cases and section.declined == section.cases:
+                    outcome = f"not checked: all {section.cases} cases were declined"
             lines.append(f"  {section.name:{width}}  {outcome}")
         for number, finding in enumerate(self.findings, 1):
             lines += ["", *describe(finding, number, self.ids.get(finding.key, ""))]
@@ -120,6 +126,7 @@ class Report:
                 {
                     "name": section.name,
                     "cases": section.cases,
+                    "declined": section.declined,
                     "seconds": section.seconds,
                     "skipped": section.skipped,
                     "findings": [
