@@ -125,3 +125,13 @@ def test_the_memory_is_bounded(launches, monkeypatch):
     for size in range(1, 9):
         ops.relu(torch.ones(size))
     assert len(launch._bound) <= 3
+
+
+def test_what_a_profiler_compiled_does_not_outlive_it(launches):
+    triton = pytest.importorskip("triton")
+    triton.knobs.runtime.launch_enter_hook.add(print)
+    try:
+        ops.relu(torch.ones(24))
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(print)
+    assert launch._bound == {}

@@ -129,11 +129,12 @@ def run(
         return
     for names in _recorders:
         names.append(kernel.__name__)
-    if on.is_cuda:
-        _run_on_gpu(kernel, grid, arguments, on.get_device(), config, constants)
-    elif backend.INTERPRETING:
+    if backend.INTERPRETING:
+        # CUDA tensors too: the interpreter copies them to the CPU and back
         with interpreter.corrected():
             kernel[grid](*arguments, **_options(config, constants))
+    elif on.is_cuda:
+        _run_on_gpu(kernel, grid, arguments, on.get_device(), config, constants)
     elif dry.active() is not None:
         kernel[grid](*arguments, **_options(config, constants))
     else:
@@ -191,9 +192,13 @@ def _run_on_gpu(
         ],
     )
     bound = _bound.get(key)
-    if bound is None or _is_watched():
+    watched = _is_watched()
+    if bound is None or watched:
         options = _options(config, constants)
         compiled = kernel[grid](*arguments, **options)
+        if watched:
+            # what was compiled for a profiler must not outlive it
+            return
         if len(_bound) >= _MAX_BOUND:
             _bound.clear()
         _bound[key] = _bind(kernel, compiled, len(arguments), options, config)
@@ -223,9 +228,15 @@ def _bind(kernel: Any, compiled: Any, given: int, options: dict[str, Any], confi
 
 def _is_watched() -> bool:
     """Whether a profiler wants to hear of launches from Triton itself."""
-    runtime = sys.modules["triton"].knobs.runtime
+    triton = sys.modules.get("triton")
+    if triton is None:
+        return False
+    runtime = triton.knobs.runtime
     hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    return bool(
+        any(getattr(hook, "calls", hook) for hook in hooks)
+        or getattr(triton.knobs.compilation, "instrumentation_mode", "")
+    )
 
 
 def _options(config: Any, constants: dict[str, Any]) -> dict[str, Any]:
