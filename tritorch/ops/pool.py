@@ -287,8 +287,9 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield Sample(
         "ceil-gaps", input=make(1, 2, 5, 6), kernel_size=2, stride=3, padding=1, ceil_mode=True
     )
-    # the columns of a window, and of its stride, do not divide each other
-    yield Sample("wide", input=make(2, 5, 7, 25), kernel_size=(3, 17), stride=2)
+    # a window ends where a pixel would be the next one's, and its first column is its largest
+    falling = make(1, 2, 7, 25).sort(-1, descending=True).values
+    yield Sample("wide", input=falling, kernel_size=(3, 17), stride=2)
     yield Sample(
         "asymmetric",
         input=make(2, 3, 9, 12),
