@@ -3,10 +3,10 @@
 `python -m tests.mutation.run` takes the committed tree, applies the one-line defects of
 tests/mutation/catalogue to a copy of it in a temporary folder, one at a time, and runs the tests on
 each until one fails: first those of its ops, and where it survives them the other files.  A check
-is a quick one, and a full one where that finds nothing.  In the end the tests that found something
-run without a defect, and must pass.  The result, tests/mutation/result.json, is written after every
-defect, and the next run goes on there: what it has is measured again only where the line or its
-replacement has changed.
+is a full one, up to its first finding.  In the end the tests that found something run without a
+defect, and must pass.  The result, tests/mutation/result.json, is written after every defect, and
+the next run goes on there: what it has is measured again only where the line or its replacement has
+changed.
 """
 
 from __future__ import annotations
@@ -221,10 +221,9 @@ def killed_by_suite(mutant: Mutant, tree: Tree, thorough: bool) -> Kill | None:
 
 
 def killed_by_check(mutant: Mutant, tree: Tree, thorough: bool) -> Kill | None:
-    """What a check finds first with the defect, a quick one or a full one."""
+    """What a full check finds first with the defect; it is as thorough as can be."""
     mode = "compile" if mutant.kind in catalogue.COMPILED else "interpret"
-    level = "full" if thorough else "quick"
-    kills = (tree.first_finding(mode, op, level) for op in mutant.ops)
+    kills = (tree.first_finding(mode, op, "full") for op in mutant.ops)
     return next((kill for kill in kills if kill is not None), None)
 
 
@@ -235,7 +234,8 @@ def measure(mutants: Sequence[Mutant], halves: Sequence[str], path: Path, again:
         tempfile.TemporaryDirectory(prefix="tritorch-mutation-") as name,
         contextlib.closing(Tree(Path(name))) as tree,
     ):
-        for mutant in mutants:
+        unseen = [mutant for mutant in catalogue.read() if mutant.survives]
+        for mutant in {m.id: m for m in (*mutants, *unseen)}.values():
             row = _row(mutant, tree, rows.get(mutant.id, {}))
             rows[mutant.id] = {n: v for n, v in row.items() if not again or n not in halves}
         for thorough in (False, True):
@@ -259,7 +259,7 @@ def _measured(mutant: Mutant, tree: Tree, half: str, thorough: bool) -> dict[str
     return {
         "killed": kill is not None,
         **(_shown(kill) if kill else {}),
-        "thorough": thorough,
+        "thorough": thorough or half == "check",
         "seconds": round(time.monotonic() - started, 1),
         "commit": tree.commit[:12],
     }
