@@ -233,7 +233,11 @@ class Examination:
                 yield Step("exact integers", one, run)
         for dtype in subject.dtypes:
             first = dtype == subject.dtypes[0]
+            # a sample may be one of some dtypes alone
+            there = {sample.name for sample in trials.samples_of(subject, dtype)}
             for name in names if first and not exact else others:
+                if name not in there:
+                    continue
                 one = case(name, dtype)
                 watched = order if first and not exact else None
                 yield Step("rounding", one, partial(battery.values, subject, one, order=watched))
