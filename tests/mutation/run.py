@@ -271,17 +271,32 @@ def _shown(kill: Kill) -> dict[str, str]:
 
 
 def _confirm(rows: report.Rows, tree: Tree) -> None:
-    """Forgets what was killed by a test that fails without the defect too."""
-    kills = [row for row in rows.values() if row.get("suite", {}).get("killed")]
-    for rung in ("interpret", "compile"):
-        open_ones = [row for row in kills if row["suite"]["rung"] == rung]
-        open_ones = [row for row in open_ones if "confirmed" not in row["suite"]]
-        tests = sorted({row["suite"]["by"] for row in open_ones})
-        failing = tree.failing(rung, tests) if tests else set()
-        for row in open_ones:
-            row["suite"]["confirmed"] = True
-            if row["suite"]["by"] in failing:
-                print(f"{row['id']}: {row.pop('suite')['by']} fails without the defect")
+    """Forgets what was killed by what is also found without the defect."""
+    for half in HALVES:
+        kills = [row for row in rows.values() if row.get(half, {}).get("killed")]
+        unsure = [row for row in kills if "confirmed" not in row[half]]
+        alarms = {
+            (mode, alarm)
+            for mode in ("interpret", "compile")
+            for alarm in _alarms(
+                half, tree, mode, [r[half] for r in unsure if r[half]["rung"] == mode]
+            )
+        }
+        for row in unsure:
+            row[half]["confirmed"] = True
+            if (row[half]["rung"], row[half]["by"]) in alarms:
+                print(f"{row['id']}: {half}: {row.pop(half)['by']} without the defect, too")
+
+
+def _alarms(half: str, tree: Tree, mode: str, kills: Sequence[Mapping[str, str]]) -> set[str]:
+    """Of the tests, or findings, of these kills those that the unchanged tree has."""
+    if not kills:
+        return set()
+    if half == "suite":
+        return tree.failing(mode, sorted({kill["by"] for kill in kills}))
+    ops = sorted({kill["said"].partition(":")[0] for kill in kills})
+    found = (tree.first_finding(mode, op, "full") for op in ops)
+    return {finding.by for finding in found if finding is not None}
 
 
 def _row(mutant: Mutant, tree: Tree, known: Mapping[str, Any]) -> dict[str, Any]:
