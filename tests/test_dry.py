@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -288,3 +289,15 @@ def test_an_interpreting_process_is_refused(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), dry.compiling_for("sm_80"):
         pass
+
+
+def test_a_default_of_the_next_triton_is_no_error_where_warnings_are():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with dry.compiling_for("sm_80") as recorder:
+            # 3.9 warns of it by itself
+            copy()
+            warnings.warn("TRITON_DEFAULT_FP_FUSION is unset: ...", UserWarning, stacklevel=1)
+            with pytest.raises(UserWarning, match="another"):
+                warnings.warn("another", UserWarning, stacklevel=1)
+    assert len(recorder.launches) == 1
