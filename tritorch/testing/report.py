@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tritorch.testing.findings import Finding
@@ -60,7 +60,7 @@ class Report:
             # a wrong number has no line: one for every property that shows it is enough
             if finding.key not in known:
                 known.add(finding.key)
-                new.append(finding)
+                new.append(replace(finding, message=grammatical(finding.message)))
         self.section(name).findings += new
         return new
 
@@ -94,20 +94,20 @@ class Report:
                 outcome = f"not checked: {section.skipped}"
             elif section.findings:
                 found = len(section.findings)
-                outcome = f"FAIL  {section.cases} cases, {found} finding{'s' * (found > 1)}"
+                outcome = f"FAIL  {counted(section.cases, 'case')}, {counted(found, 'finding')}"
+            elif section.cases and section.declined == section.cases:
+                outcome = f"not checked: {counted(section.cases, 'case')}, declined"
             else:
-                outcome = _singular(f"pass  {section.cases} cases")
+                outcome = f"pass  {counted(section.cases, 'case')}"
                 if section.declined:
                     outcome += f", {section.declined} of them declined"
-                if section.cases and section.declined == section.cases:
-                    outcome = f"not checked: all {section.cases} cases were declined"
             lines.append(f"  {section.name:{width}}  {outcome}")
         for number, finding in enumerate(self.findings, 1):
             lines += ["", *describe(finding, number, self.ids.get(finding.key, ""))]
         lines.append("")
         found = len(self.findings)
-        what = f"{found} finding{'s' * (found != 1)}" if found else "nothing found"
-        lines.append(f"{what} in {self.cases} cases, {self.seconds:.1f} s")
+        what = counted(found, "finding") if found else "nothing found"
+        lines.append(f"{what} in {counted(self.cases, 'case')}, {self.seconds:.1f} s")
         lines += [f"reproduce: python {path}" for path in self.reproductions]
         return lines
 
@@ -140,9 +140,36 @@ class Report:
         }
 
 
-def _singular(text: str) -> str:
-    """ "1 elements" as people say it."""
-    return re.sub(r"(?<!of )\b1 (element|lane|case)s\b", r"1 \1", text)
+def counted(number: int, noun: str) -> str:
+    """ "1 case", "2 cases"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+# what a message says of one thing as if it were of many, and how people say it
+_OF_ONE = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (
+            r"(?<![\w.,-])1 lanes that are (masked off without `other`) change (.*?) they hold ",
+            r"1 lane that is \1 changes \2 it holds ",
+        ),
+        (r"(?<![\w.,-])1 (of (?:the )?\d+ elements) differ\b", r"1 \1 differs"),
+        (
+            r"(?<![\w.,-])1 (of (?:the )?\d+ elements of `\w+` \(shape [^)]*\)\)?) are never",
+            r"1 \1 is never",
+        ),
+        (r"(?<![\w.,-])1 elements are\b", "1 element is"),
+        (r"(?<![\w.,-])1 elements that belong\b", "1 element that belongs"),
+        (r"(?<![\w.,-])1 (byte|element|lane|program|register)s\b", r"1 \1"),
+    )
+)
+
+
+def grammatical(message: str) -> str:
+    """A message whose counts of one are said as people say them."""
+    for pattern, replacement in _OF_ONE:
+        message = pattern.sub(replacement, message)
+    return message
 
 
 def describe(finding: Finding, number: int, case: str = "") -> list[str]:
@@ -156,14 +183,17 @@ def describe(finding: Finding, number: int, case: str = "") -> list[str]:
     lines = [f"{number}. {finding.kind}" + (f"  {head}" if head else "")]
     if finding.source:
         lines.append(f"     {finding.source.strip()}")
-    lines.append(f"   {_singular(finding.message)}")
+    lines.append(f"   {finding.message}")
     where = []
     if finding.program is not None:
         where.append(f"program {finding.program}")
     if finding.lanes:
         shown = ", ".join(str(lane if len(lane) != 1 else lane[0]) for lane in finding.lanes)
         more = ", ..." if finding.count > len(finding.lanes) else ""
-        where.append(f"lanes {shown}{more}" if finding.program is not None else f"at {shown}{more}")
+        lanes = "lanes" if more or len(finding.lanes) > 1 else "lane"
+        where.append(
+            f"{lanes} {shown}{more}" if finding.program is not None else f"at {shown}{more}"
+        )
     if finding.case:
         where.append(f"shown by {finding.case}")
     if case:
