@@ -345,3 +345,33 @@ def test_what_is_declined_is_counted():
 def test_a_large_tile_is_passed_at_level_quick():
     found = inputs.choices(inputs.parse("x[M, N]"), (4096,), "quick", 0)
     assert max(sizes["N"] for sizes in found) > 4096
+
+
+def test_what_a_kernel_does_before_its_call_is_declined_counts():
+    def late(x):
+        if not x.is_contiguous():
+            checked.unmasked(x)
+            raise ValueError("x must be contiguous")
+        return checked.double(x)
+
+    report = check(late)
+    (finding,) = report.findings
+    assert (finding.kind, finding.argument) == ("out-of-bounds read", "x_ptr")
+    assert finding.source.strip() == "x = tl.load(x_ptr + offs)"
+
+
+def test_what_a_kernel_does_in_a_call_that_the_reference_refuses_does_not_count():
+    def refuses_strides(x):
+        if x.stride() == (2,):
+            raise ValueError("x must be contiguous")
+        return x * 2
+
+    def late(x):
+        if x.stride() == (2,):
+            checked.unmasked(x)
+        refuses_strides(x)
+        return checked.double(x)
+
+    report = check(late, refuses_strides)
+    assert report.ok, str(report)
+    assert report.sections["layouts"].declined > 0
