@@ -128,17 +128,30 @@ def derive_conditions(
 
     s2 is |t| + rms(t) plus the root mean square of the result's change, per unit, over random
     relative perturbations of every floating-point tensor of `args` and of `grad_output`: a stable
-    algorithm's result is a slightly perturbed problem's.  The function, which runs in float64,
-    must be differentiable where it is asked.
+    algorithm's result is a slightly perturbed problem's.  Where the function refuses that, as one
+    of probabilities refuses more than 1, the perturbations are towards zero.  The function, which
+    runs in float64, must be differentiable where it is asked.
     """
     generator = torch.Generator().manual_seed(0)
 
-    def shake(tensor: Tensor) -> Tensor:
-        draws = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        return tensor * (1 + _STEP * draws.to(tensor.device))
+    def draws(tensor: Tensor) -> Tensor:
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        return drawn.to(tensor.device)
 
-    kinds: list[Callable[[Tensor], Tensor]] = [torch.clone, *[shake] * _PROBES]
-    results = [_evaluate(function, args, grad_output, kind) for kind in kinds]
+    def shake(tensor: Tensor) -> Tensor:
+        return tensor * (1 + _STEP * draws(tensor))
+
+    def shrink(tensor: Tensor) -> Tensor:
+        return tensor * (1 - _STEP * draws(tensor).abs())
+
+    def evaluate(kind: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+        return _evaluate(function, args, grad_output, kind)
+
+    results = [evaluate(torch.clone)]
+    try:
+        results += [evaluate(shake) for _ in range(_PROBES)]
+    except (RuntimeError, ValueError):
+        results[1:] = [evaluate(shrink) for _ in range(_PROBES)]
     output, *grads = (_condition(*found) for found in zip(*results, strict=True))
     assert output is not None
     return Scales(output, tuple(grads))
