@@ -1,9 +1,5 @@
 """Every kernel and every shipped configuration, compiled for GPUs that need not be there."""
 
-import functools
-import importlib
-import inspect
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +7,7 @@ from torch import Tensor
 import tritorch.ops  # noqa: F401  declares the specs
 from tritorch import backend, launch
 from tritorch.registry import Maker, specs
-from tritorch.testing import dry
+from tritorch.testing import configurations, dry
 
 pytestmark = pytest.mark.compile
 
@@ -48,28 +44,6 @@ def differentiate(outputs, inputs, grads, **options):
 
 def wants_gradient(spec, name, value):
     return name in spec.gradients and isinstance(value, Tensor) and value.is_floating_point()
-
-
-@functools.cache
-def configurations(family):
-    """The entries of each `<KERNEL>_CONFIGS` by the name of the function that chooses."""
-    module = importlib.import_module(f"tritorch.kernels.{family}")
-    found = {}
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        if name.endswith("_config") and function.__module__ == module.__name__:
-            found[name] = getattr(module, f"{name.upper()}S")
-    return found
-
-
-def entries(spec, dtype):
-    """(name of the choosing function, entry) for every configuration that the op may run in this
-    dtype.
-    """
-    for family in sorted({kernel.partition(".")[0] for kernel in spec.kernels}):
-        for name, table in configurations(family).items():
-            by_dtype = table[dtype.itemsize] if isinstance(table, dict) else table
-            for entry in by_dtype:
-                yield name, entry
 
 
 def by_dtype():
@@ -122,7 +96,7 @@ def test_workloads_compile_without_spills(spec, dtype, target):
 def test_every_configuration_compiles_without_spills(spec, dtype, target):
     """Each entry of the tables, also one that no workload chooses."""
     sample = next(iter(spec.workloads(Maker(dtype))))
-    for name, entry in entries(spec, dtype):
+    for name, entry in configurations.entries(spec, dtype):
         with launch.override(name, entry):
             check(compiled(spec, target, dtype, sample.arguments), target)
 
@@ -154,7 +128,7 @@ def test_chosen_configurations_are_in_the_tables(spec, only_recorded):
     """What selection returns has been compiled by the tests above."""
     for dtype in spec.dtypes:
         tables = {}
-        for name, entry in entries(spec, dtype):
+        for name, entry in configurations.entries(spec, dtype):
             tables.setdefault(name, []).append(entry)
         with launch.choices() as chosen:
             every_call(spec, dtype)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
+from tritorch import backend, launch
 from tritorch.registry import FLOATING, Maker, OpSpec, Sample, Subject
-from tritorch.testing import describe, examine, gpu_limits, hosting
+from tritorch.testing import configurations, describe, examine, gpu_limits, hosting
 from tritorch.testing import inputs as texts
 from tritorch.testing.calls import map_tensors
+from tritorch.testing.errors import RequestError
 from tritorch.testing.findings import Finding
 from tritorch.testing.inputs import Inputs
 
@@ -74,21 +78,21 @@ class Asked:
 def find(request: Request) -> Asked:
     """Loads what a request names.
 
-    Raises ValueError: something is not there, or its inputs can neither be read nor guessed.
+    Raises RequestError: something is not there, or its inputs can neither be read nor guessed.
     """
     spec = own_op(request.target)
     if spec is not None:
         return Asked(spec, None, f"torch.{spec.name}")
     fn = hosting.load(request.target)
     if not callable(fn):
-        raise ValueError(f"check: {request.target} is no function, but {type(fn).__name__}")
+        raise RequestError(f"check: {request.target} is no function, but {type(fn).__name__}")
     module = sys.modules.get(getattr(fn, "__module__", ""))
     if request.reference:
         reference, named = hosting.load(request.reference), request.reference
     elif callable(getattr(module, "reference", None)):
         reference, named = module.reference, "reference of the same module"  # type: ignore[union-attr]
     else:
-        raise ValueError(
+        raise RequestError(
             "check: there is nothing to compare with: name a function of plain PyTorch by "
             "--reference module:function, or call one beside yours `reference`"
         )
@@ -153,7 +157,7 @@ def _given(fn: Callable[..., Any], calls: list[Any]) -> Callable[[Maker], Iterab
     """Calls as a user has them, dicts or tuples of arguments: shapes and integers stay theirs."""
     named = [_call(fn, one) for one in calls]
     if not named:
-        raise ValueError("check: there are no samples")
+        raise RequestError("check: there are no samples")
 
     def like(tensor: torch.Tensor, make: Maker) -> torch.Tensor:
         if not tensor.is_floating_point():
@@ -178,13 +182,13 @@ def _call(fn: Callable[..., Any], one: Any) -> dict[str, Any]:
     if isinstance(one, torch.Tensor):
         one = (one,)
     if not isinstance(one, tuple | list):
-        raise ValueError(
+        raise RequestError(
             f"check: samples are calls, dicts or tuples of arguments, received {type(one).__name__}"
         )
     try:
         return describe.bind(fn, tuple(one))
     except TypeError as error:
-        raise ValueError(f"check: a sample does not fit the function: {error}") from None
+        raise RequestError(f"check: a sample does not fit the function: {error}") from None
 
 
 def own_op(name: str) -> OpSpec | None:
@@ -196,7 +200,7 @@ def own_op(name: str) -> OpSpec | None:
 
     known = {spec.name: spec for spec in specs()}
     if name not in known:
-        raise ValueError(
+        raise RequestError(
             f"check: expects package.module:function, path/to/file.py:function or an op of "
             f"tritorch's ({', '.join(sorted(known))}), received {name!r}"
         )
@@ -208,10 +212,10 @@ def dtype_of(name: str) -> torch.dtype:
     short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
     dtype = getattr(torch, short.get(name, name), None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"check: unknown dtype {name!r}")
+        raise RequestError(f"check: unknown dtype {name!r}")
     if dtype not in FLOATING:
         known = ", ".join(str(known).removeprefix("torch.") for known in FLOATING)
-        raise ValueError(f"check: the dtypes under test are of {known}, received {name}")
+        raise RequestError(f"check: the dtypes under test are of {known}, received {name}")
     return dtype
 
 
@@ -283,42 +287,52 @@ def compile_part(request: Request, found: Asked, say: Say) -> None:
         wanted = subject.workloads
     else:
         wanted = subject.samples
-    from tritorch import backend
 
     for dtype in subject.dtypes:
-        name = next(iter(wanted(Maker(dtype, "meta")))).name
-        case = f"{name}, {str(dtype).removeprefix('torch.')}"
-        say("doing", property=LIMITS, case=case, folder=folder)
-        arguments = dict(next(iter(wanted(Maker(dtype)))).arguments)
-
-        def call(arguments: dict[str, Any] = arguments) -> None:
-            leaves = {
-                n: v.detach().requires_grad_()
-                if n in subject.gradients and isinstance(v, torch.Tensor) and v.is_floating_point()
-                else v
-                for n, v in arguments.items()
-            }
-            with backend.use("triton"):
-                result = subject.op(**leaves)
-                outputs = result if isinstance(result, tuple) else (result,)
-                outputs = tuple(
-                    o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad
-                )
-                if outputs:
-                    chosen = [leaves[n] for n in subject.gradients]
-                    tensors = [t for t in chosen if isinstance(t, torch.Tensor) and t.requires_grad]
-                    grads = [torch.empty_like(output) for output in outputs]
-                    torch.autograd.grad(outputs, tensors, grads, allow_unused=True)
-
-        contract: Any = request.contract
-        findings = gpu_limits.limits(call, request.targets, contract)
-        say("outcome", section=LIMITS, seconds=0.0, declined=False)
-        for finding in findings:
-            if gpu_limits.is_discarded(finding):
-                # the kernel works: autotune leaves the configuration out by itself
-                say("end", notes=[finding.message], watched=0)
+        for number, sample in enumerate(wanted(Maker(dtype, "meta"))):
+            if number and (request.level == "quick" or not isinstance(subject, OpSpec)):
+                break
+            case = f"{sample.name}, {str(dtype).removeprefix('torch.')}"
+            say("doing", property=LIMITS, case=case, folder=folder)
+            arguments = next(itertools.islice(wanted(Maker(dtype)), number, None)).arguments
+            call = partial(_both_passes, subject, arguments)
+            _limits(call, request, say)
+            if number or not isinstance(subject, OpSpec) or request.level == "quick":
                 continue
-            say("finding", section=LIMITS, finding=finding.to_json(), id="", pinned="")
+            for name, entry in configurations.entries(subject, dtype):
+                say("doing", property=LIMITS, case=f"{case}, {name} {entry}", folder=folder)
+                with launch.override(name, entry):
+                    _limits(call, request, say)
+
+
+def _limits(call: Callable[[], None], request: Request, say: Say) -> None:
+    contract: Any = request.contract
+    findings = gpu_limits.limits(call, request.targets, contract)
+    say("outcome", section=LIMITS, seconds=0.0, declined=False)
+    for finding in findings:
+        if gpu_limits.is_discarded(finding):
+            # the kernel works: autotune leaves the configuration out by itself
+            say("end", notes=[finding.message], watched=0)
+            continue
+        say("finding", section=LIMITS, finding=finding.to_json(), id="", pinned="")
+
+
+def _both_passes(subject: Subject, arguments: dict[str, Any]) -> None:
+    """Calls the function, and differentiates it where it can be."""
+    leaves = {
+        n: v.detach().requires_grad_()
+        if n in subject.gradients and isinstance(v, torch.Tensor) and v.is_floating_point()
+        else v
+        for n, v in arguments.items()
+    }
+    with backend.use("triton"):
+        result = subject.op(**leaves)
+        outputs = result if isinstance(result, tuple) else (result,)
+        outputs = tuple(o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad)
+        if outputs:
+            wanted = [t for t in leaves.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+            grads = [torch.empty_like(output) for output in outputs]
+            torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
 
 
 def _bounded(text: Inputs, sizes: dict[str, int]) -> dict[str, int]:
