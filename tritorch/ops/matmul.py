@@ -295,7 +295,8 @@ def _matmul_samples(make: Maker) -> Iterator[Sample]:
     yield Sample("matrix-vector", input=make(5, 7), other=make(7))
     yield Sample("tile-edges", input=make(65, 67), other=make(67, 63), layouts=True)
     yield Sample("tiny", input=make(5, 4), other=make(4, 3), gradcheck=True)
-    yield Sample("splits", input=make(17, 2100), other=make(2100, 9))
+    # more elements than one block of the sum over splits
+    yield Sample("splits", input=make(41, 2100), other=make(2100, 26))
     yield Sample("batched", input=make(3, 18, 5), other=make(3, 5, 7), layouts=True)
     yield Sample("tiny-batch", input=make(2, 3, 2), other=make(2, 2, 2), gradcheck=True)
     yield Sample("leading", input=make(2, 3, 17, 5), other=make(5, 9))

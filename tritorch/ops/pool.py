@@ -305,6 +305,8 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield Sample("ties", input=make(2, 3, 9, 8).round(), stride=2, **three, return_indices=True)
     yield Sample("indices", input=make(2, 3, 7, 8), stride=2, **three, return_indices=True)
     yield Sample("unbatched", input=make(3, 7, 6), kernel_size=2, return_indices=True)
+    nothing = torch.full_like(make(2, 3, 5, 6), float("-inf"))
+    yield Sample("minus-infinity", input=nothing, stride=1, **three, return_indices=True)
     yield Sample("empty", input=make(0, 3, 5, 5), kernel_size=2)
     images = make(2, 17, 5, 6).to(memory_format=torch.channels_last)
     yield Sample("channels-last", input=images, stride=2, **three, return_indices=True)
