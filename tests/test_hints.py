@@ -3,71 +3,25 @@
 The interpreter takes no notice of `tl.multiple_of` and its like.
 """
 
-import numpy as np
 import pytest
 import torch
 
 import tritorch.ops  # noqa: F401  declares the specs
 from tritorch.registry import Maker, specs
-from tritorch.testing import cases
+from tritorch.testing import cases, promises
 
 pytestmark = pytest.mark.interpret
 
 LAYOUTS = (None, "sliced", "misaligned", "channels_last")
 
 
-def in_groups(data, sizes):
-    """Each axis of n split into n / size groups: the groups' axes, then those within a group."""
-    shape = [
-        n for pair in zip(data.shape, sizes, strict=True) for n in (pair[0] // pair[1], pair[1])
-    ]
-    axes = range(0, len(shape), 2)
-    return data.reshape(shape).transpose(*axes, *(axis + 1 for axis in axes))
-
-
 @pytest.fixture
-def broken(monkeypatch, device):
-    """Promises that do not hold, of the launches so far; `broken.heard` counts all."""
+def promised(device):
+    """What the launches so far have promised."""
     if device == "cuda":
         pytest.skip("promises are watched in Triton's interpreter")
-    from triton.runtime import interpreter
-
-    class Broken(list):
-        heard = 0
-
-    found = Broken()
-
-    def multiple_of(data, values, together):
-        starts = data if data.size == 1 else data[tuple(slice(None, None, n) for n in together)]
-        if (starts % max(values) != 0).any():
-            found.append(f"not every one of {np.unique(starts)[:9]} is a multiple of {values}")
-
-    def max_contiguous(data, values, together):
-        groups = in_groups(data.astype(np.int64), values)
-        for axis, size in enumerate(values):
-            if size > 1 and (np.diff(groups, axis=data.ndim + axis) != 1).any():
-                found.append(f"offsets do not lie together in {values}")
-
-    def max_constancy(data, values, together):
-        groups = in_groups(data, values)
-        groups = groups.reshape(*groups.shape[: data.ndim], -1)
-        if (groups != groups[..., :1]).any():
-            found.append(f"numbers are not alike in {values}")
-
-    promises = {
-        "tt.divisibility": multiple_of,
-        "tt.contiguity": max_contiguous,
-        "tt.constancy": max_constancy,
-    }
-
-    def heard(handle, name, values):
-        found.heard += 1
-        together = handle.attr.get("tt.contiguity", [1] * len(values))
-        promises[name](handle.data, values, together)
-        handle.attr[name] = values
-
-    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", heard)
-    return found
+    with promises.watching() as found:
+        yield found
 
 
 def calls():
@@ -86,7 +40,7 @@ def calls():
 
 
 @pytest.mark.parametrize(("spec", "dtype", "name", "layout"), calls())
-def test_promises_hold(spec, dtype, name, layout, device, broken):
+def test_promises_hold(spec, dtype, name, layout, device, promised):
     given = dict(cases.sample_of(spec, name, Maker(dtype, device, name)).arguments)
     for argument in ("input", "grads"):
         if layout is not None and argument in given:
@@ -94,12 +48,12 @@ def test_promises_hold(spec, dtype, name, layout, device, broken):
                 given[argument], lambda tensor: cases.relayout(tensor, layout)
             )
     cases.run(spec.op, spec, given, grad_outputs=cases.random_gradient(name))
-    assert not broken, broken[0]
+    assert not promised.broken
 
 
 @pytest.mark.parametrize("channels", [8, 24])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_promises_of_channels_between_others(channels, dtype, device, broken):
+def test_promises_of_channels_between_others(channels, dtype, device, promised):
     """Whole vectors of channels, whose rows start on half of one."""
     from tritorch import ops
 
@@ -107,5 +61,5 @@ def test_promises_of_channels_between_others(channels, dtype, device, broken):
     images = images.contiguous(memory_format=torch.channels_last)[:, :channels].requires_grad_()
     one = torch.ones(channels, dtype=dtype, device=device)
     ops.batch_norm(images, 0 * one, one, one, one, training=True).sum().backward()
-    assert broken.heard
-    assert not broken, broken[0]
+    assert promised.heard
+    assert not promised.broken

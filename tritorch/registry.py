@@ -168,6 +168,8 @@ class OpSpec(Subject):
     # the layers of tritorch.nn that call the op
     layers: tuple[str, ...] = ()
     notes: str = ""
+    # whether one argument that is channels_last makes outputs so where it makes torch's
+    keeps_format: bool = True
 
 
 _SPECS: dict[str, OpSpec] = {}

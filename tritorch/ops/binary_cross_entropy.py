@@ -240,6 +240,10 @@ def _samples(make: Maker, *, logits: bool) -> Iterator[Sample]:
         "images", *(3, 4, 5, 7), weight=weights(3, 1, 5, 1), reduction="none", layouts=True
     )
     yield sample("rows", *(33, 35), pos_weight=weights(35), reduction="mean", layouts=True)
+    if not logits:
+        # whose logarithms are bounded
+        certain = probabilities(4, 9).round()
+        yield Sample("certain", input=certain, target=probabilities(4, 9), reduction="none")
     for reduction in ("none", "mean", "sum"):
         yield sample(f"one-{reduction}", 1, reduction=reduction)
         yield sample(f"scalar-{reduction}", reduction=reduction)
@@ -381,6 +385,8 @@ register(
         source="torch.nn.functional.binary_cross_entropy_with_logits",
         autocast="float32",
         double_backward=False,
+        # its losses are laid out as the input, torch's as one of the intermediate results
+        keeps_format=False,
         layers=("BCEWithLogitsLoss",),
     )
 )

@@ -313,35 +313,61 @@ def masked_lanes(subject: Subject, case: Case) -> list[Finding]:
         return for_exception(subject, case, error)
 
 
-def offsets(subject: Subject, case: Case, argument: str) -> list[Finding]:
-    """An argument whose elements lie 2^31 apart is read and written where they are."""
+def offsets(
+    subject: Subject, case: Case, argument: str | None, *, every: bool = False
+) -> list[Finding]:
+    """An argument whose elements lie 2^31 apart is read and written where they are.
+
+    In both passes; without an argument it is the gradient of the output whose elements do.  With
+    `every`, along each of its dimensions in turn.
+    """
     from tritorch.testing import detectors
 
-    arguments = case.arguments(subject)
-    given = arguments[argument]
-    assert isinstance(given, Tensor)
+    given = case.arguments(subject)
+    make_grad = case.gradient(subject)
+    if argument is None:
+        like = calls.outputs_of(calls.call(subject.op, given), subject.name)[0]
+    else:
+        like = given[argument]  # type: ignore[assignment]
     findings: list[Finding] = []
-    for strides in _far_apart(given):
-        far = detectors.virtual_tensor(given.shape, strides, given.dtype)
-        far.copy_(given)
+    for strides in _far_apart(like, every):
+        arguments = case.arguments(subject)
+
+        def far(tensor: Tensor, strides: tuple[int, ...] = strides) -> Tensor:
+            found = detectors.virtual_tensor(tensor.shape, strides, tensor.dtype)
+            return found.copy_(tensor)
+
+        if argument is not None:
+            arguments[argument] = far(like)
+        for name in subject.gradients:
+            value = arguments.get(name)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                arguments[name] = value.detach().requires_grad_()
+
+        def grad(output: Tensor, far: Callable[[Tensor], Tensor] = far) -> Tensor:
+            made = make_grad(output)
+            return far(made) if argument is None else made
+
         with detectors.detecting(virtual=True) as detector, contextlib.suppress(Exception):
             # not every function takes every stride
-            calls.call(subject.op, arguments | {argument: far})
+            outputs = calls.outputs_of(calls.call(subject.op, arguments), subject.name)
+            cases.differentiate(outputs, arguments, grad)
+        what = "the gradient" if argument is None else argument
         findings += [
-            replace(finding, case=f"{case}, {argument} of strides {strides}")
+            replace(finding, case=f"{case}, {what} of strides {strides}")
             for finding in detector.findings
             if finding.kind == "int32 overflow" or finding.kind.startswith("out-of-bounds")
         ]
     return findings
 
 
-def _far_apart(tensor: Tensor) -> Iterator[tuple[int, ...]]:
+def _far_apart(tensor: Tensor, every: bool) -> Iterator[tuple[int, ...]]:
     """Strides with offsets beyond 2^31 elements: along the first dimension, and the longest."""
     dims = [dim for dim, size in enumerate(tensor.shape) if size > 1]
     if not dims or tensor.numel() == 0:
         return
     longest = max(dims, key=lambda dim: tensor.shape[dim])
-    for dim in dict.fromkeys((dims[0], longest)):
+    for dim in dict.fromkeys((dims[0], longest, *(dims if every else ()))):
         size = tensor.shape[dim]
         strides = list(tensor.contiguous().stride())
         # for half of the elements, since an index may choose which ones are read; and where it can

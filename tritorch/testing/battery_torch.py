@@ -59,6 +59,50 @@ def layout_of_results(
     return findings
 
 
+def format_of_outputs(subject: Subject, case: Case, argument: str) -> list[Finding]:
+    """Outputs have torch's memory format where that argument alone is channels_last.
+
+    Of gradients torch promises less: on a CPU convolution's follow the library that it calls.
+    """
+    case = replace(case, layout=(argument, "channels_last"))
+    arguments = case.arguments(subject)
+    actual, findings = outcome(subject, case, arguments, wanted=())
+    if actual is None:
+        return findings
+    expected = cases.reference(subject, arguments, wanted=())
+    for number, pair in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
+        received, wanted = (
+            [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in pair
+        )
+        if received != wanted:
+            message = f"output {number} has strides {received}, torch's {wanted}"
+            findings.append(Finding("shape", message, argument=f"output {number}", case=str(case)))
+    return findings
+
+
+def counts_writes(subject: Subject, case: Case) -> list[Finding]:
+    """Autograd sees what a call writes: the version of the tensor moves with its bits."""
+    arguments = {
+        name: calls.map_tensors(value, lambda tensor: tensor.detach().clone())
+        for name, value in case.arguments(subject).items()
+    }
+    written = [
+        (name, tensor) for name in subject.mutates for tensor in calls.tensors_of(arguments[name])
+    ]
+    before = [(tensor._version, tensor.clone()) for _, tensor in written]
+    calls.call(subject.op, arguments)
+    return [
+        Finding(
+            "mutation",
+            f"{name} has changed and its version has not: autograd takes it for what it was",
+            argument=name,
+            case=str(case),
+        )
+        for (name, tensor), (version, bits) in zip(written, before, strict=True)
+        if tensor._version == version and not cases.bitwise_equal(tensor, bits)
+    ]
+
+
 def views(subject: Subject, case: Case, *, order: Any = None) -> list[Finding]:
     """Gradients reach what an argument is a view of, and add up where two arguments are one tensor.
 

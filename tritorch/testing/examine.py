@@ -24,6 +24,8 @@ from tritorch.testing import (
     describe,
     hosting,
     inputs,
+    places,
+    promises,
     trials,
 )
 from tritorch.testing.findings import Finding
@@ -50,6 +52,7 @@ _MEMORY = frozenset(
         "int32 overflow",
         "race",
         "tile",
+        "promise",
     )
 )
 
@@ -106,6 +109,8 @@ class Examination:
         self.configurations: dict[str, list[Any]] = {}
         # the sample of sizes that no other call has
         self._fresh = ""
+        # those that each sample launches, where nothing else has watched it
+        self._kernels: dict[str, set[str]] = {}
 
     def run(self, on_step: Callable[[Step], None] = lambda step: None) -> Iterator[Outcome]:
         """Runs every step; `on_step` hears of each before it starts."""
@@ -130,14 +135,40 @@ class Examination:
 
                 detector = stack.enter_context(detectors.detecting())
             try:
-                found = step.run()
+                found = self._kept_promises(step) if self.device == "cpu" else step.run()
             except cases.Refused:
                 # a case that the reference does not take says nothing
                 found, self._declined = [], True
             except (Exception, SystemExit) as error:
                 found = [trials.raised(error, step.case)]
         seen = [] if detector is None else detector.findings
+        kernels = self._kernels.setdefault(step.case.sample, set())
+        kernels |= set() if detector is None else {one.kernel for one in detector.launches}
         return found + [replace(finding, case=str(step.case)) for finding in seen]
+
+    def _kept_promises(self, step: Step) -> list[Finding]:
+        """Runs a step; a promise to the compiler that is not kept changes no result."""
+        with promises.watching() as watched:
+            found = step.run()
+        if not watched.broken:
+            return found
+        with promises.believed():
+            believed = step.run()
+        known = {finding.key for finding in found}
+        wrong = [finding for finding in believed if finding.key not in known]
+        if not wrong:
+            return found
+        return found + [
+            Finding(
+                "promise",
+                f"{said}; a GPU that relies on it has this: {wrong[0].message}",
+                file=place.file,
+                line=place.line,
+                source=places.statement(place),
+                case=str(step.case),
+            )
+            for place, said in watched.broken.items()
+        ]
 
     def section_of(self, finding: Finding, step: Step) -> str:
         """Where a report shows a finding."""
@@ -213,7 +244,7 @@ class Examination:
         for name in empty:
             one = case(name)
             yield Step("empty tensors", one, partial(battery.values, subject, one))
-        yield from self._offsets(case)
+        yield from self._offsets(names, case)
         yield from self._library(case())
 
     @property
@@ -281,6 +312,11 @@ class Examination:
         for channels_last in (False, True) if isinstance(subject, OpSpec) else ():
             check = partial(battery_torch.layout_of_results, channels_last=channels_last)
             yield Step("layouts", typical, partial(check, subject, typical))
+        for name, value in typical.arguments(subject).items():
+            kept = isinstance(subject, OpSpec) and subject.keeps_format
+            if kept and isinstance(value, Tensor) and value.dim() == 4:
+                run = partial(battery_torch.format_of_outputs, subject, typical, name)
+                yield Step("layouts", typical, run)
         for layout in cases.GRAD_LAYOUTS if subject.gradients else ():
             one = replace(typical, grad_layout=layout)
             yield Step("gradients", one, partial(battery.values, subject, one, order=order))
@@ -363,6 +399,9 @@ class Examination:
         on_gpu = self.device != "cpu"
         run = partial(battery.history, subject, sequence, bitwise=not on_gpu)
         yield Step("repeated calls", fresh, run)
+        if isinstance(subject, OpSpec) and subject.mutates:
+            # what a user's kernel writes torch cannot know
+            yield Step("repeated calls", one, partial(battery_torch.counts_writes, subject, one))
         repeats = _GPU_REPEATS if on_gpu else 2
         run = partial(battery.repeatability, subject, one, repeats=repeats, bitwise=not on_gpu)
         yield Step("repeated calls", one, run)
@@ -371,13 +410,32 @@ class Examination:
             yield Step("side streams", one, partial(battery_gpu.side_stream, subject, one))
             yield Step("CUDA graphs", one, partial(battery_gpu.cuda_graph, subject, one))
 
-    def _offsets(self, case: Callable[..., Case]) -> Iterator[Step]:
+    def _offsets(self, names: list[str], case: Callable[..., Case]) -> Iterator[Step]:
         if self.device != "cpu":
             return
-        one = case()
-        for name, value in one.arguments(self.subject).items():
-            if isinstance(value, Tensor) and value.dim() and value.is_floating_point():
-                yield Step("offsets", one, partial(battery.offsets, self.subject, one, name))
+        quick = self.level == "quick"
+        for one in (case(),) if quick else (case(name) for name in self._telling(names, case())):
+            arguments = [
+                name
+                for name, value in one.arguments(self.subject).items()
+                if isinstance(value, Tensor) and value.dim() and value.is_floating_point()
+            ]
+            for name in (*arguments, *((None,) if self.subject.gradients else ())):
+                run = partial(battery.offsets, self.subject, one, name, every=not quick)
+                yield Step("offsets", one, run)
+
+    def _telling(self, names: list[str], typical: Case) -> list[str]:
+        """The samples marked as typical, and those that launch a kernel which none before does."""
+        subject = self.subject
+        marked = [s.name for s in trials.samples_of(subject, subject.dtypes[0]) if s.layouts]
+        telling = list(dict.fromkeys([typical.sample, *marked]))
+        known = {kernel for name in telling for kernel in self._kernels.get(name, ())}
+        for name in names:
+            launched = self._kernels.get(name, set())
+            if not launched <= known:
+                telling.append(name)
+                known |= launched
+        return telling
 
     def _library(self, one: Case) -> Iterator[Step]:
         yield Step("torch.library", one, partial(battery_torch.library, self.subject, one))

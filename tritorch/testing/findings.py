@@ -77,6 +77,7 @@ KINDS: dict[str, str] = {
     "race": "two programs touch one element, at least one writes, and nothing orders them",
     "program order": "the result depends on the order in which programs run",
     "tile": "a tile that GPUs do not take",
+    "promise": "tl.multiple_of or its like promises what is not so, and a result relies on it",
     "resources": "a configuration needs more than the GPU has, or spills",
     "tf32": "float32 products are TF32's where the contract is float32",
     "compilation": "the kernel does not compile",

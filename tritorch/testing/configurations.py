@@ -1,0 +1,35 @@
+"""The tables of configurations that tritorch's own kernels choose from."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from tritorch.registry import OpSpec
+
+
+def entries(spec: OpSpec, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    """(name of the choosing function, entry) for every configuration that the op may run in this
+    dtype, as `launch.override` takes them.
+    """
+    for family in sorted({kernel.partition(".")[0] for kernel in spec.kernels}):
+        for name, table in _tables(family).items():
+            by_dtype = table[dtype.itemsize] if isinstance(table, dict) else table
+            for entry in by_dtype:
+                yield name, entry
+
+
+@functools.cache
+def _tables(family: str) -> dict[str, Any]:
+    """The entries of each `<KERNEL>_CONFIGS` by the name of the function that chooses."""
+    module = importlib.import_module(f"tritorch.kernels.{family}")
+    return {
+        name: getattr(module, f"{name.upper()}S")
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if name.endswith("_config") and function.__module__ == module.__name__
+    }
