@@ -222,8 +222,10 @@ def killed_by_suite(mutant: Mutant, tree: Tree, thorough: bool) -> Kill | None:
 
 def killed_by_check(mutant: Mutant, tree: Tree, thorough: bool) -> Kill | None:
     """What a full check finds first with the defect; it is as thorough as can be."""
-    mode = "compile" if mutant.kind in catalogue.COMPILED else "interpret"
-    kills = (tree.first_finding(mode, op, "full") for op in mutant.ops)
+    modes = ["interpret", "compile"]
+    if mutant.kind in catalogue.COMPILED:
+        modes.reverse()
+    kills = (tree.first_finding(mode, op, "full") for mode in modes for op in mutant.ops)
     return next((kill for kill in kills if kill is not None), None)
 
 
