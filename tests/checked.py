@@ -148,3 +148,30 @@ def forms_reference(x, form):
         "text": y,
     }
     return results[form]
+
+
+def raises_value_error(x):
+    raise ValueError("not this one")  # not this one
+
+
+def samples_that_raise(make):
+    raise ValueError("no sample today")  # no sample today
+    yield
+
+
+def samples_that_raise_later(make):
+    yield {"x": make(3)}
+    if make.dtype == torch.float16:
+        raise ValueError("no half today")  # no half today
+
+
+def fails_inside(x):
+    """Asks the checks for what they do not expect: a replaced part of them that raises."""
+    from tritorch.testing import accesses
+
+    original = accesses._outside
+    accesses._outside = None
+    try:
+        return unmasked(x)
+    finally:
+        accesses._outside = original

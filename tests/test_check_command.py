@@ -152,6 +152,32 @@ def test_a_name_that_is_not_there_is_status_2(name):
     assert (result.exit_code, "Error: " in result.output) == (2, True), result.output
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("raises_value_error", SHORT, "ValueError: not this one"),
+        ("double", (*SHORT[2:], "--inputs", f"{CHECKED}:samples_that_raise"), "no sample today"),
+        (
+            "double",
+            ("--arch", "", "--inputs", f"{CHECKED}:samples_that_raise_later"),
+            "ValueError: no half today",
+        ),
+    ],
+)
+def test_a_value_error_of_the_users_code_is_status_1(name, options, said):
+    result = call(name, *options)
+    assert (result.exit_code, said in result.output) == (1, True), result.output
+    assert f"error  {CHECKED}:{line_of(said.partition(': ')[2] or said)}" in result.output
+
+
+def test_a_mistake_of_the_checks_is_status_3_with_its_traceback():
+    result = call("fails_inside", *SHORT, "--gradients", "")
+    assert result.exit_code == 3, result.output
+    assert "the check itself failed, which is no finding: " in result.output
+    assert "TypeError: 'NoneType' object is not callable" in result.output
+    assert "\n1. " not in result.output
+
+
 def test_a_missing_gpu_is_status_3(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = call("double", "--device", "cuda")

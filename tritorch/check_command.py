@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,8 @@ def check(target: str, json_file: Path | None, force: bool, **options: Any) -> N
     watches every access: out of bounds, never written, racing, masked off, beyond 32 bits.  Then
     every autotune configuration is compiled for GPUs and held to their limits.
 
-    Exit status: 0 nothing found, 1 findings, 2 a wrong call, 3 something missing (Triton, a GPU).
+    Exit status: 0 nothing found, 1 findings, 2 a wrong call, 3 something is missing (Triton, a GPU)
+    or the check itself failed, wholly or in some cases.
     """
     if json_file is not None and str(json_file) != "-":
         check_folder(json_file.parent)
@@ -132,6 +134,8 @@ def check(target: str, json_file: Path | None, force: bool, **options: Any) -> N
         _stop("tritorch check needs Triton: pip install triton", _UNABLE)
     from tritorch.testing import dry
     from tritorch.testing.checking import check as run
+    from tritorch.testing.errors import RequestError
+    from tritorch.testing.supervise import ChildError
 
     unknown = sorted(set(options["targets"]) - dry.TARGETS.keys())
     if unknown:
@@ -150,13 +154,17 @@ def check(target: str, json_file: Path | None, force: bool, **options: Any) -> N
         with _progress(console) as on_event:
             samples = options.pop("inputs")
             report = run(target, samples=samples, on_event=on_event, **options)
-    except ValueError as error:
+    except RequestError as error:
         _stop(f"{error}", _USAGE)
-    except RuntimeError as error:
+    except ChildError as error:
         _stop(f"the check itself failed: {error}", _UNABLE)
+    except Exception:
+        _stop(f"the check itself failed: {traceback.format_exc()}", _UNABLE)
     _show(report, console)
     if json_file is not None:
         _write(report, json_file, force)
+    if report.mistakes:
+        sys.exit(_UNABLE)
     sys.exit(0 if report.ok else _FOUND)
 
 

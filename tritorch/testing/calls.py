@@ -39,11 +39,14 @@ def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 def outputs_of(result: Any, name: str = "the function") -> tuple[Tensor, ...]:
     """The tensors of a result: of tuples, lists and dicts (by sorted keys) too, without None.
 
-    A number becomes a tensor of no dimensions.  Raises TypeError for anything else.
+    A number becomes a tensor of no dimensions.  Raises TypeError for anything else, and for
+    complex numbers.
     """
     if result is None:
         return ()
     if isinstance(result, Tensor):
+        if result.is_complex():
+            raise TypeError(f"{name} returns {result.dtype}, where real numbers are expected")
         return (result,)
     if isinstance(result, bool | int | float):
         return (torch.tensor(result, dtype=torch.float64 if type(result) is float else None),)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tritorch.registry import Argument, Maker, Sample, Subject
-from tritorch.testing import tolerances
+from tritorch.testing import errors, tolerances
 from tritorch.testing.calls import call, map_tensors, outputs_of, tensors_of
 from tritorch.testing.scales import scales_of
 
@@ -271,6 +271,7 @@ def reference(
             spec.reference, spec, arguments, wanted=wanted, grad_outputs=grad_outputs, dtype=dtype
         )
     except Exception as error:
+        errors.must_be_the_users(error)
         said = f"{spec.name}: the reference raises {type(error).__name__}: {error}"
         raise Refused(said) from error
 

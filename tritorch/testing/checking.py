@@ -27,6 +27,7 @@ from tritorch.testing import (
     reproduction,
     supervise,
 )
+from tritorch.testing.errors import RequestError
 from tritorch.testing.findings import Finding
 from tritorch.testing.parts import LIMITS, TARGETS, Request
 from tritorch.testing.report import MEMORY, Report
@@ -92,8 +93,9 @@ def check(
         A `Report`: `findings`, `ok`, `str()` of it for people, `to_json()` for programs.
 
     Raises:
-        ValueError: a name that is not there, an option that is not known, inputs that cannot be
-            read or guessed, a reference that refuses them.
+        RequestError: a ValueError: a name that is not there, an option that is not known, inputs
+            that cannot be read or guessed, a reference that refuses them.
+        InternalError: a RuntimeError: these checks failed themselves, before they could begin.
         RuntimeError: `fn` is known to this process alone, which does not interpret kernels; or a
             file that is checked calls `check` while it is imported.
         OSError: `reproductions` is no folder to write in.
@@ -191,23 +193,25 @@ class _Run:
         if isinstance(reference, str):
             reference = hosting.load(reference)
         if reference is None:
-            raise ValueError("check: there is nothing to compare with: pass a reference")
+            raise RequestError("check: there is nothing to compare with: pass a reference")
         for option, constant in (("dtypes", "DTYPES"), ("non_finite", "NON_FINITE")):
             if options[option] is None:
                 options[option] = getattr(module, constant, None)
         if samples is None or samples == "":
             samples = getattr(module, "INPUTS", "")
         named = self.request.reference or getattr(reference, "__name__", "reference")
-        found = parts.asked(fn, reference, samples, named, options)
         if not self.report.target:
             self.report.target = getattr(fn, "__name__", "function")
-        parts.battery_part(self.request, found, self._say)
+
+        def work() -> None:
+            found = parts.asked(fn, reference, samples, named, options)
+            parts.battery_part(self.request, found, self._say)
+
+        parts.going_on(work, self._say)
 
     def apart(self, part: str) -> None:
         """A part in a process of its own."""
         compiles = part == "compile"
-        # each GPU's compilation is a case
-        timeout = self.timeout * (len(self.request.targets) if compiles else 1)
         doing = ""
 
         def hear(event: supervise.Event) -> None:
@@ -217,7 +221,7 @@ class _Run:
 
         request = self.request.to_json()
         for finding in supervise.run(
-            part, request, timeout=timeout, on_event=hear, unwanted=self.unwanted
+            part, request, timeout=self.timeout, on_event=hear, unwanted=self.unwanted
         ):
             self.ended.append((finding, doing))
 
@@ -245,7 +249,11 @@ class _Run:
             section = self.report.section(event["section"])
             section.cases += 1
             section.declined += event["declined"]
+            section.broken += event["broken"]
             section.seconds += event["seconds"]
+        elif kind == "mistake":
+            where = f"{event['property']} of {event['case']}"
+            self.report.mistakes.append(f"{where}:\n{event['message']}")
         elif kind == "finding":
             finding = parts.as_finding(event["finding"])
             for new in self.report.add(event["section"], [finding]):
@@ -262,7 +270,7 @@ class _Run:
                 self.shown.append((new, case, ""))
                 self.report.ids[new.key] = case
         if self.request.case and not self.report.cases:
-            raise ValueError(
+            raise RequestError(
                 f"check: no case has the id {self.request.case!r}: ids are those of a report of "
                 "the same inputs, level and seed"
             )
@@ -310,7 +318,7 @@ def _is_of_a_package(module: Any) -> bool:
 
 def _must_be_one_of(what: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
-        raise ValueError(f"check: {what}: expects one of {', '.join(known)}, received {value!r}")
+        raise RequestError(f"check: {what}: expects one of {', '.join(known)}, received {value!r}")
 
 
 def _must_be_known(request: Request, fn: Any, reference: Any, samples: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tritorch.registry import Argument, Maker, Sample, Subject
 from tritorch.testing import cases
 from tritorch.testing.calls import call, map_tensors, outputs_of
+from tritorch.testing.errors import RequestError
 
 Accuracy = Literal["exact", "multilinear", "composite"]
 
@@ -41,7 +42,7 @@ def describe(
     float32, float16 and bfloat16 that the reference takes.  non_finite: the arguments in which NaN
     and infinities are tried, all floating-point ones.
 
-    Raises ValueError where the reference takes no sample, with what it says, and for a name that
+    Raises RequestError where the reference takes no sample, with what it says, and for a name that
     is no such argument's.
     """
     taken, refused = [], {}
@@ -55,7 +56,7 @@ def describe(
             taken.append(dtype)
     if not taken:
         why = next(iter(refused.values()))
-        raise ValueError(
+        raise RequestError(
             f"check: the reference refuses the inputs: {type(why).__name__}: {why}"
         ) from why
     # as the truth is computed, whatever dtype an argument always has
@@ -66,7 +67,7 @@ def describe(
     try:
         _call(reference, arguments)
     except Exception as error:
-        raise ValueError(
+        raise RequestError(
             "check: the reference refuses float64, in which it says what is right: "
             f"{type(error).__name__}: {error}"
         ) from error
@@ -100,7 +101,9 @@ def _known(
     given, known = tuple(names), tuple(arguments)
     for name in given:
         if name not in known:
-            raise ValueError(f"check: {what}: expects some of {', '.join(known)}, received {name}")
+            raise RequestError(
+                f"check: {what}: expects some of {', '.join(known)}, received {name}"
+            )
     return given
 
 
@@ -165,7 +168,7 @@ def _without(reference: Callable[..., Any], arguments: dict[str, Argument], name
 def _first(samples: Callable[[Maker], Iterable[Sample]], make: Maker) -> dict[str, Argument]:
     for sample in samples(make):
         return dict(sample.arguments)
-    raise ValueError("check: there are no samples")
+    raise RequestError("check: there are no samples")
 
 
 def _call(function: Callable[..., Any], arguments: dict[str, Argument]) -> Any:

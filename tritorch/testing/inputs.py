@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tritorch.registry import Argument, Maker, Sample
 from tritorch.testing import calls
+from tritorch.testing.errors import RequestError
 
 Sizes = Mapping[str, int]
 
@@ -115,7 +116,7 @@ class Inputs:
 def parse(text: str, fn: Callable[..., Any] | None = None) -> Inputs:
     """Reads the text of the module's description.
 
-    Raises ValueError: says what could not be read, and with `fn` which parameter is missing.
+    Raises RequestError: says what could not be read, and with `fn` which parameter is missing.
     """
     tensors: list[TensorInput] = []
     words: dict[str, str] = {}
@@ -128,12 +129,12 @@ def parse(text: str, fn: Callable[..., Any] | None = None) -> Inputs:
         elif match := _VALUE.match(rest):
             words[match["name"]] = match["value"]
         else:
-            raise ValueError(
+            raise RequestError(
                 "inputs: expects tensors such as x[M, K] and values such as eps=1e-5, "
                 f"received {rest.split()[0]!r}"
             )
         if match["name"] in names:
-            raise ValueError(f"inputs: {match['name']} occurs twice")
+            raise RequestError(f"inputs: {match['name']} occurs twice")
         names.append(match["name"])
         rest = rest[match.end() :]
     letters = {size for tensor in tensors for size in tensor.sizes if isinstance(size, str)}
@@ -143,13 +144,13 @@ def parse(text: str, fn: Callable[..., Any] | None = None) -> Inputs:
     for name in letters & values.keys():
         value = values.pop(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"inputs: the size {name} must be a number, received {value!r}")
+            raise RequestError(f"inputs: the size {name} must be a number, received {value!r}")
         fixed[name] = value
     for tensor in tensors:
         if isinstance(tensor.bound, str) and tensor.bound not in letters:
-            raise ValueError(f"inputs: {tensor.name} is bounded by {tensor.bound}, no size")
+            raise RequestError(f"inputs: {tensor.name} is bounded by {tensor.bound}, no size")
     if not tensors:
-        raise ValueError("inputs: there is no tensor among the arguments")
+        raise RequestError("inputs: there is no tensor among the arguments")
     arguments = tuple(name for name in names if name not in fixed)
     found = Inputs(text, tuple(tensors), values, arguments, sized, fixed, multiples)
     if fn is not None:
@@ -162,15 +163,17 @@ def _tensor_input(match: re.Match[str], multiples: dict[str, int]) -> TensorInpu
     for part in filter(None, (part.strip() for part in match["sizes"].split(","))):
         size = _SIZE.fullmatch(part)
         if size is None:
-            raise ValueError(f"inputs: {match['name']} has the size {part!r}")
+            raise RequestError(f"inputs: {match['name']} has the size {part!r}")
         sizes.append(int(size["size"]) if size["size"].isdigit() else size["size"])
         if size["multiple"]:
+            if int(size["multiple"]) < 1:
+                raise RequestError(f"inputs: {match['name']} has the size {part!r}")
             multiples[size["size"]] = max(int(size["multiple"]), multiples.get(size["size"], 1))
     dtype = None
     if match["dtype"]:
         dtype = getattr(torch, match["dtype"], None)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"inputs: {match['name']} has the unknown dtype {match['dtype']!r}")
+            raise RequestError(f"inputs: {match['name']} has the unknown dtype {match['dtype']!r}")
     bound = match["bound"]
     limit = int(bound) if bound and bound.isdigit() else bound
     return TensorInput(match["name"], tuple(sizes), dtype, limit)
@@ -230,7 +233,7 @@ def _check_signature(fn: Callable[..., Any], inputs: Inputs) -> None:
     if unknown or missing:
         shown = ", ".join(parameters)
         what = "no argument " + ", ".join(missing) if missing else "unknown " + ", ".join(unknown)
-        raise ValueError(f"inputs: {what}: {getattr(fn, '__name__', fn)} takes {shown}")
+        raise RequestError(f"inputs: {what}: {getattr(fn, '__name__', fn)} takes {shown}")
 
 
 def _tensor(tensor: TensorInput, sizes: Sizes, make: Maker) -> Tensor:
@@ -395,7 +398,7 @@ def guess(fn: Callable[..., Any], reference: Callable[..., Any]) -> str:
             continue
         if result:
             return text
-    raise ValueError(
+    raise RequestError(
         f"inputs: what {getattr(fn, '__name__', fn)}({', '.join(names)}) takes cannot be guessed: "
         "say what its arguments look like, for example 'x[M, K] weight[N, K] eps=1e-5'"
     )

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from tritorch.testing import redirect
+from tritorch.testing.errors import RequestError
 
 
 def find(target: str, *, assertions: bool = True) -> Any:
@@ -22,11 +23,12 @@ def find(target: str, *, assertions: bool = True) -> Any:
 
     `assertions`: False takes what a file had defined before it failed an assertion.
 
-    Raises ValueError: the target has another form, a part of it does not exist, or an import fails.
+    Raises RequestError: the target has another form, a part of it does not exist, or an import
+    fails.
     """
     where, separator, attributes = target.rpartition(":")
     if not separator or not where or not attributes:
-        raise ValueError(
+        raise RequestError(
             f"load: expects package.module:function or path/to/file.py:function, "
             f"received {target!r}"
         )
@@ -35,7 +37,7 @@ def find(target: str, *, assertions: bool = True) -> Any:
     at = where
     for name in attributes.split("."):
         if not hasattr(value, name):
-            raise ValueError(f"load: {at} has no {name!r}{_suggest(name, _public(value))}")
+            raise RequestError(f"load: {at} has no {name!r}{_suggest(name, _public(value))}")
         value, at = getattr(value, name), f"{at}{':' if at == where else '.'}{name}"
     return value
 
@@ -45,7 +47,7 @@ def _file(where: str, assertions: bool) -> ModuleType:
     if not path.is_file():
         near = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else None
         why = f"no folder {path.parent}" if near is None else f"no such file in {path.parent}"
-        raise ValueError(f"load: {where}: {why}{_suggest(path.name, near or [])}")
+        raise RequestError(f"load: {where}: {why}{_suggest(path.name, near or [])}")
     root, names = path.parent, [path.stem]
     while (root / "__init__.py").is_file():
         root, names = root.parent, [root.name, *names]
@@ -62,7 +64,7 @@ def _file(where: str, assertions: bool) -> ModuleType:
         name = f"{name}_{abs(hash(str(path))):x}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"load: {where} is no Python file")
+        raise RequestError(f"load: {where} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -84,9 +86,9 @@ def _module(where: str) -> ModuleType:
         whole = ".".join(names[:count])
         if not _exists(whole):
             if found is None:
-                raise ValueError(f"load: {where}: there is no module {whole!r} on sys.path")
+                raise RequestError(f"load: {where}: there is no module {whole!r} on sys.path")
             below = [info.name for info in pkgutil.iter_modules(getattr(found, "__path__", []))]
-            raise ValueError(
+            raise RequestError(
                 f"load: {found.__name__} has no module {name!r}{_suggest(name, below)}"
             )
         found = _import(whole, where)
@@ -111,7 +113,7 @@ def _import(name: str, where: str) -> ModuleType:
         raise _failed(where, error) from error
 
 
-def _failed(where: str, error: BaseException) -> ValueError:
+def _failed(where: str, error: BaseException) -> RequestError:
     if isinstance(error, KeyboardInterrupt | GeneratorExit):
         raise error
     file, line = redirect.place(error)
@@ -119,7 +121,7 @@ def _failed(where: str, error: BaseException) -> ValueError:
         file, line = error.filename or file, error.lineno or line
     at = f" ({file}:{line})" if file else ""
     shown = textwrap.shorten(str(error), 300, placeholder="...")
-    return ValueError(f"load: {where} fails to import: {type(error).__name__}: {shown}{at}")
+    return RequestError(f"load: {where} fails to import: {type(error).__name__}: {shown}{at}")
 
 
 def _public(value: Any) -> list[str]:

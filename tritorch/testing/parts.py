@@ -13,7 +13,16 @@ import torch
 
 from tritorch import backend, launch
 from tritorch.registry import FLOATING, Maker, OpSpec, Sample, Subject
-from tritorch.testing import configurations, describe, examine, gpu_limits, hosting
+from tritorch.testing import (
+    configurations,
+    describe,
+    errors,
+    examine,
+    gpu_limits,
+    hints,
+    hosting,
+    steps,
+)
 from tritorch.testing import inputs as texts
 from tritorch.testing.calls import map_tensors
 from tritorch.testing.errors import RequestError
@@ -27,6 +36,8 @@ Say = Callable[..., None]
 TARGETS = ("sm_80", "sm_90")
 # the section of a report that the compiling part fills
 LIMITS = "GPU limits"
+# that of what a user's code raises where no call is under check
+SETUP = "samples"
 
 
 @dataclass(frozen=True)
@@ -225,17 +236,31 @@ def run(part: str, fields: dict[str, Any], say: Say) -> None:
     # what torch itself allows, for kernels and host code that ask it
     backends: Any = torch.backends
     backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = request.contract
-    found = find(request)
-    if part == "compile":
-        return compile_part(request, found, say)
-    battery_part(request, found, say)
+    part_of = compile_part if part == "compile" else battery_part
+    going_on(lambda: part_of(request, find(request), say), say)
+
+
+def going_on(work: Callable[[], None], say: Say) -> None:
+    """Does what also calls a user's code beside a call under check: a function of samples, say.
+
+    What that raises is a finding.
+    """
+    try:
+        work()
+    except errors.RequestError:
+        raise
+    except (Exception, SystemExit) as error:
+        errors.must_be_the_users(error)
+        finding = hints.of_exception(error, "")
+        say("outcome", section=SETUP, seconds=0.0, declined=False, broken=False)
+        say("finding", section=SETUP, finding=finding.to_json(), id="", pinned="")
 
 
 def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = True) -> None:
-    """Runs the battery; events "begin", "doing", "outcome" and "end"."""
+    """Runs the battery; events "begin", "doing", "outcome", "finding", "mistake" and "end"."""
     folder = _folder(found.subject)
     say("begin", part="battery", reference=found.reference, notes=found.notes)
-    examination = examine.Examination(
+    examination = steps.Examination(
         found.subject,
         inputs=found.inputs,
         level=request.level,
@@ -248,6 +273,14 @@ def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = Tr
     def doing(step: examine.Step) -> None:
         say("doing", property=step.section, case=str(step.case), id=step.id, folder=folder)
 
+    def mistakes(step: examine.Step) -> bool:
+        found = examination.mistakes()
+        for mistake in found:
+            if mistake.key not in known:
+                known.add(mistake.key)
+                say("mistake", property=step.section, case=str(step.case), message=str(mistake))
+        return bool(found)
+
     known: set[Any] = set()
     count = 0
     for outcome in examination.run(doing):
@@ -258,6 +291,7 @@ def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = Tr
             section=step.section,
             seconds=outcome.seconds,
             declined=outcome.declined,
+            broken=mistakes(step),
         )
         for finding in outcome.findings:
             if finding.key in known:
@@ -270,6 +304,7 @@ def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = Tr
                 pinned = found.inputs.pinned(sizes) if found.inputs is not None else ""
             section = examination.section_of(finding, step)
             say("finding", section=section, finding=finding.to_json(), id=step.id, pinned=pinned)
+        mistakes(step)
     watched = count if request.device == "cpu" else 0
     say("end", notes=examination.notes, watched=watched)
 
@@ -308,7 +343,7 @@ def compile_part(request: Request, found: Asked, say: Say) -> None:
 def _limits(call: Callable[[], None], request: Request, say: Say) -> None:
     contract: Any = request.contract
     findings = gpu_limits.limits(call, request.targets, contract)
-    say("outcome", section=LIMITS, seconds=0.0, declined=False)
+    say("outcome", section=LIMITS, seconds=0.0, declined=False, broken=False)
     for finding in findings:
         if gpu_limits.is_discarded(finding):
             # the kernel works: autotune leaves the configuration out by itself

@@ -27,7 +27,7 @@ _CPU = torch.device("cpu")
 
 # packages whose code sees the machine as it is
 _MACHINERY = {"torch", "functorch", "triton", "tritorch"}
-_NOT_THE_USERS = _MACHINERY | {"numpy"} | (sys.stdlib_module_names - {"__main__"})
+_TOOLS = {"numpy"} | (sys.stdlib_module_names - {"__main__"})
 _depth: int = 0
 
 
@@ -82,12 +82,21 @@ def asked_by_user() -> bool:
 def place(error: BaseException) -> tuple[str, int]:
     """File and line of the user's innermost statement in a traceback; ("", 0) if none is."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        module = str(frame.f_globals.get("__name__"))
-        package = module.partition(".")[0]
-        # the kernels of the library are a user's like any others
-        if module.startswith("tritorch.kernels.") or package not in _NOT_THE_USERS:
+        if is_users(str(frame.f_globals.get("__name__"))):
             return frame.f_code.co_filename, line
     return "", 0
+
+
+def is_users(module: str) -> bool:
+    """Whether a module is the user's: neither a tool, nor torch, Triton or tritorch."""
+    # the kernels of the library are a user's like any others
+    ours = module.startswith("tritorch.kernels.")
+    return ours or not (is_tool(module) or module.partition(".")[0] in _MACHINERY)
+
+
+def is_tool(module: str) -> bool:
+    """Whether a module is numpy's or of the standard library."""
+    return module.partition(".")[0] in _TOOLS
 
 
 def for_users(original: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,8 @@ class Section:
     cases: int = 0
     # of those, what the function or its reference does not take
     declined: int = 0
+    # of those, where the checks themselves failed
+    broken: int = 0
     seconds: float = 0.0
     findings: list[Finding] = field(default_factory=list)
     # why it was not tried, where it was not
@@ -33,8 +35,9 @@ class Report:
 
     `target` and `reference`: what was compared.  `notes`: what the check assumed or found out that
     its caller may want to correct (guessed inputs, the rule of accuracy).  `ids`: by the key of a
-    finding the id of its case, which runs it alone.  `reproductions`: scripts that were written,
-    each of which shows one finding alone.
+    finding the id of its case, which runs it alone.  `mistakes`: where the checks themselves
+    failed, with a traceback: nothing is known of those cases.  `reproductions`: scripts that were
+    written, each of which shows one finding alone.
     """
 
     target: str
@@ -46,6 +49,7 @@ class Report:
     sections: dict[str, Section] = field(default_factory=dict)
     seconds: float = 0.0
     ids: dict[tuple[str, str, str, str, int], str] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)
     reproductions: list[str] = field(default_factory=list)
 
     def section(self, name: str) -> Section:
@@ -72,8 +76,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether something was checked and nothing was found."""
-        return self.cases > 0 and not self.findings
+        """Whether something was checked, by checks that did not fail, and nothing was found."""
+        return self.cases > 0 and not self.findings and not self.mistakes
 
     @property
     def cases(self) -> int:
@@ -95,15 +99,23 @@ class Report:
             elif section.findings:
                 found = len(section.findings)
                 outcome = f"FAIL  {counted(section.cases, 'case')}, {counted(found, 'finding')}"
+            elif section.broken and section.broken == section.cases:
+                outcome = f"not checked: {counted(section.cases, 'case')}"
             elif section.cases and section.declined == section.cases:
                 outcome = f"not checked: {counted(section.cases, 'case')}, declined"
             else:
                 outcome = f"pass  {counted(section.cases, 'case')}"
                 if section.declined:
                     outcome += f", {section.declined} of them declined"
+            if section.broken:
+                outcome += f", the check itself failed in {section.broken} of them"
             lines.append(f"  {section.name:{width}}  {outcome}")
         for number, finding in enumerate(self.findings, 1):
             lines += ["", *describe(finding, number, self.ids.get(finding.key, ""))]
+        for mistake in self.mistakes:
+            where, _, trace = mistake.partition("\n")
+            lines += ["", f"the check itself failed, which is no finding: {where}"]
+            lines += [f"  {line}" for line in trace.splitlines()]
         lines.append("")
         found = len(self.findings)
         what = counted(found, "finding") if found else "nothing found"
@@ -127,6 +139,7 @@ class Report:
                     "name": section.name,
                     "cases": section.cases,
                     "declined": section.declined,
+                    "broken": section.broken,
                     "seconds": section.seconds,
                     "skipped": section.skipped,
                     "findings": [
@@ -136,6 +149,7 @@ class Report:
                 }
                 for section in self.sections.values()
             ],
+            "mistakes": self.mistakes,
             "reproductions": self.reproductions,
         }
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
+from tritorch.testing.errors import RequestError
 from tritorch.testing.findings import Finding
 
 # what a child says: a dict with a key "event"
@@ -53,8 +54,8 @@ def run(
     `unwanted`: once it is set, the child is ended and nothing said.  The child finds modules where
     this process does.  Its own output is kept from the terminal, and shown where it fails.
 
-    Raises ValueError for what the request names and is not there, ChildError where the child failed
-    for a reason of its own.
+    Raises RequestError for what the request names and is not there, ChildError where the child
+    failed for a reason of its own.
     """
     environment = os.environ | {
         "TRITON_INTERPRET": "1" if part == "interpret" else "0",
@@ -127,7 +128,7 @@ def _listen(
         if event["event"] == "doing":
             doing = event
         elif event["event"] == "failed":
-            raise ValueError(event["message"])
+            raise RequestError(event["message"])
         elif event["event"] == "broken":
             raise ChildError(event["message"])
         on_event(event)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tritorch.registry import Argument, Maker, Sample, Subject
-from tritorch.testing import calls, cases, hints
+from tritorch.testing import calls, cases, errors, hints
 from tritorch.testing.cases import Judgement, Outcome
 from tritorch.testing.findings import Finding
 
@@ -113,6 +113,8 @@ def with_special(tensor: Tensor, number: float, at: tuple[int, ...] | None = Non
     """A copy in which the element there, or every third of the way through, is `number`."""
     found = tensor.clone()
     if at is not None:
+        if any(index >= size for index, size in zip(at, tensor.shape, strict=True)):
+            raise cases.Refused(f"Case: there is no element {at} in shape {tuple(tensor.shape)}")
         found[at] = number
     else:
         flat = found.view(-1)
@@ -193,6 +195,7 @@ def for_exception(subject: Subject, case: Case, error: Exception) -> list[Findin
     """What it means that the op raised; may raise Refused, as `outcome`."""
     if isinstance(error, cases.Mutated):
         return [Finding("mutation", str(error), argument=error.argument, case=str(case))]
+    errors.must_be_the_users(error)
     if refused(subject, case):
         raise cases.Refused(f"{subject.name}: neither it nor the reference takes {case}") from error
     if case.layout is not None and not _in_kernel(error):
@@ -215,7 +218,8 @@ def refused(subject: Subject, case: Case) -> bool:
 
 
 def raised(error: BaseException, case: Case) -> Finding:
-    """The finding for what a call raised."""
+    """The finding for what a call raised; InternalError where the checks themselves did."""
+    errors.must_be_the_users(error)
     return hints.of_exception(error, str(case))
 
 

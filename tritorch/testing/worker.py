@@ -47,11 +47,11 @@ def _end_with_reader(descriptor: int) -> None:
 
 def _run(part: str, request: dict[str, Any], say: Any) -> None:
     # Triton reads its mode when it is imported, and tritorch imports it
-    from tritorch.testing import parts
+    from tritorch.testing import errors, parts
 
     try:
         parts.run(part, request, say)
-    except ValueError as error:
+    except errors.RequestError as error:
         say("failed", message=str(error))
     except Exception:
         say("broken", message=traceback.format_exc())
