@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import os
 import sys
 import textwrap
 
@@ -14,7 +16,8 @@ from torch import Tensor
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from tritorch.testing import dry, gpu_limits
+from tests.lab import corpus
+from tritorch.testing import dry, gpu_limits, parts
 from tritorch.testing.gpu_limits import limits
 from tritorch.testing.hosting import hosted, load
 
@@ -218,6 +221,76 @@ def test_an_error_of_the_compiler_is_at_the_users_line(
     assert line in finding.source
 
 
+@triton.jit
+def packing_kernel(x_ptr, PACK: tl.constexpr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    x = tl.inline_asm_elementwise("bogus $0, $1;", "=r,r", [x], tl.int32, is_pure=True, pack=PACK)
+    tl.store(x_ptr + tl.arange(0, BLOCK), x)
+
+
+@pytest.fixture
+def standard_error(tmp_path):
+    """Makes standard error a file, as in a process of a check."""
+
+    @contextlib.contextmanager
+    def as_file():
+        kept = os.dup(2)
+        with (tmp_path / "said").open("wb") as file:
+            os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+    return as_file
+
+
+def test_what_the_compiler_prints_is_told_at_its_line(standard_error):
+    with standard_error():
+        (finding,) = limits(lambda: packing_kernel[(1,)](torch.empty(16).int(), 3, 16))
+    assert finding.kind == "compilation"
+    assert finding.message == (
+        "sm_80, sm_90: the compiler says: number of input elements 16 must be a multiple of the "
+        "op's packed_element attribute, 3"
+    )
+    assert finding.line == line_of(packing_kernel, "tl.inline_asm")
+    assert finding.source.startswith("x = tl.inline_asm_elementwise(")
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("sm_90", "Not a name of any known instruction: 'bogus'"),
+        ("gfx942", "invalid instruction: "),
+    ],
+)
+def test_what_an_assembler_prints_is_told(target, said, standard_error):
+    with standard_error():
+        (finding,) = limits(lambda: packing_kernel[(1,)](torch.empty(16).int(), 1, 16), [target])
+    assert finding.message.startswith(f"{target}: the compiler says: {said}")
+    assert finding.line == line_of(packing_kernel, "def packing_kernel")
+
+
+def test_every_compilation_is_told_before_it_begins():
+    heard = []
+    kernel = autotuned((32, 32, 4, 2), (24, 32, 4, 2))
+
+    def call():
+        square(kernel)
+        square(SIZE=32, BLOCK_K=32, num_stages=2)
+        heard.append("launched")
+
+    limits(call, ["sm_80", "gfx942"], on_compile=heard.append)
+    for target in ("sm_80", "gfx942"):
+        configs = [f"SIZE={n}, BLOCK_K=32, num_warps=4, num_stages=2" for n in (32, 24)]
+        for said in (*configs, None):
+            of_kernel = "square_kernel" if said is None else f"square_kernel, {said}"
+            assert heard.pop(0) == f"{target}, {of_kernel}"
+        assert heard.pop(0) == "launched"
+    assert heard == []
+
+
 def test_kernels_after_one_that_does_not_compile_are_compiled_too():
     def call():
         x = torch.empty(16, device="cuda")
@@ -380,3 +453,19 @@ def test_a_script_that_launches_and_tests_itself_is_loaded(tmp_path):
     with dry.compiling_for("sm_80") as recorder, hosted():
         function()
     assert recorder.launches[0].kernel == "one_kernel"
+
+
+def test_a_check_is_told_of_every_compilation():
+    request = parts.Request(f"{corpus.ROOT}/tests/lab/broken/tuned_atomics.py:tuned_atomics")
+    heard = []
+
+    def say(event, **fields):
+        heard.append(fields["case"]) if event == "doing" else None
+
+    parts.compile_part(request, parts.find(request), say)
+    for target in ("sm_80", "sm_90"):
+        for block in (32, 64):
+            config = f"BLOCK_M={block}, num_warps=4, num_stages=3"
+            for dtype in ("float32", "float16", "bfloat16"):
+                case = f"M=256 N=256, {dtype}, {target}, column_sum_kernel, {config}"
+                assert heard.count(case) == 1

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tritorch.testing import dry, hosting, redirect
+from tritorch.testing import diagnostics, dry, hosting, redirect
 from tritorch.testing.findings import Finding
 
 
@@ -30,12 +30,14 @@ def limits(
     targets: Iterable[str] = ("sm_80", "sm_90"),
     contract: Literal["ieee", "tf32"] = "ieee",
     configurations: Literal["all", "first"] = "all",
+    on_compile: Callable[[str], None] = lambda what: None,
 ) -> list[Finding]:
     """Compiles what `call` launches, in every autotune configuration, and finds what stops it.
 
     `call`: a call of the user's function on CPU or meta tensors.  `targets`: names of
     `dry.TARGETS`; other GPUs than these two are for kernels that claim to run there, since lists of
     configurations are made for one vendor.  `contract` "tf32" lets float32 products be TF32's.
+    `on_compile` hears the target, the kernel and its configuration before each compilation.
 
     Finds "compilation" and "tile" with the line, "resources" (shared memory, registers, threads;
     spills where no configuration is without) and "tf32" with the line of the product.  A
@@ -48,7 +50,7 @@ def limits(
     # of each the targets, in order and once
     problems: dict[Finding, dict[str, None]] = {}
     for target in targets:
-        for problem in _problems(_survey(call, target, configurations), contract):
+        for problem in _problems(_survey(call, target, configurations, on_compile), contract):
             problems.setdefault(problem, {})[target] = None
     return [
         replace(problem, message=f"{', '.join(where)}: {problem.message}")
@@ -74,6 +76,8 @@ class _Attempt:
     config: str
     launch: dry.Launch | None = None
     error: Exception | None = None
+    # what the compiler wrote to standard error meanwhile
+    said: str = ""
 
     @property
     def group(self) -> tuple[Any, str]:
@@ -90,7 +94,12 @@ class _Survey:
     error: Exception | None = None
 
 
-def _survey(call: Callable[[], object], target: str, configurations: str) -> _Survey:
+def _survey(
+    call: Callable[[], object],
+    target: str,
+    configurations: str,
+    on_compile: Callable[[str], None],
+) -> _Survey:
     """Runs `call` and keeps every attempt to compile; a failure does not end the call."""
     jit = importlib.import_module("triton.runtime.jit").JITFunction
     tuning = importlib.import_module("triton.runtime.autotuner").Autotuner
@@ -107,11 +116,12 @@ def _survey(call: Callable[[], object], target: str, configurations: str) -> _Su
         run = jit.run
 
         def run_noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-            before = len(recorder.launches)
+            before, written = len(recorder.launches), diagnostics.end()
+            on_compile(", ".join(filter(None, (target, self.__name__, current[1]))))
             try:
                 result = run(self, *args, **kwargs)
             except (dry.CompileError, out_of_resources) as error:
-                note(self, error=error)
+                note(self, error=error, said=diagnostics.since(written))
                 return None
             for launch in recorder.launches[before:]:
                 note(self, launch=launch)
@@ -290,8 +300,11 @@ def _failure(attempt: _Attempt) -> tuple[Finding, bool]:
             finding = replace(finding, file=file, line=line, source=source)
     elif isinstance(error, runtime.OutOfResources):
         finding = replace(finding, kind="resources")
-    elif "PassManager::run failed" in text:
-        text = "Triton's compiler gives up; what it says is on standard error"
+    else:
+        text, place = diagnostics.told(text, attempt.said)
+        if place is not None:
+            source = linecache.getline(*place).strip()
+            finding = replace(finding, file=place[0], line=place[1], source=source)
     if _TILE.search(text):
         finding = replace(finding, kind="tile")
     if attempt.config:
