@@ -331,18 +331,27 @@ def compile_part(request: Request, found: Asked, say: Say) -> None:
             say("doing", property=LIMITS, case=case, folder=folder)
             arguments = next(itertools.islice(wanted(Maker(dtype)), number, None)).arguments
             call = partial(_both_passes, subject, arguments)
-            _limits(call, request, say)
+            _limits(call, subject, request, case, say)
             if number or not isinstance(subject, OpSpec) or request.level == "quick":
                 continue
             for name, entry in configurations.entries(subject, dtype):
                 say("doing", property=LIMITS, case=f"{case}, {name} {entry}", folder=folder)
                 with launch.override(name, entry):
-                    _limits(call, request, say)
+                    _limits(call, subject, request, f"{case}, {name} {entry}", say)
 
 
-def _limits(call: Callable[[], None], request: Request, say: Say) -> None:
+def _limits(
+    call: Callable[[], None], subject: Subject, request: Request, case: str, say: Say
+) -> None:
     contract: Any = request.contract
-    findings = gpu_limits.limits(call, request.targets, contract)
+    # each compilation may take as long as a case
+    doing = partial(say, "doing", property=LIMITS, folder=_folder(subject))
+    findings = gpu_limits.limits(
+        call,
+        request.targets,
+        contract,
+        on_compile=lambda what: doing(case=f"{case}, {what}"),
+    )
     say("outcome", section=LIMITS, seconds=0.0, declined=False, broken=False)
     for finding in findings:
         if gpu_limits.is_discarded(finding):
