@@ -367,6 +367,40 @@ def test_strides_of_results_are_torchs():
     assert found.message == "output 0 has strides (1, 6), torch's (7, 1)"
 
 
+def test_an_output_that_forgets_the_format_of_an_argument_is_told():
+    def forgetful(input, weight):
+        return torch.conv2d(input, weight).contiguous()
+
+    images = replace(
+        PRODUCT,
+        op=forgetful,
+        reference=torch.conv2d,
+        samples=lambda make: iter(
+            [Sample("typical", input=make(2, 3, 5, 5), weight=make(4, 3, 2, 2))]
+        ),
+    )
+    for argument in ("input", "weight"):
+        (found,) = battery_torch.format_of_outputs(images, CASE, argument)
+        assert found.message == "output 0 has strides [64, 16, 4, 1], torch's [64, 1, 16, 4]"
+        right = replace(images, op=torch.conv2d)
+        assert battery_torch.format_of_outputs(right, CASE, argument) == []
+
+
+def test_a_write_that_autograd_does_not_see_is_told():
+    def unseen(input, weight):
+        # of .data autograd keeps no count
+        input.data.add_(1)
+
+    def seen(input, weight):
+        input.add_(1)
+
+    subject = wrong(unseen, reference=seen, mutates=("input",), gradients=())
+    (found,) = battery_torch.counts_writes(subject, CASE)
+    assert (found.kind, found.argument) == ("mutation", "input")
+    assert found.message.startswith("input has changed and its version has not")
+    assert battery_torch.counts_writes(replace(subject, op=seen), CASE) == []
+
+
 def test_a_gradient_lost_in_a_view_is_told():
     def op(input, weight):
         # a view is no leaf

@@ -75,7 +75,8 @@ def _hear(handle: Any, name: str, values: list[int], promises: Promises, believe
     data: Array = handle.data
     sizes = values[-data.ndim :]
     if name == "tt.divisibility":
-        together = list(handle.attr.get("tt.contiguity", [1] * len(values)))[-data.ndim :]
+        # of lanes that nothing says to be together, the first of as many as the number says
+        together = list(handle.attr.get("tt.contiguity", values))[-data.ndim :]
         promised = _multiples(data, max(sizes), together)
     elif name == "tt.contiguity":
         promised = _runs(data, sizes, _step(handle))
