@@ -1,5 +1,6 @@
 """The properties that watch kernels, on kernels that lack them and on some that do not."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,16 @@ import triton
 import triton.language as tl
 
 from tritorch.registry import Sample, Subject
-from tritorch.testing import battery, battery_torch, describe, hosting, inputs, trials
+from tritorch.testing import (
+    battery,
+    battery_torch,
+    describe,
+    detector,
+    examine,
+    hosting,
+    inputs,
+    trials,
+)
 from tritorch.testing.trials import Case
 
 pytestmark = pytest.mark.interpret

@@ -30,7 +30,14 @@ _FAR = 2**40
 
 
 class ProgramOrderError(RuntimeError):
-    """A program waits for what no program that has run gives it: the launch was given up."""
+    """A program waits for what no program that has run gives it: the launch was given up.
+
+    `finding`: what the detector has noted of it.
+    """
+
+    def __init__(self, message: str, finding: Finding) -> None:
+        super().__init__(message)
+        self.finding = finding
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Detector:
         self._virtual = virtual
         self._poison = poison
         # of the launch that runs
-        self._kernel = ""
+        self.kernel = ""
         self._defined = Place("", 0)
         self._constexprs: list[str] = []
         self._grid = (1, 1, 1)
@@ -115,13 +122,8 @@ class Detector:
             if output.device.type != "cpu" or output.numel() == 0 or not is_plain(output):
                 continue
             storage = self.memory.storage_of(output)
-            size = output.element_size()
-            offsets = np.zeros(output.shape, np.int64)
-            for axis, stride in enumerate(output.stride()):
-                steps = np.arange(output.shape[axis]) * (stride * size)
-                offsets += steps.reshape([-1] + [1] * (output.dim() - axis - 1))
-            addresses = (offsets + output.data_ptr()).astype(np.uint64)
-            index = storage.elements(addresses, size)
+            addresses = _addresses(output)
+            index = storage.elements(addresses, output.element_size())
             version = None if output.is_inference() else output._version
             unwritten = storage.unwritten(index, version)
             if unwritten is None:
@@ -147,6 +149,22 @@ class Detector:
                 )
             )
 
+    def last_store(self, tensor: Tensor, lanes: Array) -> tuple[Place, str, str] | None:
+        """The last store of a kernel to the first of these elements that one has stored to.
+
+        Its line, the kernel and the argument; None where no kernel has.
+        """
+        storage = self.memory.storage_of(tensor)
+        if storage.writer is None:
+            return None
+        accesses = storage.writer[
+            storage.elements(_addresses(tensor)[lanes], tensor.element_size())
+        ]
+        if not accesses.any():
+            return None
+        place = self.races.place(int(accesses[accesses > 0][0]))
+        return place, *storage.stores[place]
+
     def _add(self, finding: Finding) -> None:
         known = self._found.get(finding.key)
         if known is not None:
@@ -161,21 +179,24 @@ class Detector:
         *,
         argument: str = "",
         lanes: Array | None = None,
-    ) -> None:
-        """Adds a finding of the program that runs; `say` is called for the first of its key."""
+    ) -> Finding:
+        """Adds a finding of the program that runs; `say` is called for the first of its key.
+
+        Returns what is known of that key by now.
+        """
         if kind == "int32 overflow":
             # one offset may serve many arguments
-            argument = self._wrapped.setdefault((self._kernel, place), argument)
+            argument = self._wrapped.setdefault((self.kernel, place), argument)
         count = 0 if lanes is None else int(lanes.sum())
-        key = (kind, self._kernel, argument, place.file, place.line)
+        key = (kind, self.kernel, argument, place.file, place.line)
         known = self._found.get(key)
         if known is not None:
             self._found[key] = replace(known, count=known.count + count)
-            return
+            return self._found[key]
         self._found[key] = Finding(
             kind,
             say(),
-            kernel=self._kernel,
+            kernel=self.kernel,
             argument=argument,
             file=place.file,
             line=place.line,
@@ -184,11 +205,12 @@ class Detector:
             lanes=() if lanes is None else _first(lanes),
             count=count,
         )
+        return self._found[key]
 
     # launches
 
     def begin_launch(self, kernel: str, defined: Place, constexprs: list[str]) -> None:
-        self._kernel, self._defined, self._constexprs = kernel, defined, constexprs
+        self.kernel, self._defined, self._constexprs = kernel, defined, constexprs
         self._extents, self._storages = {}, {}
         self.gave_up = None
         self.memory.begin_launch()
@@ -210,7 +232,7 @@ class Detector:
             extent = Extent(name, tensor, whole_storage=self.whole_storage)
             extent.version = None if origin.is_inference() else origin._version
             storage = self.memory.storage_of(tensor)
-            storage.passed[self._kernel, name] = None
+            storage.passed[self.kernel, name] = None
             storage.stored = storage.stored or self._defined
             self._extents[id(host)] = extent, storage
             self._storages[extent] = storage
@@ -246,7 +268,7 @@ class Detector:
         constants = {name: getattr(bound[name], "value", bound[name]) for name in self._constexprs}
         self.launches.append(
             Launch(
-                self._kernel,
+                self.kernel,
                 self._grid,
                 {name: value for name, value in constants.items() if isinstance(value, int)},
                 count,
@@ -290,7 +312,7 @@ class Detector:
         count, known = int(lanes.sum()), self.undefined_loads.get(place)
         if known is None:
             name = "" if extent is None else extent.name
-            known = UndefinedLoad(self._kernel, name, self.program, _first(lanes), 0)
+            known = UndefinedLoad(self.kernel, name, self.program, _first(lanes), 0)
         self.undefined_loads[place] = replace(known, count=known.count + count)
 
     def poison(self, shape: tuple[int, ...], dtype: Any, place: Place) -> Array:
@@ -337,8 +359,8 @@ class Detector:
             f"program {self.program} asks `{argument}` the same {count} times and nothing changes: "
             f"{why}"
         )
-        self.report(kind, place, lambda: message, argument=argument)
-        self.gave_up = ProgramOrderError(f"{self._kernel}: {message}")
+        finding = self.report(kind, place, lambda: message, argument=argument)
+        self.gave_up = ProgramOrderError(f"{self.kernel}: {message}", finding)
         raise self.gave_up
 
     def note_change(self) -> None:
@@ -349,6 +371,16 @@ class Detector:
     def note_tile(self) -> None:
         """The program accessed a tile: no loop that waits for one address does."""
         self._last_scalar = None, 0
+
+
+def _addresses(tensor: Tensor) -> Array:
+    """Of every element, in the tensor's shape."""
+    offsets = np.zeros(tensor.shape, np.int64)
+    for axis, stride in enumerate(tensor.stride()):
+        steps = np.arange(tensor.shape[axis]) * (stride * tensor.element_size())
+        offsets += steps.reshape([-1] + [1] * (tensor.dim() - axis - 1))
+    addresses: Array = (offsets + tensor.data_ptr()).astype(np.uint64)
+    return addresses
 
 
 def _first(lanes: Array) -> tuple[tuple[int, ...], ...]:

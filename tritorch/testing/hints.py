@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -98,6 +99,10 @@ def _tail(wrong: Tensor) -> str:
 
 def of_exception(error: BaseException, case: str) -> Finding:
     """The finding for a call that raised, at the user's line."""
+    # a detector gave the call up, which has one already
+    known = getattr(error, "finding", None)
+    if isinstance(known, Finding):
+        return replace(known, case=case)
     name = type(error).__name__
     cause: BaseException = error
     while cause.__cause__ is not None:
@@ -106,9 +111,7 @@ def of_exception(error: BaseException, case: str) -> Finding:
     text = (str(error) or str(cause)).strip().splitlines()
     first = text[0] if text else ""
     kind = "error"
-    if name == "ProgramOrderError":
-        kind = "program order"
-    elif _TILE.search(str(cause)):
+    if _TILE.search(str(cause)):
         kind, first = "tile", str(cause)
     source = ""
     for frame in traceback.extract_tb(cause.__traceback__):
