@@ -14,6 +14,7 @@ from tritorch.testing import (
     battery_torch,
     describe,
     detector,
+    detectors,
     examine,
     hosting,
     inputs,
@@ -99,10 +100,80 @@ def test_a_program_that_waits_in_vain_is_told_once(order, subject_of, monkeypatc
     assert {finding.case for finding in found} == {str(case)}
 
 
-def test_an_input_that_serves_as_memory_is_told(subject_of):
+@pytest.mark.parametrize("check", [battery.values, battery.masked_lanes])
+def test_an_input_that_serves_as_memory_is_told_with_the_store(check, subject_of):
+    subject = subject_of("broken/scratch_input")
+    with detectors.detecting():
+        (found,) = check(subject, typical(subject))
+    assert (found.kind, found.argument) == ("mutation", "x_ptr")
+    assert found.message == "scratch_input wrote into x, which is `x_ptr` of the kernel"
+    assert found.kernel == "absolute_square_kernel"
+    assert found.source.startswith("tl.store(x_ptr + offs * stride, ")
+    lines = Path(found.file).read_text().splitlines()
+    assert lines[found.line - 1].endswith("# defect")
+    assert found.case == str(typical(subject))
+
+
+def test_an_input_that_serves_as_memory_is_told_where_nothing_is_watched(subject_of):
     subject = subject_of("broken/scratch_input")
     (found,) = battery.values(subject, typical(subject))
-    assert (found.kind, found.argument) == ("mutation", "x")
+    assert (found.kind, found.argument, found.line) == ("mutation", "x", 0)
+    assert found.message == "scratch_input wrote into x"
+
+
+@triton.jit
+def twice_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n, other=0)
+    # the same bits again are no change
+    tl.store(x_ptr + offs, x, mask=offs < 1)
+    tl.store(y_ptr + offs, x + x, mask=offs < n)
+    tl.atomic_add(x_ptr + offs, 1, mask=(offs == 2) & (offs < n))
+
+
+def _twice(x):
+    y = torch.empty(x.shape, dtype=x.dtype)
+    twice_kernel[(1,)](x, y, x.numel(), 16)
+    return y
+
+
+def by_kernel(x):
+    return _twice(x)
+
+
+def by_torch(x):
+    y = _twice(x[:1])
+    y = torch.cat([y, x[1:] * 2])
+    x[3] += 1
+    return y
+
+
+def by_resizing(x):
+    return 2 * x.clone().resize_(x.shape) if x.numel() < 2 else 2 * x.unsqueeze_(0)[0]
+
+
+@pytest.mark.parametrize(
+    ("op", "said", "kernel", "source"),
+    [
+        (by_kernel, ", which is `x_ptr` of the kernel", "twice_kernel", "tl.atomic_add(x_ptr"),
+        (by_torch, ": torch code did, no kernel", "", ""),
+        (by_resizing, ": torch code did, no kernel", "", ""),
+    ],
+)
+def test_who_wrote_the_elements_that_have_changed(op, said, kernel, source):
+    subject = Subject(
+        name="op",
+        op=op,
+        reference=lambda x: 2 * x,
+        gradients=(),
+        samples=lambda make: iter([Sample("typical", x=make(5))]),
+        accuracy="composite",
+    )
+    (found,) = battery.values(subject, Case("typical", torch.float32), order="forward")
+    assert (found.kind, found.message) == ("mutation", f"op wrote into x{said}")
+    assert (found.kernel, found.argument) == (kernel, "x_ptr" if kernel else "x")
+    assert found.source.startswith(source)
+    assert bool(found.line) == bool(source)
 
 
 def test_sums_in_16_bits_are_told_with_a_hint(subject_of):

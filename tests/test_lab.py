@@ -25,6 +25,7 @@ WITH_LINE = {
     "out-of-bounds write",
     "out-of-bounds atomic",
     "unwritten output",
+    "mutation",
     "uninitialised read",
     "masked lane",
     "int32 overflow",

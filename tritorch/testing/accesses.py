@@ -305,6 +305,7 @@ def _on_write(part: Part, ptrs: Any, value: Any, size: int, place: Place) -> Non
     index = storage.elements(here, size)
     if storage.last_write == 0:
         storage.stored = place
+    storage.stores[place] = active.kernel, extent.name
     if _ordering is not None:
         active.races.atomic(storage, index, place)
         active.races.release(here.tolist())
@@ -330,6 +331,7 @@ def _on_atomic(
         _report_unwritten(storage, index, extent, lanes, place)
     if storage.last_write == 0:
         storage.stored = place
+    storage.stores[place] = active.kernel, extent.name
     for conflict in active.races.atomic(storage, index, place):
         _report_race(conflict, extent, lanes, place, "updates")
     if addresses.size <= _MOST_LOCKS:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from tritorch.registry import Argument, Maker, Sample, Subject
-from tritorch.testing import errors, tolerances
+from tritorch.testing import errors, mutation, tolerances
 from tritorch.testing.calls import call, map_tensors, outputs_of, tensors_of
+from tritorch.testing.findings import Finding
 from tritorch.testing.scales import scales_of
 
 LAYOUTS = ("sliced", "transposed", "channels_last", "misaligned", "expanded")
@@ -46,11 +47,11 @@ class Outcome:
 
 
 class Mutated(AssertionError):
-    """A call wrote into an argument that it must leave alone: `argument` is its name."""
+    """A call wrote into an argument that it must leave alone: `finding` says who did."""
 
-    def __init__(self, subject: str, argument: str) -> None:
-        super().__init__(f"{subject} wrote into {argument}")
-        self.argument = argument
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.message)
+        self.finding = finding
 
 
 class Refused(RuntimeError):
@@ -166,7 +167,7 @@ def run(
 
     for name, value in given.items():
         if name not in spec.mutates and not bitwise_equal(value, before[name]):
-            raise Mutated(spec.name, name)
+            raise Mutated(mutation.finding(spec.name, name, value, before[name]))
     return Outcome(tuple(output.detach() for output in outputs), grads, written(spec, given))
 
 

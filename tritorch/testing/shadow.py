@@ -151,6 +151,8 @@ class Storage:
         # else of the kernel
         self.passed: dict[tuple[str, str], None] = {}
         self.stored: Place | None = None
+        # by the line of a store: (kernel, argument)
+        self.stores: dict[Place, tuple[str, str]] = {}
         if canary is not None:
             self.memory()[...] = canary
 

@@ -6,7 +6,7 @@ The properties of `battery.py` and its neighbours are made of these.
 from __future__ import annotations
 
 import contextlib
-import zlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -69,8 +69,8 @@ class Case:
 
     @property
     def id(self) -> str:
-        """Four letters that name the case on a command line."""
-        return f"{zlib.crc32(f'{self} {self.seed}'.encode()) & 0xFFFF:04x}"
+        """Twelve digits that name the case; a step of a check has an id of its own."""
+        return hashlib.blake2b(f"{self} {self.seed}".encode(), digest_size=6).hexdigest()
 
     def arguments(self, subject: Subject) -> dict[str, Argument]:
         """The arguments of the call, as fresh tensors."""
@@ -194,7 +194,7 @@ def outcome(
 def for_exception(subject: Subject, case: Case, error: Exception) -> list[Finding]:
     """What it means that the op raised; may raise Refused, as `outcome`."""
     if isinstance(error, cases.Mutated):
-        return [Finding("mutation", str(error), argument=error.argument, case=str(case))]
+        return [replace(error.finding, case=str(case))]
     errors.must_be_the_users(error)
     if refused(subject, case):
         raise cases.Refused(f"{subject.name}: neither it nor the reference takes {case}") from error
