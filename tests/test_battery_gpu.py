@@ -2,12 +2,13 @@
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from tritorch.registry import Sample, Subject
-from tritorch.testing import battery_gpu, cases
+from tritorch.testing import battery_gpu, cases, examine
 from tritorch.testing.trials import Case
 
 pytestmark = pytest.mark.reference
@@ -116,15 +117,42 @@ def test_a_number_that_a_graph_keeps_is_told(gpu):
     assert found[0].argument == "output 0"
 
 
-def test_a_call_that_cannot_be_captured_is_told(gpu):
+def synchronizing(gpu):
     def op(input, weight):
         if gpu.capturing:
             raise RuntimeError("operation not permitted when stream is capturing")
         return input * weight
 
-    (found,) = battery_gpu.cuda_graph(replace(SUBJECT, op=op), CASE)
-    assert found.kind == "cuda graph"
-    assert "cannot be captured: RuntimeError: operation not permitted" in found.message
+    return replace(SUBJECT, op=op)
+
+
+def test_a_call_that_cannot_be_captured_is_refused(gpu):
+    with pytest.raises(battery_gpu.NotCaptured) as refused:
+        battery_gpu.cuda_graph(synchronizing(gpu), CASE)
+    assert str(refused.value).startswith(
+        "the call cannot be captured in a CUDA graph: RuntimeError: operation not permitted when "
+        f"stream is capturing at {__file__}:"
+    )
+
+
+def test_a_capture_that_fails_at_its_end_is_no_mistake_of_the_checks(gpu, monkeypatch):
+    @contextlib.contextmanager
+    def graph(graph):
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(battery_gpu.NotCaptured, match="failed due to a previous error"):
+        battery_gpu.cuda_graph(SUBJECT, CASE)
+
+
+def test_what_cannot_be_captured_is_a_note_of_an_examination(gpu):
+    subject = synchronizing(gpu)
+    examination = examine.Examination(subject, device="cuda")
+    run = partial(battery_gpu.cuda_graph, subject, CASE)
+    assert examination.watched(examine.Step("CUDA graphs", CASE, run)) == []
+    (note,) = examination.notes
+    assert note.startswith("the call cannot be captured in a CUDA graph: RuntimeError: ")
 
 
 def test_a_late_argument_is_waited_for(gpu):

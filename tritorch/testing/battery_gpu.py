@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tritorch.registry import Argument, Subject
-from tritorch.testing import calls, cases
+from tritorch.testing import calls, cases, hints
 from tritorch.testing.cases import Outcome
 from tritorch.testing.findings import Finding
-from tritorch.testing.trials import Case, judged, outcome, raised, same_bits
+from tritorch.testing.trials import Case, judged, outcome, same_bits
 
 # some 30 milliseconds: longer than any host code takes to get ahead
 _DELAY_CYCLES = 50_000_000
@@ -25,8 +25,15 @@ _BAND = 1024
 _WARM_UPS = 3
 
 
+class NotCaptured(cases.Refused):
+    """A call cannot be captured in a CUDA graph, which nobody has promised: says why."""
+
+
 def cuda_graph(subject: Subject, case: Case) -> list[Finding]:
-    """A captured call, replayed after other numbers were written into its arguments, is theirs."""
+    """A captured call, replayed after other numbers were written into its arguments, is theirs.
+
+    Raises NotCaptured where there is no such call.
+    """
     later = replace(case, seed=case.seed + 1)
     arguments, others = case.arguments(subject), later.arguments(subject)
     expected, findings = outcome(subject, later, others)
@@ -46,9 +53,10 @@ def cuda_graph(subject: Subject, case: Case) -> list[Finding]:
         with torch.cuda.graph(graph):
             captured = _once(subject, given, make_grad)
     except Exception as error:
-        found = raised(error, case)
-        message = f"the call cannot be captured: {found.message}"
-        return [*findings, replace(found, kind="cuda graph", message=message)]
+        found = hints.of_exception(error, str(case))
+        place = f" at {found.file}:{found.line}" if found.line else ""
+        message = f"the call cannot be captured in a CUDA graph: {found.message}{place}"
+        raise NotCaptured(message) from error
     _write(given, others)
     graph.replay()
     torch.cuda.synchronize()

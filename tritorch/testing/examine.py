@@ -140,6 +140,9 @@ class Examination:
                 detector = stack.enter_context(detectors.detecting())
             try:
                 found = self._kept_promises(step) if self.device == "cpu" else step.run()
+            except battery_gpu.NotCaptured as why:
+                self.notes.append(str(why))
+                found, self._declined = [], True
             except cases.Refused:
                 # a case that the reference does not take says nothing
                 found, self._declined = [], True
