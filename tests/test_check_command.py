@@ -230,7 +230,14 @@ def test_whoever_ends_it_ends_its_processes(sent, descendants, monkeypatch, tmp_
     monkeypatch.setenv("CALLED", str(called))
     command = [sys.executable, "-m", "tritorch", "check", f"{CHECKED}:loops", "--inputs", "x[N]"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) as check:
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        # tests that run in the background of a shell ignore it, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as check:
         until = time.monotonic() + 60
         while not called.exists() and time.monotonic() < until:
             time.sleep(0.05)
