@@ -464,6 +464,10 @@ def test_a_library_op_is_checked():
         (found,) = battery_torch.library(subject, CASE)
         assert found.kind == "library"
         assert "twice" in found.message
+        scope.impl("twice", lambda input: input.new_empty(input.shape, dtype=torch.int64), "Meta")
+        (found,) = battery_torch.library(subject, CASE)
+        assert found.kind == "library"
+        assert found.message.endswith("Dtypes torch.float32 and torch.int64 are not equal!")
     (found,) = battery_torch.library(CUBE, CASE, required=True)
     assert found.message == "no library op was called"
 
@@ -479,7 +483,7 @@ def test_corners_are_one_at_a_time():
 def test_a_case_is_the_same_every_time():
     again = Case("typical", torch.float32)
     assert again.id == CASE.id
-    assert len(CASE.id) == 4
+    assert len(CASE.id) == 12
     assert replace(CASE, seed=1).id != CASE.id
     first, second = CASE.arguments(PRODUCT), again.arguments(PRODUCT)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -334,6 +334,8 @@ def library(subject: Subject, case: Case, *, required: bool = False) -> list[Fin
             opcheck(function, args, kwargs)
         except Exception as error:
             text = next(iter(str(error).strip().splitlines()), repr(error))
+            # there is none
+            text = text.removesuffix(" (scroll up for stack trace)")
             findings.append(Finding("library", f"{function}: {text}", case=str(case)))
     return findings
 
