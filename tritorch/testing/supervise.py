@@ -134,7 +134,8 @@ def _listen(
         on_event(event)
         if event["event"] == "done":
             return []
-        limit = timeout if doing else max(timeout, _START)
+        # imports and the reference's first calls are no case
+        limit = timeout if "id" in doing else max(timeout, _START)
         until = time.monotonic() + limit
     try:
         status = child.wait(timeout)
@@ -145,7 +146,7 @@ def _listen(
     text = said.read_text(encoding="utf-8", errors="replace").strip()
     if doing:
         # sys.exit or os._exit in the user's code
-        message = f"the process ended itself with exit status {status} while {_shown(doing)}"
+        message = f"the process ended itself with exit status {status} in {_shown(doing)}"
         return [Finding("crash", message, case=doing.get("case", ""))]
     raise ChildError(text[-4000:] or f"a process of the check ended with exit status {status}")
 
@@ -164,7 +165,7 @@ def _crashed(status: int, doing: Event, trace: Path) -> Finding:
     except ValueError:
         name = f"signal {-status}"
     file, line = _where(trace, doing)
-    message = f"the process died of {name} while {_shown(doing)}"
+    message = f"the process died of {name} in {_shown(doing)}"
     return Finding("crash", message, file=file, line=line, case=doing.get("case", ""))
 
 
@@ -180,7 +181,7 @@ def _hung(child: subprocess.Popen[bytes], doing: Event, timeout: float, trace: P
 
 
 def _shown(doing: Event) -> str:
-    return f"{doing['property']} of {doing['case']}" if "case" in doing else "starting"
+    return f"{doing['property']} of {doing['case']}" if "case" in doing else "the start"
 
 
 def _where(trace: Path, doing: Event) -> tuple[str, int]:
