@@ -39,6 +39,21 @@ def spinning_kernel(y_ptr, N):
     tl.store(y_ptr, count)
 
 
+@triton.autotune([triton.Config({"BLOCK": 16}), triton.Config({"BLOCK": 32})], key=["N"])
+@triton.jit
+def tuned_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < N)
+    # 3 where it is 32
+    tl.store(y_ptr + offs, x * (1 + BLOCK // 16), mask=offs < N)
+
+
+@triton.jit
+def null_kernel(y_ptr, BLOCK: tl.constexpr):
+    nowhere = tl.full((BLOCK,), 0, tl.int64).to(tl.pointer_type(tl.float32))
+    tl.store(y_ptr + tl.arange(0, BLOCK), tl.load(nowhere))  # of address 0
+
+
 def launched(kernel, x, y):
     if x.numel():
         kernel[(triton.cdiv(x.numel(), 16),)](x, y, x.numel(), BLOCK=16)
@@ -175,3 +190,23 @@ def fails_inside(x):
         return unmasked(x)
     finally:
         accesses._outside = original
+
+
+def drops_nan(x):
+    y = double(x)
+    return torch.where(y.isnan(), 0, y)
+
+
+def tuned(x):
+    y = torch.empty_like(x)
+    if x.numel():
+        grid = lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)  # noqa: E731
+        tuned_kernel[grid](x.contiguous(), y, x.numel())
+    return y
+
+
+def null_reference(x):
+    """A reference that is a kernel, which nothing watches."""
+    y = torch.empty(16)
+    null_kernel[(1,)](y, BLOCK=16)
+    return y

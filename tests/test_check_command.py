@@ -99,7 +99,7 @@ def test_a_finding_is_status_1_and_its_script_shows_it_again(tmp_path):
     again = run(script, cwd="/")
     assert again.returncode == 1, again.stderr
     assert f"1. out-of-bounds read  {CHECKED}:{line}, kernel unmasked_kernel" in again.stdout
-    assert "samples='x[N] N=1'" in script.read_text()
+    assert "'case': {'sample': 'N=1', 'dtype': 'float32'}" in script.read_text()
     before = file.read_text()
     refused = call("unmasked", *SHORT, "--json", str(file))
     assert (refused.exit_code, "--force" in refused.output) == (2, True)
@@ -124,8 +124,8 @@ def test_one_case_runs_alone(tmp_path):
     assert again.exit_code == 1
     assert f"found by case {found['id']}" in again.output
     assert found["message"] in again.output
-    cases = re.search(r"in (\d+) cases", again.output)
-    assert int(cases[1]) < 5 < first["cases"]
+    assert re.search(r"^\d findings? in 1 case, ", again.output, re.MULTILINE)
+    assert first["cases"] > 5
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_missing_gpu_is_status_3(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "said", "place"),
     [
-        ("dereferences_null", "died of SIGSEGV", "nowhere"),
+        ("dereferences_null", "died of SIGSEGV in first call of N=5, float32", "nowhere"),
         ("aborts", "died of SIGABRT", "SIGABRT"),
         ("exits", "ended itself with exit status 3", None),
         ("leaves", "SystemExit: 7", "no Exception"),
@@ -206,6 +206,85 @@ def test_a_call_that_ends_its_process_is_a_finding(
     assert not left_of(descendants)
 
 
+def test_a_crash_before_the_first_case_says_where(tmp_path):
+    result = call("double", *SHORT, "--reference", f"{CHECKED}:null_reference")
+    assert result.exit_code == 1, result.output
+    assert f"1. crash  {CHECKED}:{line_of('of address 0')}" in result.output
+    said = "the process died of SIGSEGV in first calls of the reference of N=5, float32\n"
+    assert said in result.output
+    script = tmp_path / "dies.py"
+    script.write_text("import os\nos.abort()\n")
+    result = CliRunner().invoke(main, ("check", f"{script}:mine", "--arch", ""))
+    assert f"1. crash  {script}:2\n" in result.output
+    assert f"the process died of SIGABRT in import of {script}:mine\n" in result.output
+
+
+def scripts_of(folder, name, *options):
+    """The text of each script that a check of tests/checked.py writes, by the script."""
+    call(name, "--inputs", "x[N]", "--arch", "", *options, "--repro", str(folder))
+    return {script: script.read_text() for script in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("drops_nan", ("--dtypes", "float32"), "'special': ['x', 'nan']"),
+        ("tuned", ("--dtypes", "float32"), "'given': [1, 'the case']"),
+        ("tuned", ("--dtypes", "float32"), "'BLOCK: 32, num_warps: 4, "),
+        ("thrice", ("--dtypes", "bfloat16,float32"), "'dtype': 'bfloat16'"),
+        ("exits", ("--dtypes", "float32"), "'section': 'first call'"),
+    ],
+)
+def test_a_script_makes_the_one_case_of_its_finding(name, options, words, tmp_path):
+    scripts = scripts_of(tmp_path / "scripts", name, *options)
+    script = next(script for script, text in scripts.items() if words in text)
+    again = run(script, cwd="/")
+    assert again.returncode == 1, again.stdout + again.stderr
+    assert re.search(r"^\d findings? in 1 case, ", again.stdout, re.MULTILINE), again.stdout
+    message = scripts[script].splitlines()[2]
+    assert f"   {message}\n" in again.stdout
+
+
+def test_a_script_tells_a_finding_that_is_gone_from_another(tmp_path):
+    mine, folder = tmp_path / "mine.py", tmp_path / "scripts"
+    source = "from tests.checked import double, reference\n\n\ndef mine(x):\n    return {}\n"
+    mine.write_text(source.format("double(x) * 1.5"))
+    options = ("--inputs", "x[N]", "--arch", "", "--dtypes", "float32", "--repro", str(folder))
+    CliRunner().invoke(main, ("check", f"{mine}:mine", *options))
+    (script,) = folder.glob("*exactness*")
+    ends = []
+    for result in ("double(x) * 1.5", "double(x)", "double(x), x"):
+        mine.write_text(source.format(result))
+        ends.append(run(script, cwd="/").returncode)
+    assert ends == [1, 0, 2]
+
+
+def test_the_ids_of_cases_are_their_own():
+    from tritorch.testing import parts, steps, supervise
+
+    heard = {}
+    for level in ("quick", "full"):
+        request = parts.Request(
+            f"{CHECKED}:double",
+            inputs="x[N]",
+            level=level,
+            targets=(),
+            dtypes=("float32",),
+            gradients=(),
+        )
+        events = []
+        supervise.run("interpret", request.to_json(), timeout=60, on_event=events.append)
+        done = [event for event in events if event["event"] == "doing" and "id" in event]
+        ids = [event["id"] for event in done]
+        assert len(set(ids)) == len(ids) > 30
+        assert all(re.fullmatch("[a-z2-7]{12}", one) for one in ids)
+        assert [steps.id_of(event["step"]) for event in done] == ids
+        # one case may be tried for several properties
+        assert len({event["case"] for event in done}) < len(ids)
+        heard[level] = set(ids)
+    assert heard["quick"] & heard["full"]
+
+
 @pytest.mark.parametrize("name", ["loops", "spins"])
 def test_a_call_that_does_not_end_is_a_finding(name, descendants, monkeypatch, tmp_path):
     monkeypatch.setenv("CALLED", str(tmp_path / "called"))
@@ -221,6 +300,7 @@ def test_a_call_that_does_not_end_is_a_finding(name, descendants, monkeypatch, t
     assert "N=5, float32 did not end in 3 s" in result.output
     (script,) = (tmp_path / "scripts").iterdir()
     assert "timeout=3.0" in script.read_text()
+    assert "'case': {'sample': 'N=5', 'dtype': 'float32'}" in script.read_text()
     assert not left_of(descendants)
 
 

@@ -72,9 +72,50 @@ def test_one_case_runs_alone():
     case = first.ids[first.findings[0].key]
     again = check(checked.thrice, case=case)
     assert again.findings[0] == first.findings[0]
-    assert again.cases < 5
+    assert again.cases == 1 < first.cases
     with pytest.raises(ValueError, match="no case has the id 'none'"):
         check(case="none")
+
+
+def test_a_case_in_words_is_made_again():
+    words = {
+        "section": "rounding",
+        "case": {"sample": "N=7", "dtype": "float16", "scale": 4.0},
+        "property": "battery.values",
+    }
+    report = check(checked.thrice, case=words, gradients=())
+    assert report.cases == 1
+    (finding,) = report.findings
+    assert finding.case == "N=7, float16, times 4"
+    assert str(report).splitlines()[-1].startswith("1 finding in 1 case, ")
+    with pytest.raises(ValueError, match=r"no case can be made of .*unheard"):
+        check(case=words | {"property": "battery.unheard"})
+    with pytest.raises(ValueError, match=r"no case can be made of .*float33"):
+        check(case=words | {"case": {"sample": "N=7", "dtype": "float33"}})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fn": lambda x: checked.thrice(x)}, "no script for the function: no name to import it"),
+        (
+            {"fn": checked.thrice, "samples": [torch.ones(3)]},
+            "no script for the samples: no name to import it",
+        ),
+        (
+            {"fn": lambda x: checked.thrice(x), "reference": lambda x: 2 * x},
+            "no script for the function and the reference: no name to import them",
+        ),
+    ],
+)
+def test_what_has_no_name_to_import_gets_no_script(options, said, tmp_path):
+    folder = tmp_path / "scripts"
+    report = check(**options, reproductions=folder)
+    assert kinds(report) == {"exactness", "values"}
+    assert report.reproductions == []
+    assert list(folder.iterdir()) == []
+    assert str(report).splitlines()[-1].startswith(said)
+    assert report.to_json()["unscripted"] == report.unscripted
 
 
 def test_samples_may_be_a_function_from_a_maker():

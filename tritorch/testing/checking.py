@@ -8,9 +8,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from tritorch.testing.errors import RequestError
 from tritorch.testing.findings import Finding
 from tritorch.testing.parts import LIMITS, TARGETS, Request
 from tritorch.testing.report import MEMORY, Report
+from tritorch.testing.steps import Words
 
 # seconds that one case may take in a process of its own
 TIMEOUT = 120.0
@@ -45,7 +45,7 @@ def check(
     *,
     level: examine.Level = "quick",
     seed: int = 0,
-    case: str = "",
+    case: str | Mapping[str, Any] = "",
     dtypes: Iterable[torch.dtype] | None = None,
     gradients: Iterable[str] | None = None,
     mutates: Iterable[str] | None = None,
@@ -75,7 +75,8 @@ def check(
             text INPUTS of fn's module, else a guess, which the report names.
         level: "quick" for seconds, "full" for minutes, "soak" for a night.
         seed: of every number; the same seed gives the same cases.
-        case: the id of one case, to run it alone.
+        case: the id of one case, to run it alone, or what a reproduction has in its place: the case
+            in words.
         dtypes: what is tried of float32, float16, bfloat16 and float64.  None: the first three, as
             far as the reference takes them.
         gradients: the arguments with a gradient.  None: as the reference has them.
@@ -126,7 +127,8 @@ def check(
         device=device or "cpu",
         level=level,
         seed=seed,
-        case=case,
+        case=case if isinstance(case, str) else "",
+        step=None if isinstance(case, str) else dict(case),
         contract=contract,
         **fixed,
     )
@@ -134,21 +136,34 @@ def check(
     here = not isinstance(fn, str) and interpreter.interpreting() and request.device == "cpu"
     if not here:
         _must_be_known(request, fn, reference, samples)
-    compiles = bool(request.targets) and not request.case
+    part = (request.step or {}).get("section")
+    compiles = bool(request.targets) and part in (None, LIMITS)
     if compiles and not (request.target and (reference is None or request.reference)):
         compiles = False
         run.report.section(LIMITS).skipped = "its functions have no name to import"
     with ThreadPoolExecutor(max_workers=1) as pool, run.ended_together():
         # beside each other: a machine that interprets has a second core to compile on
         compiling = pool.submit(run.apart, "compile") if compiles else None
-        if here:
+        if part == LIMITS:
+            # the other part knows that case
+            pass
+        elif here:
             constants = {**fixed, "dtypes": tuple(dtypes) if dtypes else None}
             run.here(fn, reference, samples, constants)
         else:
             run.apart("cuda" if request.device == "cuda" else "interpret")
         if compiling is not None:
             compiling.result()
-    return run.finish(reproductions)
+    unnamed = [
+        what
+        for what, value, name in (
+            ("function", fn, request.target),
+            ("reference", reference, request.reference),
+            ("samples", samples, request.inputs),
+        )
+        if value is not None and not name
+    ]
+    return run.finish(reproductions, unnamed)
 
 
 class _Run:
@@ -162,11 +177,11 @@ class _Run:
         self.report = Report(
             request.target, request.reference, request.level, request.seed, request.device
         )
-        # what a reproduction of each finding needs: its case and its inputs
-        self.shown: list[tuple[Finding, str, str]] = []
+        # what a reproduction of each finding needs: its case in words
+        self.shown: list[tuple[Finding, Words | None]] = []
         # what the compiling part said: it counts when the other is done, whichever was faster
         self.later: list[supervise.Event] = []
-        self.ended: list[tuple[Finding, str]] = []
+        self.ended: list[tuple[Finding, supervise.Event]] = []
         self.unwanted = threading.Event()
         self.lock = threading.Lock()
 
@@ -204,7 +219,7 @@ class _Run:
             self.report.target = getattr(fn, "__name__", "function")
 
         def work() -> None:
-            found = parts.asked(fn, reference, samples, named, options)
+            found = parts.asked(fn, reference, samples, named, options, self._say)
             parts.battery_part(self.request, found, self._say)
 
         parts.going_on(work, self._say)
@@ -212,11 +227,11 @@ class _Run:
     def apart(self, part: str) -> None:
         """A part in a process of its own."""
         compiles = part == "compile"
-        doing = ""
+        doing: supervise.Event = {}
 
         def hear(event: supervise.Event) -> None:
             nonlocal doing
-            doing = event.get("id", doing)
+            doing = event if event["event"] == "doing" else doing
             self._hear(event, later=compiles)
 
         request = self.request.to_json()
@@ -257,18 +272,19 @@ class _Run:
         elif kind == "finding":
             finding = parts.as_finding(event["finding"])
             for new in self.report.add(event["section"], [finding]):
-                self.shown.append((new, event["id"], event["pinned"]))
+                self.shown.append((new, event["step"]))
                 self.report.ids[new.key] = event["id"]
 
-    def finish(self, folder: str | Path | None) -> Report:
+    def finish(self, folder: str | Path | None, unnamed: Sequence[str]) -> Report:
+        """The report, and the scripts; `unnamed` says what no other process can import."""
         for event in self.later:
             self._note(event)
         # in the order of their parts too
-        for finding, case in sorted(self.ended, key=lambda ended: ended[0].message):
+        for finding, doing in sorted(self.ended, key=lambda ended: ended[0].message):
             self.report.section(finding.kind).cases += 1
             for new in self.report.add(finding.kind, [finding]):
-                self.shown.append((new, case, ""))
-                self.report.ids[new.key] = case
+                self.shown.append((new, doing.get("step")))
+                self.report.ids[new.key] = doing.get("id", "")
         if self.request.case and not self.report.cases:
             raise RequestError(
                 f"check: no case has the id {self.request.case!r}: ids are those of a report of "
@@ -279,13 +295,25 @@ class _Run:
             if last in self.report.sections:
                 self.report.sections[last] = self.report.sections.pop(last)
         if folder is not None and self.shown:
-            for finding, case, pinned in self.shown:
-                request = replace(self.request, case=case, inputs=pinned or self.request.inputs)
-                path = reproduction.write(
-                    Path(folder), request, finding, pinned=bool(pinned), timeout=self.timeout
-                )
-                self.report.reproductions.append(str(path))
+            self._reproduce(Path(folder), unnamed)
         return self.report
+
+    def _reproduce(self, folder: Path, unnamed: Sequence[str]) -> None:
+        """A script for each finding, or why there is none."""
+        if unnamed:
+            what = " and the ".join(unnamed)
+            self.report.unscripted.append(
+                f"the {what}: no name to import {'them' if len(unnamed) > 1 else 'it'} by; "
+                "give a module-level name, or samples as text"
+            )
+            return
+        for finding, step in self.shown:
+            if step is None:
+                place = f" at {finding.file}:{finding.line}" if finding.line else ""
+                self.report.unscripted.append(f"the {finding.kind}{place}: of no single case")
+                continue
+            path = reproduction.write(folder, self.request, finding, step, timeout=self.timeout)
+            self.report.reproductions.append(str(path))
 
 
 def _name(value: Any) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +57,8 @@ class Request:
     level: examine.Level = "quick"
     seed: int = 0
     case: str = ""
+    # a case in words, see `steps`: it alone, of whatever other inputs, level and seed would do
+    step: steps.Words | None = None
     device: str = "cpu"
     contract: str = "ieee"
     targets: tuple[str, ...] = TARGETS
@@ -86,8 +90,8 @@ class Asked:
     notes: list[str] = field(default_factory=list)
 
 
-def find(request: Request) -> Asked:
-    """Loads what a request names.
+def find(request: Request, say: Say = lambda event, **fields: None) -> Asked:
+    """Loads what a request names; events "doing" for each call of the reference.
 
     Raises RequestError: something is not there, or its inputs can neither be read nor guessed.
     """
@@ -115,7 +119,8 @@ def find(request: Request) -> Asked:
     options["non_finite"] = request.non_finite
     if request.non_finite is None:
         options["non_finite"] = getattr(module, "NON_FINITE", None)
-    return asked(fn, reference, request.inputs or getattr(module, "INPUTS", ""), named, options)
+    samples = request.inputs or getattr(module, "INPUTS", "")
+    return asked(fn, reference, samples, named, options, say)
 
 
 def asked(
@@ -124,6 +129,7 @@ def asked(
     samples: Any,
     named: str,
     options: dict[str, Any],
+    say: Say = lambda event, **fields: None,
 ) -> Asked:
     """The same of objects: `samples` is a text, a function from a `Maker`, a list of calls, or
     nothing.
@@ -134,6 +140,9 @@ def asked(
     if isinstance(samples, str) and "[" not in samples and ":" in samples:
         samples = hosting.load(samples)
     if samples is None or samples == "":
+        shown = getattr(reference, "__name__", "")
+        guessing = "guess of inputs, the first calls of the reference"
+        say("doing", property=guessing, case=shown, folder=_folder_of(reference))
         samples = texts.guess(fn, reference)
         notes.append(f"inputs guessed: {samples}")
     if isinstance(samples, str):
@@ -144,7 +153,15 @@ def asked(
         make = _named(samples)
     else:
         make = _given(fn, list(samples))
-    subject = describe.describe(fn, reference, make, **options)
+    folder = _folder_of(reference)
+
+    def told(maker: Maker) -> Iterable[Sample]:
+        for sample in make(maker):
+            case = f"{sample.name}, {str(maker.dtype).removeprefix('torch.')}"
+            say("doing", property="first calls of the reference", case=case, folder=folder)
+            yield sample
+
+    subject = replace(describe.describe(fn, reference, told, **options), samples=make)
     judged = {
         "exact": "bitwise",
         "multilinear": "as sums of products",
@@ -237,7 +254,9 @@ def run(part: str, fields: dict[str, Any], say: Say) -> None:
     backends: Any = torch.backends
     backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = request.contract
     part_of = compile_part if part == "compile" else battery_part
-    going_on(lambda: part_of(request, find(request), say), say)
+    # what comes before the cases may die or hang too
+    say("doing", property="import", case=request.target, folder=_place(request.target))
+    going_on(lambda: part_of(request, find(request, say), say), say)
 
 
 def going_on(work: Callable[[], None], say: Say) -> None:
@@ -253,10 +272,10 @@ def going_on(work: Callable[[], None], say: Say) -> None:
         errors.must_be_the_users(error)
         finding = hints.of_exception(error, "")
         say("outcome", section=SETUP, seconds=0.0, declined=False, broken=False)
-        say("finding", section=SETUP, finding=finding.to_json(), id="", pinned="")
+        say("finding", section=SETUP, finding=finding.to_json(), id="", step=None)
 
 
-def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = True) -> None:
+def battery_part(request: Request, found: Asked, say: Say) -> None:
     """Runs the battery; events "begin", "doing", "outcome", "finding", "mistake" and "end"."""
     folder = _folder(found.subject)
     say("begin", part="battery", reference=found.reference, notes=found.notes)
@@ -267,11 +286,34 @@ def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = Tr
         seed=request.seed,
         device=request.device,
         unit_in=2**-11 if request.contract == "tf32" else 0.0,
-        only=request.case,
+        alone=request.case,
+        again=request.step,
     )
 
-    def doing(step: examine.Step) -> None:
-        say("doing", property=step.section, case=str(step.case), id=step.id, folder=folder)
+    def name_of(step: examine.Step) -> str:
+        # a case in words need not be one of those that the inputs, level and seed give
+        return steps.id_of(steps.words_of(step)) if request.step is None else ""
+
+    def doing(step: examine.Step, of: examine.Step | None = None) -> None:
+        say(
+            "doing",
+            property=step.section,
+            case=str(step.case),
+            id=name_of(of or step),
+            step=in_words(step),
+            folder=folder,
+        )
+
+    def in_words(step: examine.Step) -> steps.Words:
+        """What another process needs to know of a step, some of which only all of them tell."""
+        words = steps.words_of(step)
+        if examination.subject.gradients != found.subject.gradients:
+            words["gradients"] = list(examination.subject.gradients)
+        number = words.get("given", [None])[0]
+        # one configuration alone, or after all have been tried
+        if step.section == "configurations" and isinstance(number, int):
+            words["configurations"] = examination.shown_configurations(number)
+        return words
 
     def mistakes(step: examine.Step) -> bool:
         found = examination.mistakes()
@@ -297,13 +339,19 @@ def battery_part(request: Request, found: Asked, say: Say, *, shrinks: bool = Tr
             if finding.key in known:
                 continue
             known.add(finding.key)
-            pinned = ""
-            smaller = examine.shrink(examination, step, finding, doing) if shrinks else None
-            if smaller is not None:
-                sizes, finding = smaller
-                pinned = found.inputs.pinned(sizes) if found.inputs is not None else ""
+            smallest = step
+            # a case in words is as small as it is to be
+            if request.step is None:
+                trying = partial(doing, of=step)
+                finding, smallest = steps.shrunk(examination, step, finding, trying)
             section = examination.section_of(finding, step)
-            say("finding", section=section, finding=finding.to_json(), id=step.id, pinned=pinned)
+            say(
+                "finding",
+                section=section,
+                finding=finding.to_json(),
+                id=name_of(step),
+                step=in_words(smallest),
+            )
         mistakes(step)
     watched = count if request.device == "cpu" else 0
     say("end", notes=examination.notes, watched=watched)
@@ -327,25 +375,32 @@ def compile_part(request: Request, found: Asked, say: Say) -> None:
         for number, sample in enumerate(wanted(Maker(dtype, "meta"))):
             if number and (request.level == "quick" or not isinstance(subject, OpSpec)):
                 break
-            case = f"{sample.name}, {str(dtype).removeprefix('torch.')}"
-            say("doing", property=LIMITS, case=case, folder=folder)
+            compiled = str(dtype).removeprefix("torch.")
+            words = {"section": LIMITS, "case": {"sample": sample.name, "dtype": compiled}}
             arguments = next(itertools.islice(wanted(Maker(dtype)), number, None)).arguments
             call = partial(_both_passes, subject, arguments)
-            _limits(call, subject, request, case, say)
+            _limits(call, words, request, folder, say)
             if number or not isinstance(subject, OpSpec) or request.level == "quick":
                 continue
             for name, entry in configurations.entries(subject, dtype):
-                say("doing", property=LIMITS, case=f"{case}, {name} {entry}", folder=folder)
                 with launch.override(name, entry):
-                    _limits(call, subject, request, f"{case}, {name} {entry}", say)
+                    configured = words | {"configuration": f"{name} {entry}"}
+                    _limits(call, configured, request, folder, say)
 
 
 def _limits(
-    call: Callable[[], None], subject: Subject, request: Request, case: str, say: Say
+    call: Callable[[], None], words: steps.Words, request: Request, folder: str, say: Say
 ) -> None:
-    contract: Any = request.contract
+    """Holds one call to the GPUs' limits, unless another case is asked for."""
+    name = steps.id_of(words)
+    wanted = request.case if request.step is None else steps.id_of(request.step)
+    if wanted not in ("", name):
+        return
+    case = ", ".join([*words["case"].values(), *filter(None, [words.get("configuration")])])
     # each compilation may take as long as a case
-    doing = partial(say, "doing", property=LIMITS, folder=_folder(subject))
+    doing = partial(say, "doing", property=LIMITS, id=name, step=words, folder=folder)
+    doing(case=case)
+    contract: Any = request.contract
     findings = gpu_limits.limits(
         call,
         request.targets,
@@ -358,7 +413,7 @@ def _limits(
             # the kernel works: autotune leaves the configuration out by itself
             say("end", notes=[finding.message], watched=0)
             continue
-        say("finding", section=LIMITS, finding=finding.to_json(), id="", pinned="")
+        say("finding", section=LIMITS, finding=finding.to_json(), id=name, step=words)
 
 
 def _both_passes(subject: Subject, arguments: dict[str, Any]) -> None:
@@ -388,9 +443,19 @@ def _bounded(text: Inputs, sizes: dict[str, int]) -> dict[str, int]:
     return sizes
 
 
+def _place(target: str) -> str:
+    """The folder of a target that is not imported yet."""
+    where = target.rpartition(":")[0]
+    return str(Path(where).resolve().parent) if where.endswith(".py") else os.getcwd()
+
+
 def _folder(subject: Subject) -> str:
+    return _folder_of(subject.op)
+
+
+def _folder_of(function: Any) -> str:
     """Where the user's own files are, to know their frames by."""
-    module = sys.modules.get(getattr(subject.op, "__module__", ""))
+    module = sys.modules.get(getattr(function, "__module__", ""))
     file = getattr(module, "__file__", None)
     return "" if file is None else str(file).rpartition("/")[0]
 

@@ -37,7 +37,7 @@ class Report:
     its caller may want to correct (guessed inputs, the rule of accuracy).  `ids`: by the key of a
     finding the id of its case, which runs it alone.  `mistakes`: where the checks themselves
     failed, with a traceback: nothing is known of those cases.  `reproductions`: scripts that were
-    written, each of which shows one finding alone.
+    written, each of which shows one finding alone; `unscripted`: why there are no others.
     """
 
     target: str
@@ -51,6 +51,7 @@ class Report:
     ids: dict[tuple[str, str, str, str, int], str] = field(default_factory=dict)
     mistakes: list[str] = field(default_factory=list)
     reproductions: list[str] = field(default_factory=list)
+    unscripted: list[str] = field(default_factory=list)
 
     def section(self, name: str) -> Section:
         """The section of that name, made when it is first asked for."""
@@ -121,6 +122,7 @@ class Report:
         what = counted(found, "finding") if found else "nothing found"
         lines.append(f"{what} in {counted(self.cases, 'case')}, {self.seconds:.1f} s")
         lines += [f"reproduce: python {path}" for path in self.reproductions]
+        lines += [f"no script for {why}" for why in self.unscripted]
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -151,6 +153,7 @@ class Report:
             ],
             "mistakes": self.mistakes,
             "reproductions": self.reproductions,
+            "unscripted": self.unscripted,
         }
 
 

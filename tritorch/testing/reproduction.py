@@ -9,7 +9,8 @@ import zlib
 from pathlib import Path
 
 from tritorch.testing.findings import KINDS, Finding
-from tritorch.testing.parts import Request
+from tritorch.testing.parts import LIMITS, Request
+from tritorch.testing.steps import Words
 
 _SCRIPT = '''"""{title}
 
@@ -22,23 +23,29 @@ import sys
 
 {path}import tritorch
 
+# the property, and the one call that breaks it
+CASE = {case}
+
+# kind, kernel and argument
+FINDING = {finding!r}
+
 if __name__ == "__main__":
     # in a process of its own, with every access watched
     report = tritorch.check(
 {arguments}
     )
     print(report)
-    sys.exit(0 if report.ok else 1)
+    found = [(one.kind, one.kernel, one.argument) for one in report.findings]
+    # 2: the same case shows something else
+    sys.exit(1 if FINDING in found else 0 if report.ok else 2)
 '''
 
 
-def write(
-    folder: Path, request: Request, finding: Finding, *, pinned: bool, timeout: float
-) -> Path:
+def write(folder: Path, request: Request, finding: Finding, step: Words, *, timeout: float) -> Path:
     """A script in `folder` that runs the case of a finding alone; its path.
 
-    pinned: the request's inputs are the smallest that show the finding, so all their cases run.
-    timeout: seconds, for what hangs.  The script runs in any folder, and no other file is replaced.
+    step: the case in words.  timeout: seconds, for what hangs.  The script runs in any folder, and
+    no other file is replaced.
     """
     place = f"{finding.file}:{finding.line}" if finding.line else finding.file
     title = f"{finding.kind}" + (f" at {place}" if place else "") + f": {KINDS[finding.kind]}."
@@ -46,12 +53,12 @@ def write(
         "fn": _whole(request.target),
         "reference": _whole(request.reference) or None,
         "samples": _whole(request.inputs) or None,
-        "level": request.level,
-        "seed": request.seed,
-        # smaller sizes are other cases
-        "case": request.case if request.case and not pinned else None,
+        # of which samples there are, not which is tried
+        "level": request.level if step["section"] == LIMITS else None,
+        "seed": request.seed if request.seed else None,
+        "case": _Code("CASE"),
         "contract": request.contract,
-        "targets": request.targets if finding.kind in _COMPILED or not request.case else (),
+        "targets": request.targets if step["section"] == LIMITS else (),
         "device": request.device if request.device != "cpu" else None,
         "timeout": timeout if finding.kind == "hang" else None,
     }
@@ -65,13 +72,15 @@ def write(
         message=_escaped(finding.message),
         mark=_MARK,
         path=_path(request),
+        case="\n".join(["{", *(f"    {key!r}: {value!r}," for key, value in step.items()), "}"]),
+        finding=(finding.kind, finding.kernel, finding.argument),
         arguments="\n".join(
             f"        {name}={value!r}," for name, value in arguments.items() if value is not None
         ),
     )
     key = "/".join(str(part) for part in (*finding.key, request.target, request.seed))
     slug = re.sub(r"[^a-z0-9]+", "_", finding.kind.lower())
-    stem = f"repro_{slug}_{zlib.crc32(key.encode()) & 0xFFFF:04x}"
+    stem = f"repro_{slug}_{zlib.crc32(key.encode()):08x}"
     names = (stem if count == 1 else f"{stem}_{count}" for count in itertools.count(1))
     paths = (folder / f"{name}.py" for name in names)
     path = next(path for path in paths if not path.exists() or _is_ours(path))
@@ -81,7 +90,6 @@ def write(
 
 
 _MARK = "Written by `tritorch check --repro`, which writes it anew."
-_COMPILED = frozenset(("compilation", "resources", "tf32"))
 
 
 class _Code(str):
