@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from tritorch.kernels.tiles import activate, grouped_programs
+from tritorch.kernels.activation import activate
+from tritorch.kernels.tiles import grouped_programs
 
 
 def tile(m, n, k, group, **options):

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from tritorch.kernels.tiles import activate, strided_offsets
+from tritorch.kernels.activation import activate
+from tritorch.kernels.tiles import strided_offsets
 
 
 def tiles(rows):

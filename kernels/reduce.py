@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from tritorch.kernels.tiles import activate, strided_offsets
+from tritorch.kernels.activation import activate
+from tritorch.kernels.tiles import strided_offsets
 
 # elements of the result per program of the split sum
 BLOCK = 1024

@@ -1,6 +1,4 @@
-"""Device helpers that several families share: program order, strided offsets, accumulators,
-activations.
-"""
+"""Device helpers that several families share: program order, strided offsets, accumulators."""
 
 import triton
 import triton.language as tl
@@ -39,12 +37,3 @@ def strided_offsets(
     i1 = index % size_1
     i0 = index // size_1
     return i0 * stride_0 + i1 * stride_1 + i2 * stride_2 + i3 * stride_3 + i4 * stride_4
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """Applies an epilogue activation to float values; None leaves them."""
-    if ACTIVATION == "relu":
-        # NaN and -0.0 pass, as in torch: a maximum would drop NaN on a GPU
-        x = tl.where(x < 0, tl.zeros_like(x), x)
-    return x
