@@ -116,3 +116,10 @@ def test_layouts_are_what_they_say():
     # what lies between the elements is NaN: one read by a wrong stride shows
     memory = torch.as_strided(made["sliced"], (240,), (1,), 0)
     assert memory[1::2].isnan().all()
+
+
+def test_one_element_of_any_stride_has_bits():
+    one = torch.tensor([[3.0, 4.0]])[:, ::2]
+    assert one.stride(-1) == 2
+    assert cases.bitwise_equal(one, torch.tensor([[3.0]]))
+    assert not cases.bitwise_equal(one, torch.tensor([[4.0]]))

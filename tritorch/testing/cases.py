@@ -208,7 +208,9 @@ def bitwise_equal(value: Argument, before: Argument) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    # a dimension of one element is contiguous whatever its stride, which a view minds
+    copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return copied.reshape(-1).view(torch.uint8)
 
 
 def random_gradient(seed: str, layout: str | None = None) -> Callable[[Tensor], Tensor]:
