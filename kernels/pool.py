@@ -36,9 +36,14 @@ def pool_config(channels_last, channels, itemsize):
     return along_channels if -channels % 64 <= channels // 4 else few_channels
 
 
-def unrolled_taps(r, s):
+def unrolled_taps(*window):
     """Taps of a window that are unrolled: all, a row of a large window, one of a huge one."""
-    return r * s if r * s <= MAX_UNROLL else s if s <= MAX_UNROLL else 1
+    taps = 1
+    for extent in reversed(window):
+        if taps * extent > MAX_UNROLL:
+            break
+        taps *= extent
+    return taps
 
 
 def windows_per_cell(kernel_size, stride, dilation):
@@ -66,6 +71,20 @@ def tile_indices(C, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, INDEX_64:
 
 
 @triton.jit
+def adaptive_start(index, size, count):
+    """Where the window number `index` of `count` starts; with both swapped, the first window that
+    contains the pixel number `index`.
+    """
+    return index * size // count
+
+
+@triton.jit
+def adaptive_end(index, size, count):
+    """One after the last pixel of that window, or after the last window of that pixel."""
+    return (index * size + size + count - 1) // count
+
+
+@triton.jit
 def max_pool2d_forward_kernel(
     x_ptr, y_ptr, taps_ptr, indices_ptr,
     C, H, W, P, Q, NPQ,
@@ -73,12 +92,13 @@ def max_pool2d_forward_kernel(
     y_stride_n, y_stride_c, y_stride_p, y_stride_q,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     R: tl.constexpr, S: tl.constexpr, UNROLL: tl.constexpr,
-    HAS_TAPS: tl.constexpr, HAS_INDICES: tl.constexpr,
+    HAS_TAPS: tl.constexpr, HAS_INDICES: tl.constexpr, ADAPTIVE: tl.constexpr,
     INDEX_64: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One program computes BLOCK_PIXELS outputs of BLOCK_C channels.
 
-    The taps and the indices have the strides of y.
+    The taps and the indices have the strides of y.  ADAPTIVE windows cover the image and have R x S
+    pixels at most.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     offs_npq, offs_c = tile_indices(C, BLOCK_PIXELS, BLOCK_C, INDEX_64)
@@ -87,8 +107,12 @@ def max_pool2d_forward_kernel(
     q = offs_npq % Q
     p = offs_npq // Q % P
     n = offs_npq // Q // P
-    h = p * stride_h - padding_h
-    w = q * stride_w - padding_w
+    if ADAPTIVE:
+        h, w = adaptive_start(p, H, P), adaptive_start(q, W, Q)
+        h_end, w_end = adaptive_end(p, H, P), adaptive_end(q, W, Q)
+    else:
+        h, w = p * stride_h - padding_h, q * stride_w - padding_w
+        h_end, w_end = H, W
     x_offsets = n * x_stride_n + h * x_stride_h + w * x_stride_w
     x_ptrs = x_ptr + x_offsets[:, None] + (offs_c * x_stride_c)[None, :]
     # a window of -inf has its first tap inside the image
@@ -103,7 +127,7 @@ def max_pool2d_forward_kernel(
         if INDEX_64:
             r = tl.cast(r, tl.int64)
             s = tl.cast(s, tl.int64)
-        inside = mask_npq & (h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W)
+        inside = mask_npq & (h + r >= 0) & (h + r < h_end) & (w + s >= 0) & (w + s < w_end)
         x = tl.load(x_ptrs + (r * x_stride_h + s * x_stride_w),
                     mask=inside[:, None] & mask_c, other=float("-inf")).to(ACC)
         # the last NaN wins, as in torch; a maximum would drop NaN on a GPU
@@ -187,10 +211,14 @@ def max_pool2d_backward_loop_kernel(
     grad_y_stride_n, grad_y_stride_c, grad_y_stride_p, grad_y_stride_q,
     taps_stride_n, taps_stride_c, taps_stride_p, taps_stride_q,
     grad_x_stride_n, grad_x_stride_c, grad_x_stride_h, grad_x_stride_w,
-    R, S, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+    R, S, num_p, num_q, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+    ADAPTIVE: tl.constexpr,
     INDEX_64: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """One program computes BLOCK_PIXELS input pixels of BLOCK_C channels, for any window."""
+    """One program computes BLOCK_PIXELS input pixels of BLOCK_C channels, for any window.
+
+    At most num_p x num_q windows contain a pixel.
+    """
     ACC: tl.constexpr = tl.float64 if grad_y_ptr.dtype.element_ty == tl.float64 else tl.float32
     offs_nhw, offs_c = tile_indices(C, BLOCK_PIXELS, BLOCK_C, INDEX_64)
     mask_nhw = offs_nhw < NHW
@@ -198,10 +226,13 @@ def max_pool2d_backward_loop_kernel(
     w = offs_nhw % W
     h = offs_nhw // W % H
     n = offs_nhw // W // H
-    num_p = ((R - 1) * dilation_h + stride_h) // stride_h
-    num_q = ((S - 1) * dilation_w + stride_w) // stride_w
-    first_p = (h + padding_h) // stride_h - (num_p - 1)
-    first_q = (w + padding_w) // stride_w - (num_q - 1)
+    if ADAPTIVE:
+        first_p, first_q = adaptive_start(h, P, H), adaptive_start(w, Q, W)
+        p_end, q_end = adaptive_end(h, P, H), adaptive_end(w, Q, W)
+    else:
+        first_p = (h + padding_h) // stride_h - (num_p - 1)
+        first_q = (w + padding_w) // stride_w - (num_q - 1)
+        p_end, q_end = P, Q
     grad_y_ptrs = grad_y_ptr + (offs_c * grad_y_stride_c)[None, :]
     taps_ptrs = taps_ptr + (offs_c * taps_stride_c)[None, :]
     acc = tl.zeros((BLOCK_PIXELS, BLOCK_C), dtype=ACC)
@@ -210,9 +241,11 @@ def max_pool2d_backward_loop_kernel(
         p = first_p + i // num_q
         q = first_q + i % num_q
         # both at least 0, since the window starts at or before the pixel
-        r = h + padding_h - p * stride_h
-        s = w + padding_w - q * stride_w
-        inside = mask_nhw & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+        if ADAPTIVE:
+            r, s = h - adaptive_start(p, H, P), w - adaptive_start(q, W, Q)
+        else:
+            r, s = h + padding_h - p * stride_h, w + padding_w - q * stride_w
+        inside = mask_nhw & (p >= 0) & (p < p_end) & (q >= 0) & (q < q_end)
         inside &= (r % dilation_h == 0) & (r // dilation_h < R)
         inside &= (s % dilation_w == 0) & (s // dilation_w < S)
         mask = inside[:, None] & mask_c
@@ -234,7 +267,7 @@ def max_pool2d_gather_kernel(
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     y_stride_n, y_stride_c, y_stride_p, y_stride_q,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    S: tl.constexpr,
+    S: tl.constexpr, ADAPTIVE: tl.constexpr,
     INDEX_64: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One program reads x at the taps of BLOCK_PIXELS windows of BLOCK_C channels.
@@ -249,8 +282,12 @@ def max_pool2d_gather_kernel(
     y_offsets = n * y_stride_n + p * y_stride_p + q * y_stride_q
     y_offsets = y_offsets[:, None] + (offs_c * y_stride_c)[None, :]
     taps = tl.load(taps_ptr + y_offsets, mask=mask, other=0).to(tl.int32)
-    h = (p * stride_h - padding_h)[:, None] + taps // S * dilation_h
-    w = (q * stride_w - padding_w)[:, None] + taps % S * dilation_w
+    if ADAPTIVE:
+        h, w = adaptive_start(p, H, P), adaptive_start(q, W, Q)
+    else:
+        h, w = p * stride_h - padding_h, q * stride_w - padding_w
+    h = h[:, None] + taps // S * dilation_h
+    w = w[:, None] + taps % S * dilation_w
     x_ptrs = x_ptr + (n * x_stride_n)[:, None] + (offs_c * x_stride_c)[None, :]
     x_ptrs += h * x_stride_h + w * x_stride_w
     # every tap of a dilated window may miss a small image

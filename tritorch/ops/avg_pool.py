@@ -1,22 +1,19 @@
-"""Average pooling: reference, launches and gradients, public function, declaration."""
+"""Average pooling of images: reference, public function, declaration."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, launch
-from tritorch.ops import windows
-from tritorch.ops.geometry import is_channels_last
-from tritorch.ops.windows import Ints, Window
+from tritorch import backend, checks
+from tritorch.ops import pool_function, windows
+from tritorch.ops.windows import Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
-
-kernels = launch.kernels("pool")
 
 
 def avg_pool2d_reference(
@@ -32,143 +29,6 @@ def avg_pool2d_reference(
     given: Any = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     output: Tensor = F.avg_pool2d(input, *given)
     return output
-
-
-def _output(
-    input: Tensor,
-    window: Window,
-    size: Sequence[int],
-    count_include_pad: bool,
-    divisor_override: int | None,
-) -> Tensor:
-    shape = (*input.shape[:2], *size)
-    return windows.empty(input, shape, is_channels_last(input), input.dtype)
-
-
-@binding.library_op(
-    "avg_pool2d_forward(Tensor input, int[] window, SymInt[] size, bool count_include_pad, "
-    "int? divisor_override) -> Tensor",
-    fake=_output,
-)
-def _avg_pool2d_forward(
-    input: Tensor,
-    window: Window,
-    size: Sequence[int],
-    count_include_pad: bool,
-    divisor_override: int | None,
-) -> Tensor:
-    y = _output(input, window, size, count_include_pad, divisor_override)
-    r, s, *spacing = window[:6]
-    windows.run(
-        kernels.avg_pool2d_forward_kernel,
-        (input, y),
-        (*input.shape[1:], *size),
-        input.shape[0] * math.prod(size),
-        (input, y),
-        (*spacing, divisor_override or 1),
-        R=r,
-        S=s,
-        UNROLL=kernels.unrolled_taps(r, s),
-        COUNT_INCLUDE_PAD=count_include_pad,
-        HAS_DIVISOR=divisor_override is not None,
-    )
-    return y
-
-
-def _grad_input(
-    grad_output: Tensor,
-    window: Window,
-    shape: Sequence[int],
-    channels_last: bool,
-    count_include_pad: bool,
-    divisor_override: int | None,
-) -> Tensor:
-    return windows.empty(grad_output, shape, channels_last, grad_output.dtype)
-
-
-@binding.library_op(
-    "avg_pool2d_backward(Tensor grad_output, int[] window, SymInt[] shape, bool channels_last, "
-    "bool count_include_pad, int? divisor_override) -> Tensor",
-    fake=_grad_input,
-)
-def _avg_pool2d_backward(
-    grad_output: Tensor,
-    window: Window,
-    shape: Sequence[int],
-    channels_last: bool,
-    count_include_pad: bool,
-    divisor_override: int | None,
-) -> Tensor:
-    grad_input = windows.empty(grad_output, shape, channels_last, grad_output.dtype)
-    n, c, h, w = shape
-    r, s, stride_h, stride_w = window[:4]
-    num_p = kernels.windows_per_cell(r, stride_h, 1)
-    num_q = kernels.windows_per_cell(s, stride_w, 1)
-    windows.run(
-        kernels.avg_pool2d_backward_kernel,
-        (grad_output, grad_input),
-        (c, h, w, *grad_output.shape[2:]),
-        n * h * w,
-        (grad_output, grad_input),
-        (*window[:6], divisor_override or 1),
-        NUM_P=num_p,
-        NUM_Q=num_q,
-        UNROLL=kernels.unrolled_taps(num_p, num_q),
-        COUNT_INCLUDE_PAD=count_include_pad,
-        HAS_DIVISOR=divisor_override is not None,
-    )
-    return grad_input
-
-
-class AvgPool2d(torch.autograd.Function):
-    """Linear in its input: keeps nothing but shapes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        window: Window,
-        size: Sequence[int],
-        count_include_pad: bool,
-        divisor_override: int | None,
-    ) -> Tensor:
-        ctx.window, ctx.divisor = window, (count_include_pad, divisor_override)
-        ctx.shape, ctx.channels_last = input.shape, is_channels_last(input)
-        output: Tensor = _avg_pool2d_forward(input, window, size, *ctx.divisor)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        grad_input = binding.apply(
-            AvgPool2dBackward, grad_output, ctx.window, ctx.shape, ctx.channels_last, *ctx.divisor
-        )
-        return grad_input, None, None, None, None
-
-
-class AvgPool2dBackward(torch.autograd.Function):
-    """The transpose of `AvgPool2d`: each is the other's gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        grad_output: Tensor,
-        window: Window,
-        shape: Sequence[int],
-        channels_last: bool,
-        count_include_pad: bool,
-        divisor_override: int | None,
-    ) -> Tensor:
-        ctx.window, ctx.divisor = window, (count_include_pad, divisor_override)
-        ctx.size = grad_output.shape[2:]
-        grad_input: Tensor = _avg_pool2d_backward(
-            grad_output, window, shape, channels_last, *ctx.divisor
-        )
-        return grad_input
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        grad_grad_output = binding.apply(AvgPool2d, grad, ctx.window, ctx.size, *ctx.divisor)
-        return grad_grad_output, None, None, None, None, None
 
 
 def avg_pool2d(
@@ -219,11 +79,7 @@ def avg_pool2d(
         return avg_pool2d_reference(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )
-    images = input if input.dim() == 4 else input[None]
-    output: Tensor = binding.apply(
-        AvgPool2d, images, window, size, count_include_pad, divisor_override
-    )
-    return output if input.dim() == 4 else output[0]
+    return pool_function.avg_pool(input, window, size, count_include_pad, divisor_override)
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -102,7 +102,8 @@ def split(programs: int, steps: int, min_steps: int) -> tuple[int, int]:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether torch takes a 4-D tensor for channels_last: by the order of strides, dense or not.
+    """Whether torch takes a 4-D or 5-D tensor for channels_last: by the order of strides, dense or
+    not.
 
     Source: `suggest_memory_format` of torch, which also decides what sizes of 1 leave open.
     """
@@ -110,7 +111,7 @@ def is_channels_last(tensor: Tensor) -> bool:
     least = 0
     if strides[1] == 0:
         return False
-    for dim in (1, 3, 2, 0):
+    for dim in (1, *range(len(shape) - 1, 1, -1), 0):
         size, stride = shape[dim], strides[dim]
         if size == 0 or stride < least:
             return False

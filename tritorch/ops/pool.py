@@ -1,22 +1,19 @@
-"""Max pooling: reference, launches and gradients, public function, declaration."""
+"""Max pooling of images: reference, public function, declaration."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, launch
-from tritorch.ops import windows
-from tritorch.ops.geometry import is_channels_last
-from tritorch.ops.windows import Ints, Window
+from tritorch import backend, checks
+from tritorch.ops import pool_function, windows
+from tritorch.ops.windows import Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
-
-kernels = launch.kernels("pool")
 
 
 def max_pool2d_reference(
@@ -38,184 +35,6 @@ def max_pool2d_reference(
         return values.to(input.dtype), indices
     output: Tensor = F.max_pool2d(x, *given)
     return output.to(input.dtype)
-
-
-def _outputs(
-    input: Tensor, window: Window, size: Sequence[int], keep_taps: bool, return_indices: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, taps and indices; what is not asked for has no elements."""
-    channels_last = is_channels_last(input)
-    shape, nothing = (*input.shape[:2], *size), (0, 0, 0, 0)
-    taps_dtype = torch.uint8 if window[0] * window[1] <= 256 else torch.int32
-    return (
-        windows.empty(input, shape, channels_last, input.dtype),
-        windows.empty(input, shape if keep_taps else nothing, channels_last, taps_dtype),
-        windows.empty(input, shape if return_indices else nothing, channels_last, torch.int64),
-    )
-
-
-@binding.library_op(
-    "max_pool2d_forward(Tensor input, int[] window, SymInt[] size, bool keep_taps, "
-    "bool return_indices) -> (Tensor, Tensor, Tensor)",
-    fake=_outputs,
-)
-def _max_pool2d_forward(
-    input: Tensor, window: Window, size: Sequence[int], keep_taps: bool, return_indices: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, taps, indices = _outputs(input, window, size, keep_taps, return_indices)
-    r, s, *spacing = window
-    windows.run(
-        kernels.max_pool2d_forward_kernel,
-        (input, y, taps if keep_taps else None, indices if return_indices else None),
-        (*input.shape[1:], *size),
-        input.shape[0] * math.prod(size),
-        (input, y),
-        spacing,
-        R=r,
-        S=s,
-        UNROLL=kernels.unrolled_taps(r, s),
-        HAS_TAPS=keep_taps,
-        HAS_INDICES=return_indices,
-    )
-    return y, taps, indices
-
-
-def _grad_input(
-    grad_output: Tensor, taps: Tensor, window: Window, shape: Sequence[int], channels_last: bool
-) -> Tensor:
-    return windows.empty(grad_output, shape, channels_last, grad_output.dtype)
-
-
-@binding.library_op(
-    "max_pool2d_backward(Tensor grad_output, Tensor taps, int[] window, SymInt[] shape, "
-    "bool channels_last) -> Tensor",
-    fake=_grad_input,
-)
-def _max_pool2d_backward(
-    grad_output: Tensor, taps: Tensor, window: Window, shape: Sequence[int], channels_last: bool
-) -> Tensor:
-    grad_input = _grad_input(grad_output, taps, window, shape, channels_last)
-    images = (grad_output, taps, grad_input)
-    n, c, h, w = shape
-    sizes = (c, h, w, *grad_output.shape[2:])
-    r, s, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w = window
-    if not kernels.holds_windows(r, s, stride_h, stride_w, dilation_h, dilation_w):
-        kernel = kernels.max_pool2d_backward_loop_kernel
-        windows.run(kernel, images, sizes, n * h * w, images, window)
-        return grad_input
-    cells = ((h - 1 + padding_h) // stride_h + 1, (w - 1 + padding_w) // stride_w + 1)
-    windows.run(
-        kernels.max_pool2d_backward_kernel,
-        images,
-        (*sizes, *cells),
-        n * math.prod(cells),
-        images,
-        (padding_h, padding_w),
-        R=r,
-        S=s,
-        STRIDE_H=stride_h,
-        STRIDE_W=stride_w,
-        DILATION_H=dilation_h,
-        DILATION_W=dilation_w,
-    )
-    return grad_input
-
-
-def _gathered(input: Tensor, taps: Tensor, window: Window) -> Tensor:
-    return torch.empty_like(taps, dtype=input.dtype)
-
-
-@binding.library_op(
-    "max_pool2d_gather(Tensor input, Tensor taps, int[] window) -> Tensor", fake=_gathered
-)
-def _max_pool2d_gather(input: Tensor, taps: Tensor, window: Window) -> Tensor:
-    y = _gathered(input, taps, window)
-    n, _, p, q = y.shape
-    windows.run(
-        kernels.max_pool2d_gather_kernel,
-        (input, taps, y),
-        (*input.shape[1:], p, q),
-        n * p * q,
-        (input, y),
-        window[2:],
-        S=window[1],
-    )
-    return y
-
-
-class MaxPool2d(torch.autograd.Function):
-    """Keeps a byte of each output: which tap of its window was the largest."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, window: Window, size: tuple[int, int], return_indices: bool
-    ) -> tuple[Tensor, Tensor]:
-        keep_taps = ctx.needs_input_grad[0]
-        output, taps, indices = _max_pool2d_forward(input, window, size, keep_taps, return_indices)
-        _save(ctx, input, taps, window)
-        ctx.mark_non_differentiable(indices)
-        # zeros for the gradient of the indices would be as large as they are
-        ctx.set_materialize_grads(False)
-        return output, indices
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_output: Tensor | None, _: None
-    ) -> tuple[Tensor | None, None, None, None]:
-        grad_input = None if grad_output is None else _scatter(ctx, grad_output)
-        return grad_input, None, None, None
-
-
-class MaxPool2dBackward(torch.autograd.Function):
-    """Sends the gradient of each output to the pixel that it came from."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        grad_output: Tensor,
-        taps: Tensor,
-        window: Window,
-        shape: Sequence[int],
-        channels_last: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(taps)
-        ctx.window = window
-        grad_input: Tensor = _max_pool2d_backward(grad_output, taps, window, shape, channels_last)
-        return grad_input
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (taps,) = ctx.saved_tensors
-        return binding.apply(MaxPool2dGather, grad, taps, ctx.window), None, None, None, None
-
-
-class MaxPool2dGather(torch.autograd.Function):
-    """Reads at the pixels that the outputs came from: the transpose of `MaxPool2dBackward`."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, taps: Tensor, window: Window) -> Tensor:
-        _save(ctx, input, taps, window)
-        output: Tensor = _max_pool2d_gather(input, taps, window)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        return _scatter(ctx, grad_output), None, None
-
-
-def _save(ctx: Any, input: Tensor, taps: Tensor, window: Window) -> None:
-    ctx.save_for_backward(taps)
-    ctx.window = window
-    ctx.shape = input.shape
-    ctx.channels_last = is_channels_last(input)
-
-
-def _scatter(ctx: Any, grad_output: Tensor) -> Tensor:
-    (taps,) = ctx.saved_tensors
-    grad_input: Tensor = binding.apply(
-        MaxPool2dBackward, grad_output, taps, ctx.window, ctx.shape, ctx.channels_last
-    )
-    return grad_input
 
 
 def max_pool2d(
@@ -263,15 +82,7 @@ def max_pool2d(
         return max_pool2d_reference(
             input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         )
-    images = input if input.dim() == 4 else input[None]
-    outputs: tuple[Tensor, Tensor]
-    outputs = binding.apply(MaxPool2d, images, window, size, return_indices)
-    values, indices = outputs
-    if input.dim() == 3:
-        values = values[0]
-    if not return_indices:
-        return values
-    return values, indices if input.dim() == 4 else indices[0]
+    return pool_function.max_pool(input, window, size, return_indices)
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -1,4 +1,6 @@
-"""Windows over images: their arguments, their outputs, launches over pixels and channels."""
+"""Windows over sequences, images and volumes: their arguments, outputs, and launches over pixels
+and channels.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,13 @@ from tritorch.ops import geometry, strided
 
 kernels = launch.kernels("pool")
 
-# one number for height and width, or one for each
+# one number for every axis, or one for each
 Ints = int | Sequence[int]
-# kernel_size, stride, padding and dilation, height and width of each
+# kernel_size, stride, padding and dilation, each along every axis; of adaptive windows kernel_size is
+# the largest and the stride 0
 Window = tuple[int, ...]
+# of one, two or three axes
+_AXES = ("", "L", "H, W", "D, H, W")
 
 
 def check(
@@ -28,19 +33,20 @@ def check(
     padding: Ints,
     dilation: Ints,
     ceil_mode: bool,
-) -> tuple[Window, tuple[int, int]]:
-    """The window, and height and width of the output.
+    axes: int = 2,
+) -> tuple[Window, tuple[int, ...]]:
+    """The window over the last `axes` axes, and the sizes of the output along them.
 
     Raises:
-        RuntimeError: an argument that is not one number or two or is out of range, padding above
-            half of `kernel_size`, an input that is not (N, C, H, W) or (C, H, W) or has a size of 0
-            other than N, an output without a pixel.
+        RuntimeError: an argument that is not one number or `axes` or is out of range, padding above
+            half of `kernel_size`, an input of other dimensions or with a size of 0 other than N, an
+            output without a pixel.
     """
-    kernel_size = checks.ints(op, "kernel_size", kernel_size, 2)
+    kernel_size = checks.ints(op, "kernel_size", kernel_size, axes)
     # torch takes an empty stride for none
-    stride = kernel_size if stride in (None, (), []) else checks.ints(op, "stride", stride, 2)
-    padding = checks.ints(op, "padding", padding, 2)
-    dilation = checks.ints(op, "dilation", dilation, 2)
+    stride = kernel_size if stride in (None, (), []) else checks.ints(op, "stride", stride, axes)
+    padding = checks.ints(op, "padding", padding, axes)
+    dilation = checks.ints(op, "dilation", dilation, axes)
     for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
         if min(value) < 1:
             checks.fail(RuntimeError, op, f"{name} must be positive", **{name: value})
@@ -52,18 +58,14 @@ def check(
             padding=padding,
             kernel_size=kernel_size,
         )
-    if input.dim() not in (3, 4) or 0 in input.shape[-3:]:
-        checks.fail(
-            RuntimeError,
-            op,
-            "input must be (N, C, H, W) or (C, H, W), and no size but N may be 0",
-            input=input,
-        )
-    p, q = (
+    if input.dim() not in (axes + 1, axes + 2) or 0 in input.shape[-axes - 1 :]:
+        rule = f"input must be {shapes(axes)}, and no size but N may be 0"
+        checks.fail(RuntimeError, op, rule, input=input)
+    size = tuple(
         _output_size(*axis, ceil_mode)
-        for axis in zip(input.shape[-2:], kernel_size, stride, padding, dilation, strict=True)
+        for axis in zip(input.shape[-axes:], kernel_size, stride, padding, dilation, strict=True)
     )
-    if p < 1 or q < 1:
+    if min(size) < 1:
         checks.fail(
             RuntimeError,
             op,
@@ -73,7 +75,49 @@ def check(
             padding=padding,
             dilation=dilation,
         )
-    return (*kernel_size, *stride, *padding, *dilation), (p, q)
+    return (*kernel_size, *stride, *padding, *dilation), size
+
+
+def shapes(axes: int) -> str:
+    """The shapes that an input may have."""
+    return f"(N, C, {_AXES[axes]}) or (C, {_AXES[axes]})"
+
+
+def split(window: Window) -> tuple[tuple[int, ...], ...]:
+    """kernel_size, stride, padding and dilation."""
+    axes = len(window) // 4
+    return tuple(window[i : i + axes] for i in range(0, len(window), axes))
+
+
+def adaptive(sizes: Sequence[int], counts: Sequence[int]) -> Window:
+    """`counts` windows that cover pixels of `sizes`: alike where the counts divide, else adaptive.
+
+    Source: `start_index` and `end_index` of torch.
+    """
+    if not any(size % count for size, count in zip(sizes, counts, strict=True)):
+        extents = tuple(size // count for size, count in zip(sizes, counts, strict=True))
+        stride = extents
+    else:
+        extents = tuple(largest(size, count) for size, count in zip(sizes, counts, strict=True))
+        stride = (0,) * len(extents)
+    return (*extents, *stride, *(0,) * len(extents), *(1,) * len(extents))
+
+
+def largest(size: int, count: int) -> int:
+    """Pixels of the largest of `count` windows over `size` pixels."""
+    # a window starts at most count - gcd parts of a pixel after the pixel's start
+    return -(-(size + count - math.gcd(size, count)) // count)
+
+
+def is_adaptive(window: Window) -> bool:
+    return window[len(window) // 4] == 0
+
+
+def multiplies_beyond_int32(sizes: Sequence[int], counts: Sequence[int]) -> bool:
+    """Whether the arithmetic of adaptive windows passes int32."""
+    return any(
+        (size + 1) * (count + 1) > 2**31 - 1 for size, count in zip(sizes, counts, strict=True)
+    )
 
 
 def _output_size(
@@ -88,12 +132,13 @@ def _output_size(
 
 
 def empty(like: Tensor, size: Sequence[int], channels_last: bool, dtype: torch.dtype) -> Tensor:
-    """Uninitialised images on the device of `like`."""
+    """Uninitialised images or volumes on the device of `like`."""
+    memory_format = torch.channels_last if len(size) == 4 else torch.channels_last_3d
     return torch.empty(
         size,
         dtype=dtype,
         device=like.device,
-        memory_format=geometry.memory_format(channels_last),
+        memory_format=memory_format if channels_last else torch.contiguous_format,
     )
 
 
@@ -104,12 +149,13 @@ def run(
     pixels: int,
     images: Sequence[Tensor],
     spacing: Sequence[int],
+    wide: bool = False,
     **constants: Any,
 ) -> None:
-    """Launches a kernel of kernels/pool.py over `pixels` times channels.
+    """Launches a kernel whose tile is that of kernels/pool.py over `pixels` times channels.
 
     The kernel takes `pointers`, `sizes`, `pixels`, the strides of `images` and `spacing`; the last
-    of `images` is written.
+    of `images` is written.  `wide`: whether it computes numbers beyond int32 besides offsets.
     """
     written = images[-1]
     channels = written.shape[1]
@@ -128,7 +174,8 @@ def run(
         on=written,
         config=config,
         # with padding there can be more pixels than the tensors have
-        INDEX_64=geometry.is_wide(*map(strided.Layout.of, images))
+        INDEX_64=wide
+        or geometry.is_wide(*map(strided.Layout.of, images))
         or strided.is_wide((pixels + block_pixels,), (1,)),
         **constants,
     )

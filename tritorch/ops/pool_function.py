@@ -1,0 +1,395 @@
+"""Max and average pooling of images and volumes: launches, and their gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritorch import binding, launch
+from tritorch.ops import windows
+from tritorch.ops.geometry import is_channels_last
+from tritorch.ops.windows import Window
+
+kernels = launch.kernels("pool")
+kernels3d = launch.kernels("pool3d")
+
+
+def _outputs(
+    input: Tensor, window: Window, size: Sequence[int], keep_taps: bool, return_indices: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, taps and indices; what is not asked for has no elements."""
+    channels_last = is_channels_last(input)
+    shape, nothing = (*input.shape[:2], *size), (0,) * input.dim()
+    cells = math.prod(window[: len(size)])
+    taps_dtype = torch.uint8 if cells <= 256 else torch.int32
+    return (
+        windows.empty(input, shape, channels_last, input.dtype),
+        windows.empty(input, shape if keep_taps else nothing, channels_last, taps_dtype),
+        windows.empty(input, shape if return_indices else nothing, channels_last, torch.int64),
+    )
+
+
+@binding.library_op(
+    "max_pool_forward(Tensor input, int[] window, SymInt[] size, bool keep_taps, "
+    "bool return_indices) -> (Tensor, Tensor, Tensor)",
+    fake=_outputs,
+)
+def _max_pool_forward(
+    input: Tensor, window: Window, size: Sequence[int], keep_taps: bool, return_indices: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, taps, indices = _outputs(input, window, size, keep_taps, return_indices)
+    extents, *spacing = windows.split(window)
+    windows.run(
+        kernels.max_pool2d_forward_kernel
+        if len(size) == 2
+        else kernels3d.max_pool3d_forward_kernel,
+        (input, y, taps if keep_taps else None, indices if return_indices else None),
+        (*input.shape[1:], *size),
+        input.shape[0] * math.prod(size),
+        (input, y),
+        [number for numbers in spacing for number in numbers],
+        **_adaptive(window, input.shape[2:], size),
+        **dict(zip("TRS"[-len(size) :], extents, strict=True)),
+        UNROLL=kernels.unrolled_taps(*extents),
+        HAS_TAPS=keep_taps,
+        HAS_INDICES=return_indices,
+    )
+    return y, taps, indices
+
+
+def _adaptive(window: Window, sizes: Sequence[int], counts: Sequence[int]) -> dict[str, bool]:
+    """What tells kernels of images how windows lie."""
+    if len(counts) == 3:
+        return {}
+    adaptive = windows.is_adaptive(window)
+    wide = adaptive and windows.multiplies_beyond_int32(sizes, counts)
+    return {"ADAPTIVE": adaptive, "wide": wide}
+
+
+def _grad_input(
+    grad_output: Tensor, taps: Tensor, window: Window, shape: Sequence[int], channels_last: bool
+) -> Tensor:
+    return windows.empty(grad_output, shape, channels_last, grad_output.dtype)
+
+
+@binding.library_op(
+    "max_pool_backward(Tensor grad_output, Tensor taps, int[] window, SymInt[] shape, "
+    "bool channels_last) -> Tensor",
+    fake=_grad_input,
+)
+def _max_pool_backward(
+    grad_output: Tensor, taps: Tensor, window: Window, shape: Sequence[int], channels_last: bool
+) -> Tensor:
+    grad_input = _grad_input(grad_output, taps, window, shape, channels_last)
+    images = (grad_output, taps, grad_input)
+    pixels, size = tuple(shape[2:]), grad_output.shape[2:]
+    sizes = (*shape[1:], *size)
+    extents, stride, padding, dilation = windows.split(window)
+    adaptive = windows.is_adaptive(window)
+    if len(size) == 2 and not adaptive and kernels.holds_windows(*extents, *stride, *dilation):
+        cells = tuple(
+            (pixels - 1 + padding) // stride + 1
+            for pixels, padding, stride in zip(pixels, padding, stride, strict=True)
+        )
+        windows.run(
+            kernels.max_pool2d_backward_kernel,
+            images,
+            (*sizes, *cells),
+            shape[0] * math.prod(cells),
+            images,
+            padding,
+            **dict(zip(("R", "S"), extents, strict=True)),
+            **dict(zip(("STRIDE_H", "STRIDE_W"), stride, strict=True)),
+            **dict(zip(("DILATION_H", "DILATION_W"), dilation, strict=True)),
+        )
+        return grad_input
+    if adaptive:
+        counts = tuple(map(windows.largest, size, pixels))
+    else:
+        counts = tuple(map(kernels.windows_per_cell, extents, stride, dilation))
+    over_pixels = (images, sizes, shape[0] * math.prod(pixels), images)
+    if len(size) == 2:
+        kernel = kernels.max_pool2d_backward_loop_kernel
+        spacing = (*extents, *counts, *window[2:])
+        windows.run(kernel, *over_pixels, spacing, **_adaptive(window, pixels, size))
+    else:
+        windows.run(kernels3d.max_pool3d_backward_kernel, *over_pixels, window, **_counts(counts))
+    return grad_input
+
+
+def _counts(counts: Sequence[int]) -> dict[str, int]:
+    """How many windows meet in a pixel, as kernels take it at compile time."""
+    names = ("NUM_Z", "NUM_P", "NUM_Q")[-len(counts) :]
+    return {**dict(zip(names, counts, strict=True)), "UNROLL": kernels.unrolled_taps(*counts)}
+
+
+def _gathered(input: Tensor, taps: Tensor, window: Window) -> Tensor:
+    return torch.empty_like(taps, dtype=input.dtype)
+
+
+@binding.library_op(
+    "max_pool_gather(Tensor input, Tensor taps, int[] window) -> Tensor", fake=_gathered
+)
+def _max_pool_gather(input: Tensor, taps: Tensor, window: Window) -> Tensor:
+    y = _gathered(input, taps, window)
+    size = y.shape[2:]
+    extents, *spacing = windows.split(window)
+    windows.run(
+        kernels.max_pool2d_gather_kernel if len(size) == 2 else kernels3d.max_pool3d_gather_kernel,
+        (input, taps, y),
+        (*input.shape[1:], *size),
+        y.shape[0] * math.prod(size),
+        (input, y),
+        [number for numbers in spacing for number in numbers],
+        **_adaptive(window, input.shape[2:], size),
+        **dict(zip("RS"[-len(size) + 1 :], extents[1:], strict=True)),
+    )
+    return y
+
+
+class MaxPool(torch.autograd.Function):
+    """Keeps a byte of each output: which tap of its window was the largest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, window: Window, size: Sequence[int], return_indices: bool
+    ) -> tuple[Tensor, Tensor]:
+        keep_taps = ctx.needs_input_grad[0]
+        output, taps, indices = _max_pool_forward(input, window, size, keep_taps, return_indices)
+        _save(ctx, input, taps, window)
+        ctx.mark_non_differentiable(indices)
+        # zeros for the gradient of the indices would be as large as they are
+        ctx.set_materialize_grads(False)
+        return output, indices
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_output: Tensor | None, _: None
+    ) -> tuple[Tensor | None, None, None, None]:
+        grad_input = None if grad_output is None else _scatter(ctx, grad_output)
+        return grad_input, None, None, None
+
+
+class MaxPoolBackward(torch.autograd.Function):
+    """Sends the gradient of each output to the pixel that it came from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_output: Tensor,
+        taps: Tensor,
+        window: Window,
+        shape: Sequence[int],
+        channels_last: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(taps)
+        ctx.window = window
+        grad_input: Tensor = _max_pool_backward(grad_output, taps, window, shape, channels_last)
+        return grad_input
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (taps,) = ctx.saved_tensors
+        return binding.apply(MaxPoolGather, grad, taps, ctx.window), None, None, None, None
+
+
+class MaxPoolGather(torch.autograd.Function):
+    """Reads at the pixels that the outputs came from: the transpose of `MaxPoolBackward`."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, taps: Tensor, window: Window) -> Tensor:
+        _save(ctx, input, taps, window)
+        output: Tensor = _max_pool_gather(input, taps, window)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        return _scatter(ctx, grad_output), None, None
+
+
+def _save(ctx: Any, input: Tensor, taps: Tensor, window: Window) -> None:
+    ctx.save_for_backward(taps)
+    ctx.window = window
+    ctx.shape = input.shape
+    ctx.channels_last = is_channels_last(input)
+
+
+def _scatter(ctx: Any, grad_output: Tensor) -> Tensor:
+    (taps,) = ctx.saved_tensors
+    grad_input: Tensor = binding.apply(
+        MaxPoolBackward, grad_output, taps, ctx.window, ctx.shape, ctx.channels_last
+    )
+    return grad_input
+
+
+def max_pool(
+    input: Tensor, window: Window, size: Sequence[int], return_indices: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The kernels' maxima of images or volumes, batched or not, whose arguments are checked."""
+    batched = input.dim() == len(size) + 2
+    outputs: tuple[Tensor, Tensor]
+    outputs = binding.apply(
+        MaxPool, input if batched else input[None], window, size, return_indices
+    )
+    values, indices = outputs
+    if not batched:
+        values = values[0]
+    if not return_indices:
+        return values
+    return values, indices if batched else indices[0]
+
+
+def _averages(
+    input: Tensor,
+    window: Window,
+    size: Sequence[int],
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    shape = (*input.shape[:2], *size)
+    return windows.empty(input, shape, is_channels_last(input), input.dtype)
+
+
+@binding.library_op(
+    "avg_pool_forward(Tensor input, int[] window, SymInt[] size, bool count_include_pad, "
+    "int? divisor_override) -> Tensor",
+    fake=_averages,
+)
+def _avg_pool_forward(
+    input: Tensor,
+    window: Window,
+    size: Sequence[int],
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    y = _averages(input, window, size, count_include_pad, divisor_override)
+    extents, stride, padding, _ = windows.split(window)
+    windows.run(
+        kernels.avg_pool2d_forward_kernel
+        if len(size) == 2
+        else kernels3d.avg_pool3d_forward_kernel,
+        (input, y),
+        (*input.shape[1:], *size),
+        input.shape[0] * math.prod(size),
+        (input, y),
+        (*stride, *padding, divisor_override or 1),
+        **dict(zip("TRS"[-len(size) :], extents, strict=True)),
+        UNROLL=kernels.unrolled_taps(*extents),
+        COUNT_INCLUDE_PAD=count_include_pad,
+        HAS_DIVISOR=divisor_override is not None,
+    )
+    return y
+
+
+def _grad_averaged(
+    grad_output: Tensor,
+    window: Window,
+    shape: Sequence[int],
+    channels_last: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    return windows.empty(grad_output, shape, channels_last, grad_output.dtype)
+
+
+@binding.library_op(
+    "avg_pool_backward(Tensor grad_output, int[] window, SymInt[] shape, bool channels_last, "
+    "bool count_include_pad, int? divisor_override) -> Tensor",
+    fake=_grad_averaged,
+)
+def _avg_pool_backward(
+    grad_output: Tensor,
+    window: Window,
+    shape: Sequence[int],
+    channels_last: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    grad_input = windows.empty(grad_output, shape, channels_last, grad_output.dtype)
+    size = grad_output.shape[2:]
+    extents, stride, padding, dilation = windows.split(window)
+    windows.run(
+        kernels.avg_pool2d_backward_kernel
+        if len(size) == 2
+        else kernels3d.avg_pool3d_backward_kernel,
+        (grad_output, grad_input),
+        (*shape[1:], *size),
+        shape[0] * math.prod(shape[2:]),
+        (grad_output, grad_input),
+        (*extents, *stride, *padding, divisor_override or 1),
+        **_counts(tuple(map(kernels.windows_per_cell, extents, stride, dilation))),
+        COUNT_INCLUDE_PAD=count_include_pad,
+        HAS_DIVISOR=divisor_override is not None,
+    )
+    return grad_input
+
+
+class AvgPool(torch.autograd.Function):
+    """Linear in its input: keeps nothing but shapes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        window: Window,
+        size: Sequence[int],
+        count_include_pad: bool,
+        divisor_override: int | None,
+    ) -> Tensor:
+        ctx.window, ctx.divisor = window, (count_include_pad, divisor_override)
+        ctx.shape, ctx.channels_last = input.shape, is_channels_last(input)
+        output: Tensor = _avg_pool_forward(input, window, size, *ctx.divisor)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad_input = binding.apply(
+            AvgPoolBackward, grad_output, ctx.window, ctx.shape, ctx.channels_last, *ctx.divisor
+        )
+        return grad_input, None, None, None, None
+
+
+class AvgPoolBackward(torch.autograd.Function):
+    """The transpose of `AvgPool`: each is the other's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_output: Tensor,
+        window: Window,
+        shape: Sequence[int],
+        channels_last: bool,
+        count_include_pad: bool,
+        divisor_override: int | None,
+    ) -> Tensor:
+        ctx.window, ctx.divisor = window, (count_include_pad, divisor_override)
+        ctx.size = grad_output.shape[2:]
+        grad_input: Tensor = _avg_pool_backward(
+            grad_output, window, shape, channels_last, *ctx.divisor
+        )
+        return grad_input
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        grad_grad_output = binding.apply(AvgPool, grad, ctx.window, ctx.size, *ctx.divisor)
+        return grad_grad_output, None, None, None, None, None
+
+
+def avg_pool(
+    input: Tensor,
+    window: Window,
+    size: Sequence[int],
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """The kernels' means of images or volumes, batched or not, whose arguments are checked."""
+    batched = input.dim() == len(size) + 2
+    images = input if batched else input[None]
+    output: Tensor = binding.apply(
+        AvgPool, images, window, size, count_include_pad, divisor_override
+    )
+    return output if batched else output[0]
