@@ -168,15 +168,17 @@ BLOCK = 1024
 
 
 @triton.jit
-def relu_forward_kernel(
+def activation_forward_kernel(
     x_ptr, y_ptr,
     NUMEL,
     size_1, size_2, size_3, size_4,
     x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
     y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4,
-    INDEX_64: tl.constexpr, BLOCK: tl.constexpr,
+    slope: tl.float64,
+    ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One program computes BLOCK consecutive elements of the loop nest over x and y."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
     if INDEX_64:
         pid = pid.to(tl.int64)
@@ -186,25 +188,26 @@ def relu_forward_kernel(
                                 x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4)
     y_offsets = strided_offsets(index, size_1, size_2, size_3, size_4,
                                 y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4)
-    x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0)
-    # false for NaN and for -0.0: both pass, as in torch; a maximum would drop NaN on a GPU
-    y = tl.where(x < 0, tl.zeros_like(x), x)
-    tl.store(y_ptr + y_offsets, y, mask=mask)
+    x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(ACC)
+    y = activate(x, ACTIVATION, slope.to(ACC))
+    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def relu_backward_kernel(
-    grad_y_ptr, y_ptr, grad_x_ptr,
+def activation_backward_kernel(
+    grad_y_ptr, saved_ptr, grad_x_ptr,
     NUMEL,
     size_1, size_2, size_3, size_4,
     grad_y_stride_0, grad_y_stride_1, grad_y_stride_2, grad_y_stride_3, grad_y_stride_4,
-    y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4,
+    saved_stride_0, saved_stride_1, saved_stride_2, saved_stride_3, saved_stride_4,
     grad_x_stride_0, grad_x_stride_1, grad_x_stride_2, grad_x_stride_3, grad_x_stride_4,
-    INDEX_64: tl.constexpr, BLOCK: tl.constexpr,
+    slope: tl.float64,
+    ACTIVATION: tl.constexpr, ORDER: tl.constexpr, INDEX_64: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One program computes BLOCK consecutive elements of the gradient from the output y of the
-    forward pass.
+    """One program computes BLOCK consecutive elements of grad_y times the first derivative, or
+    where ORDER is 2 the second, from what the forward pass saved: its input or its output.
     """
+    ACC: tl.constexpr = tl.float64 if saved_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
     if INDEX_64:
         pid = pid.to(tl.int64)
@@ -213,13 +216,16 @@ def relu_backward_kernel(
     grad_y_offsets = strided_offsets(index, size_1, size_2, size_3, size_4,
                                      grad_y_stride_0, grad_y_stride_1, grad_y_stride_2,
                                      grad_y_stride_3, grad_y_stride_4)
-    y_offsets = strided_offsets(index, size_1, size_2, size_3, size_4,
-                                y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4)
+    saved_offsets = strided_offsets(index, size_1, size_2, size_3, size_4,
+                                    saved_stride_0, saved_stride_1, saved_stride_2,
+                                    saved_stride_3, saved_stride_4)
     grad_x_offsets = strided_offsets(index, size_1, size_2, size_3, size_4,
                                      grad_x_stride_0, grad_x_stride_1, grad_x_stride_2,
                                      grad_x_stride_3, grad_x_stride_4)
-    grad_y = tl.load(grad_y_ptr + grad_y_offsets, mask=mask, other=0.0)
-    y = tl.load(y_ptr + y_offsets, mask=mask, other=0.0)
-    # torch passes the gradient where y is NaN
-    grad_x = tl.where(y <= 0, tl.zeros_like(grad_y), grad_y)
-    tl.store(grad_x_ptr + grad_x_offsets, grad_x, mask=mask)
+    grad = tl.load(grad_y_ptr + grad_y_offsets, mask=mask, other=0.0).to(ACC)
+    saved = tl.load(saved_ptr + saved_offsets, mask=mask, other=0.0).to(ACC)
+    if ORDER == 1:
+        grad = activation_gradient(grad, saved, ACTIVATION, slope.to(ACC))
+    else:
+        grad = activation_curvature(grad, saved, ACTIVATION)
+    tl.store(grad_x_ptr + grad_x_offsets, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)

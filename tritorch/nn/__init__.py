@@ -109,6 +109,46 @@ class ReLU(torch.nn.ReLU):
         return ops.relu(input, self.inplace)
 
 
+class ReLU6(torch.nn.ReLU6):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.relu6(input, self.inplace)
+
+
+class LeakyReLU(torch.nn.LeakyReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.leaky_relu(input, self.negative_slope, self.inplace)
+
+
+class SiLU(torch.nn.SiLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.silu(input, self.inplace)
+
+
+class GELU(torch.nn.GELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.gelu(input, self.approximate)
+
+
+class Sigmoid(torch.nn.Sigmoid):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.sigmoid(input)
+
+
+class Tanh(torch.nn.Tanh):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.tanh(input)
+
+
+class Hardswish(torch.nn.Hardswish):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.hardswish(input, self.inplace)
+
+
+class Hardsigmoid(torch.nn.Hardsigmoid):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.hardsigmoid(input, self.inplace)
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return ops.cross_entropy(

@@ -14,9 +14,17 @@ from tritorch import ops
 from tritorch.ops import avg_pool2d as avg_pool2d
 from tritorch.ops import batch_norm as batch_norm
 from tritorch.ops import conv2d as conv2d
+from tritorch.ops import gelu as gelu
+from tritorch.ops import hardsigmoid as hardsigmoid
+from tritorch.ops import hardswish as hardswish
+from tritorch.ops import leaky_relu as leaky_relu
 from tritorch.ops import linear as linear
 from tritorch.ops import max_pool2d as max_pool2d
 from tritorch.ops import relu as relu
+from tritorch.ops import relu6 as relu6
+from tritorch.ops import sigmoid as sigmoid
+from tritorch.ops import silu as silu
+from tritorch.ops import tanh as tanh
 
 Ints = int | list[int] | tuple[int, ...]
 
@@ -31,6 +39,10 @@ def __dir__() -> list[str]:
 
 def relu_(input: Tensor) -> Tensor:
     return ops.relu(input, inplace=True)
+
+
+def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
+    return ops.leaky_relu(input, negative_slope, inplace=True)
 
 
 def max_pool2d_with_indices(

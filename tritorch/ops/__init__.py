@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
+from tritorch.ops.activation import gelu as gelu
+from tritorch.ops.activation import hardsigmoid as hardsigmoid
+from tritorch.ops.activation import hardswish as hardswish
+from tritorch.ops.activation import leaky_relu as leaky_relu
 from tritorch.ops.activation import relu as relu
+from tritorch.ops.activation import relu6 as relu6
+from tritorch.ops.activation import sigmoid as sigmoid
+from tritorch.ops.activation import silu as silu
+from tritorch.ops.activation import tanh as tanh
 from tritorch.ops.avg_pool import avg_pool2d as avg_pool2d
 from tritorch.ops.binary_cross_entropy import binary_cross_entropy as binary_cross_entropy
 from tritorch.ops.binary_cross_entropy import (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks, launch
 from tritorch.ops import strided
-from tritorch.ops.activation import ReluBackward
+from tritorch.ops.activation import ActivationBackward
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype, split_sum
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -148,7 +148,7 @@ class Linear(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         input, weight, output = ctx.saved_tensors
         if ctx.activation is not None:
-            grad_output = binding.apply(ReluBackward, grad_output, output)
+            grad_output = binding.apply(ActivationBackward, grad_output, output, ctx.activation)
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = binding.apply(Linear, grad_output, weight.t(), None, None)
@@ -434,7 +434,7 @@ register(
             "matmul.matmul_kernel",
             "reduce.split_sum_kernel",
             "reduce.channel_sum_kernel",
-            "activation.relu_backward_kernel",
+            "activation.activation_backward_kernel",
         ),
         gradients=("input", "weight", "bias"),
         samples=_linear_samples,

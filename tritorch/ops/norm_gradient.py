@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritorch import binding
-from tritorch.ops.activation import ReluBackward
+from tritorch.ops.activation import ActivationBackward
 from tritorch.ops.norm_stages import (
     batch_norm_backward_elemt,
     batch_norm_backward_reduce,
@@ -70,7 +70,7 @@ class BatchNorm(torch.autograd.Function):
         if not (of_input or of_weight or of_bias):
             grad_residual = grad_output
             if output is not None:
-                grad_residual = binding.apply(ReluBackward, grad_output, output)
+                grad_residual = binding.apply(ActivationBackward, grad_output, output, "relu")
             return None, None, None, grad_residual, *(None,) * 6
         grads = binding.apply(
             BatchNormBackward,
@@ -121,7 +121,7 @@ class BatchNormBackward(torch.autograd.Function):
             )
             grad = grad_output if output is None else masked
         elif output is not None:
-            grad = binding.apply(ReluBackward, grad_output, output)
+            grad = binding.apply(ActivationBackward, grad_output, output, "relu")
         grad_input = grad_weight = grad_bias = None
         if of_input:
             grad_input = batch_norm_backward_elemt(
