@@ -18,9 +18,9 @@ def fail(exception: type[Exception], op: str, rule: str, **received: object) -> 
     raise exception(f"{op}: {rule} ({shown})" if shown else f"{op}: {rule}")
 
 
-def warn(message: str) -> None:
-    """UserWarning at the line that called the op."""
-    warnings.warn(message, UserWarning, stacklevel=3)
+def warn(message: str, depth: int = 3) -> None:
+    """UserWarning at the line that called the op, which is `depth` frames above this one."""
+    warnings.warn(message, UserWarning, stacklevel=depth)
 
 
 def describe(value: object) -> str:
@@ -60,6 +60,22 @@ def same_dtype_and_device(op: str, first: Tensor, **others: Tensor | None) -> No
                 input=first,
                 **{name: other},
             )
+
+
+def parameters(op: str, input: Tensor, wide: torch.dtype, **given: Tensor | None) -> None:
+    """RuntimeError unless all share one dtype, the input's or `wide`, and are on its device."""
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1 or not dtypes <= {input.dtype, wide}:
+        fail(
+            RuntimeError,
+            op,
+            "parameters and statistics must share the input's dtype, or float32",
+            input=input,
+            **tensors,
+        )
+    if any(tensor.device != input.device for tensor in tensors.values()):
+        fail(RuntimeError, op, "every tensor must be on one device", input=input, **tensors)
 
 
 def writable(op: str, tensor: Tensor) -> None:

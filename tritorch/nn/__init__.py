@@ -104,6 +104,11 @@ class BatchNorm3d(torch.nn.BatchNorm3d):
     forward = _batch_norm
 
 
+class LayerNorm(torch.nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
 class ReLU(torch.nn.ReLU):
     def forward(self, input: Tensor) -> Tensor:
         return ops.relu(input, self.inplace)
@@ -164,6 +169,21 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 class MSELoss(torch.nn.MSELoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return ops.mse_loss(input, target, reduction=self.reduction)
+
+
+class L1Loss(torch.nn.L1Loss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return ops.l1_loss(input, target, reduction=self.reduction)
+
+
+class SmoothL1Loss(torch.nn.SmoothL1Loss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return ops.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(torch.nn.HuberLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return ops.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
 
 
 class BCELoss(torch.nn.BCELoss):

@@ -17,6 +17,8 @@ from tritorch.ops import conv2d as conv2d
 from tritorch.ops import gelu as gelu
 from tritorch.ops import hardsigmoid as hardsigmoid
 from tritorch.ops import hardswish as hardswish
+from tritorch.ops import huber_loss as huber_loss
+from tritorch.ops import layer_norm as layer_norm
 from tritorch.ops import leaky_relu as leaky_relu
 from tritorch.ops import linear as linear
 from tritorch.ops import max_pool2d as max_pool2d
@@ -106,6 +108,35 @@ def mse_loss(
             input, target, size_average, reduce, reduction, weight=weight
         )
     return ops.mse_loss(input, target, reduction=reduction, weight=weight)
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    if size_average is not None or reduce is not None:
+        # likewise
+        return F.l1_loss(  # type: ignore[call-arg]
+            input, target, size_average, reduce, reduction, weight=weight
+        )
+    return ops.l1_loss(input, target, reduction=reduction, weight=weight)
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    if size_average is not None or reduce is not None:
+        return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
+    return ops.smooth_l1_loss(input, target, reduction=reduction, beta=beta)
 
 
 def binary_cross_entropy(

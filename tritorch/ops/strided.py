@@ -64,6 +64,19 @@ def nest_of(op: str, shape: tuple[int, ...], *along: tuple[int, ...]) -> Nest:
         (dim for dim, size in enumerate(shape) if size != 1),
         key=lambda dim: tuple(-stride[dim] for stride in reversed(along)),
     )
+    return _merged(op, shape, order, along)
+
+
+@functools.lru_cache(maxsize=4096)
+def nest_in_order(op: str, shape: tuple[int, ...], *along: tuple[int, ...]) -> Nest:
+    """The same with the dimensions in their own order: its indices count elements of the shape."""
+    order = [dim for dim, size in enumerate(shape) if size != 1]
+    return _merged(op, shape, order, along)
+
+
+def _merged(
+    op: str, shape: tuple[int, ...], order: Sequence[int], along: Sequence[tuple[int, ...]]
+) -> Nest:
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in along]
     for dim in order:
