@@ -124,6 +124,16 @@ def of_none(x):
     double(x)
 
 
+_kept: list[torch.Tensor] = []
+
+
+def stale(x):
+    """Gives what another size was given before, once there has been one."""
+    _kept.append(x)
+    changed = any(x.shape != other.shape for other in _kept)
+    return double(x) + changed
+
+
 def in_place(x):
     # no copy: what it is given is what it writes
     if x.numel():

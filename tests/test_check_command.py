@@ -245,6 +245,17 @@ def test_a_script_makes_the_one_case_of_its_finding(name, options, words, tmp_pa
     assert f"   {message}\n" in again.stdout
 
 
+def test_what_takes_other_cases_to_show_gets_no_script_that_does_not(tmp_path):
+    options = ("--inputs", "x[N]", "--arch", "", "--dtypes", "float32", "--repro", str(tmp_path))
+    result = call("stale", *options)
+    assert result.exit_code == 1
+    written = re.findall(r"^reproduce: python (.+)$", result.output, re.MULTILINE)
+    assert sorted(written) == sorted(map(str, tmp_path.iterdir()))
+    assert [run(script, cwd="/").returncode for script in written] == [1] * len(written)
+    said = r"^no script for the \w+ in N=\d+, float32.*: its case alone, in a process of its own, "
+    assert re.search(said, result.output, re.MULTILINE), result.output
+
+
 def test_a_script_tells_a_finding_that_is_gone_from_another(tmp_path):
     mine, folder = tmp_path / "mine.py", tmp_path / "scripts"
     source = "from tests.checked import double, reference\n\n\ndef mine(x):\n    return {}\n"

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,21 @@ class _Run:
             self._reproduce(Path(folder), unnamed)
         return self.report
 
+    def _shows(self, step: Words, finding: Finding) -> bool:
+        """Whether a case shows a finding when no other has been before it."""
+        found: list[Finding] = []
+
+        def hear(event: supervise.Event) -> None:
+            if event["event"] == "finding":
+                found.append(parts.as_finding(event["finding"]))
+
+        part = "cuda" if self.request.device == "cuda" else "interpret"
+        part = "compile" if step["section"] == LIMITS else part
+        request = replace(self.request, case="", step=step).to_json()
+        found += supervise.run(part, request, timeout=self.timeout, on_event=hear)
+        wanted = reproduction.sign(finding)
+        return any(reproduction.sign(one) == wanted for one in found)
+
     def _reproduce(self, folder: Path, unnamed: Sequence[str]) -> None:
         """A script for each finding, or why there is none."""
         if unnamed:
@@ -311,6 +327,10 @@ class _Run:
             if step is None:
                 place = f" at {finding.file}:{finding.line}" if finding.line else ""
                 self.report.unscripted.append(f"the {finding.kind}{place}: of no single case")
+                continue
+            if finding.kind != "hang" and not self._shows(step, finding):
+                said = "its case alone, in a process of its own, does not show it"
+                self.report.unscripted.append(f"the {finding.kind} in {finding.case}: {said}")
                 continue
             path = reproduction.write(folder, self.request, finding, step, timeout=self.timeout)
             self.report.reproductions.append(str(path))

@@ -41,6 +41,11 @@ if __name__ == "__main__":
 '''
 
 
+def sign(finding: Finding) -> tuple[str, str, str]:
+    """What a finding is known by in another process, and when its lines have moved."""
+    return finding.kind, finding.kernel, finding.argument
+
+
 def write(folder: Path, request: Request, finding: Finding, step: Words, *, timeout: float) -> Path:
     """A script in `folder` that runs the case of a finding alone; its path.
 
@@ -73,7 +78,7 @@ def write(folder: Path, request: Request, finding: Finding, step: Words, *, time
         mark=_MARK,
         path=_path(request),
         case="\n".join(["{", *(f"    {key!r}: {value!r}," for key, value in step.items()), "}"]),
-        finding=(finding.kind, finding.kernel, finding.argument),
+        finding=sign(finding),
         arguments="\n".join(
             f"        {name}={value!r}," for name, value in arguments.items() if value is not None
         ),
