@@ -26,10 +26,26 @@ def poison_outside_unit(value, x, y):
 
 
 @triton.jit
-def elementwise_loss(x, y, pos_weight, LOSS: tl.constexpr):
+def clamp(x, bound):
+    """x between -bound and bound; NaN passes, which a minimum would drop on a GPU."""
+    return tl.where(x <= -bound, -bound, tl.where(x >= bound, bound, x))
+
+
+@triton.jit
+def elementwise_loss(x, y, pos_weight, threshold, LOSS: tl.constexpr):
     """The loss of each element, before its weight."""
     if LOSS == "mse_loss":
         loss = (x - y) * (x - y)
+    elif LOSS == "l1_loss":
+        loss = tl.abs(x - y)
+    elif LOSS == "smooth_l1_loss":
+        distance = tl.abs(x - y)
+        square = 0.5 * distance * distance / threshold
+        loss = tl.where(distance < threshold, square, distance - 0.5 * threshold)
+    elif LOSS == "huber_loss":
+        distance = tl.abs(x - y)
+        line = threshold * (distance - 0.5 * threshold)
+        loss = tl.where(distance < threshold, 0.5 * distance * distance, line)
     elif LOSS == "binary_cross_entropy":
         log_x = tl.maximum(tl.log(x), -100.0)
         log_not_x = tl.maximum(log1p(-x), -100.0)
@@ -44,11 +60,22 @@ def elementwise_loss(x, y, pos_weight, LOSS: tl.constexpr):
 
 
 @triton.jit
-def elementwise_derivative(x, y, pos_weight, LOSS: tl.constexpr, WITH_RESPECT_TO: tl.constexpr):
+def elementwise_derivative(
+    x, y, pos_weight, threshold, LOSS: tl.constexpr, WITH_RESPECT_TO: tl.constexpr,
+):
     """The derivative of `elementwise_loss` with respect to x ("input") or y ("target")."""
     OF_INPUT: tl.constexpr = WITH_RESPECT_TO == "input"
+    # a loss of the difference alone
+    excess = x - y if OF_INPUT else y - x
     if LOSS == "mse_loss":
         derivative = 2.0 * (x - y) if OF_INPUT else 2.0 * (y - x)
+    elif LOSS == "l1_loss":
+        # 0 at NaN, as in torch
+        derivative = tl.where(excess > 0, 1.0, tl.where(excess < 0, -1.0, 0.0)).to(x.dtype)
+    elif LOSS == "smooth_l1_loss":
+        derivative = clamp(excess, threshold) / threshold
+    elif LOSS == "huber_loss":
+        derivative = clamp(excess, threshold)
     elif LOSS == "binary_cross_entropy":
         if OF_INPUT:
             derivative = (x - y) / tl.maximum(x * (1.0 - x), 1e-12)
@@ -72,6 +99,34 @@ def elementwise_derivative(x, y, pos_weight, LOSS: tl.constexpr, WITH_RESPECT_TO
 
 
 @triton.jit
+def second_derivative(x, y, pos_weight, threshold, LOSS: tl.constexpr, MIXED: tl.constexpr):
+    """That of `elementwise_loss` with respect to x twice, or (MIXED) to x and y."""
+    if LOSS == "smooth_l1_loss":
+        curvature = tl.where(tl.abs(x - y) < threshold, 1.0 / threshold, 0.0)
+        derivative = -curvature if MIXED else curvature
+    elif LOSS == "huber_loss":
+        curvature = tl.where(tl.abs(x - y) < threshold, 1.0, 0.0).to(x.dtype)
+        derivative = -curvature if MIXED else curvature
+    elif LOSS == "binary_cross_entropy":
+        if MIXED:
+            derivative = -1.0 / tl.maximum(x * (1.0 - x), 1e-12)
+        else:
+            spread = (x + 1e-12) * (1.0 - x + 1e-12)
+            derivative = (x * x - 2.0 * x * y + y) / (spread * spread)
+        derivative = poison_outside_unit(derivative, x, y)
+    else:
+        tl.static_assert(LOSS == "binary_cross_entropy_with_logits")
+        tail = tl.exp(-tl.abs(x))
+        large, small = 1.0 / (1.0 + tail), tail / (1.0 + tail)
+        if MIXED:
+            derivative = tl.where(
+                x < 0, -(small + pos_weight * large), -(large + pos_weight * small))
+        else:
+            derivative = (1.0 + (pos_weight - 1.0) * y) * (large * small)
+    return derivative
+
+
+@triton.jit
 def load_operand(
     ptr, index, mask, OTHER: tl.constexpr, DTYPE: tl.constexpr,
     size_1, size_2, size_3, size_4,
@@ -90,7 +145,7 @@ def load_operand(
 @triton.jit
 def elementwise_loss_forward_kernel(
     x_ptr, y_ptr, weight_ptr, pos_weight_ptr, loss_ptr,
-    NUMEL,
+    NUMEL, threshold: tl.float64,
     size_1, size_2, size_3, size_4,
     x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
     y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4,
@@ -119,7 +174,7 @@ def elementwise_loss_forward_kernel(
     pos_weight = load_operand(
         pos_weight_ptr, index, mask, 1.0, ACC, size_1, size_2, size_3, size_4, pos_weight_stride_0,
         pos_weight_stride_1, pos_weight_stride_2, pos_weight_stride_3, pos_weight_stride_4)
-    loss = weight * elementwise_loss(x, y, pos_weight, LOSS)
+    loss = weight * elementwise_loss(x, y, pos_weight, threshold.to(ACC), LOSS)
     if REDUCED:
         tl.store(loss_ptr + pid, tl.sum(tl.where(mask, loss, 0.0)))
         if SUMS_WEIGHTS:
@@ -132,8 +187,9 @@ def elementwise_loss_forward_kernel(
 
 @triton.jit
 def elementwise_loss_backward_kernel(
-    x_ptr, y_ptr, weight_ptr, pos_weight_ptr, grad_loss_ptr, denominator_ptr, grad_ptr,
-    NUMEL, divisor,
+    x_ptr, y_ptr, weight_ptr, pos_weight_ptr, grad_loss_ptr, grad_grad_ptr, denominator_ptr,
+    grad_ptr,
+    NUMEL, divisor, threshold: tl.float64,
     size_1, size_2, size_3, size_4,
     x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
     y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4,
@@ -142,13 +198,16 @@ def elementwise_loss_backward_kernel(
     pos_weight_stride_3, pos_weight_stride_4,
     grad_loss_stride_0, grad_loss_stride_1, grad_loss_stride_2,
     grad_loss_stride_3, grad_loss_stride_4,
+    grad_grad_stride_0, grad_grad_stride_1, grad_grad_stride_2,
+    grad_grad_stride_3, grad_grad_stride_4,
     grad_stride_0, grad_stride_1, grad_stride_2, grad_stride_3, grad_stride_4,
     LOSS: tl.constexpr, WITH_RESPECT_TO: tl.constexpr, ONE_GRAD_LOSS: tl.constexpr,
     INDEX_64: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One program writes BLOCK consecutive elements of one gradient.
 
-    ONE_GRAD_LOSS: all losses share one gradient, that of their sum or mean.
+    ONE_GRAD_LOSS: all losses share one gradient, that of their sum or mean.  With grad_grad_ptr,
+    the gradient of a gradient, WITH_RESPECT_TO names both: "input/target".
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
@@ -175,7 +234,17 @@ def elementwise_loss_backward_kernel(
         grad_loss = grad_loss / divisor
     else:
         grad_loss = grad_loss / tl.load(denominator_ptr)
-    grad = grad_loss * weight * elementwise_derivative(x, y, pos_weight, LOSS, WITH_RESPECT_TO)
+    threshold = threshold.to(ACC)
+    if grad_grad_ptr is None:
+        derivative = elementwise_derivative(x, y, pos_weight, threshold, LOSS, WITH_RESPECT_TO)
+    else:
+        MIXED: tl.constexpr = WITH_RESPECT_TO == "input/target" or WITH_RESPECT_TO == "target/input"
+        derivative = second_derivative(x, y, pos_weight, threshold, LOSS, MIXED)
+        derivative *= load_operand(
+            grad_grad_ptr, index, mask, 0.0, ACC, size_1, size_2, size_3, size_4,
+            grad_grad_stride_0, grad_grad_stride_1, grad_grad_stride_2, grad_grad_stride_3,
+            grad_grad_stride_4)
+    grad = grad_loss * weight * derivative
     offsets = strided_offsets(index, size_1, size_2, size_3, size_4, grad_stride_0,
                               grad_stride_1, grad_stride_2, grad_stride_3, grad_stride_4)
     tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=mask)

@@ -163,13 +163,17 @@ def test_cross_entropy_declines_and_says_why(device, fallbacks):
     assert fallbacks() == {"cross_entropy": reasons}
 
 
+BROADCASTING = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+
+
 @pytest.mark.parametrize("smaller", [(1, 3), (3,), (4, 1), ()], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_mse_loss_broadcasts_with_torchs_warning(smaller, reduction, device):
+@pytest.mark.parametrize("name", BROADCASTING)
+def test_broadcasts_with_torchs_warning(name, smaller, reduction, device):
     pair = torch.randn(4, 3, device=device), torch.randn(smaller, device=device)
     for input, target in (pair, pair[::-1]):
         found = []
-        for function in (ops.mse_loss, F.mse_loss):
+        for function in (getattr(ops, name), getattr(F, name)):
             leaves = [t.clone().requires_grad_() for t in (input, target)]
             with pytest.warns(UserWarning, match="Using a target size") as warned:
                 result = function(*leaves, reduction=reduction)
@@ -279,13 +283,95 @@ def test_total_of_partial_sums(count, weighted, device):
     torch.testing.assert_close(result.double(), expected[0], rtol=1e-6, atol=0.0, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "op", [ops.cross_entropy, ops.binary_cross_entropy, ops.binary_cross_entropy_with_logits]
-)
-def test_a_gradient_penalty_is_refused(op, device):
+TWICE = {
+    "cross_entropy": ops.cross_entropy,
+    "binary_cross_entropy": ops.binary_cross_entropy,
+    "binary_cross_entropy_with_logits": ops.binary_cross_entropy_with_logits,
+    "smooth_l1_loss": ops.smooth_l1_loss,
+    "huber_loss": ops.huber_loss,
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_third_derivative_is_refused(name, device):
     """Left out of the graph it would be missing without a word."""
     x = torch.rand(2, 3, device=device, requires_grad=True)
-    value = op(x, torch.full((2, 3), 1 / 3, device=device))
+    value = TWICE[name](x, torch.full((2, 3), 1 / 3, device=device))
     (grad,) = torch.autograd.grad(value, x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="differentiable no more"):
+    (second,) = torch.autograd.grad(grad.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{name}.*differentiable no more"):
+        second.sum().backward()
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_gradient_penalty_is_torchs(name, device):
+    target = torch.tensor([[0.1, 0.2, 0.7], [0.3, 0.6, 0.1]], device=device)
+    penalties = []
+    for function in (TWICE[name], getattr(F, name)):
+        x = torch.linspace(0.15, 0.9, 6, device=device).view(2, 3).requires_grad_()
+        value = function(x, target)
+        (grad,) = torch.autograd.grad(value, x, create_graph=True)
         (value + grad.square().sum()).backward()
+        penalties.append(x.grad)
+    torch.testing.assert_close(*penalties)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("x", [0.0, 1.0, 1e-30])
+def test_second_derivative_of_binary_cross_entropy_at_the_edges(x, target, device):
+    found = []
+    for function in (ops.binary_cross_entropy, F.binary_cross_entropy):
+        leaf = torch.tensor([x], device=device, requires_grad=True)
+        value = function(leaf, torch.tensor([target], device=device))
+        (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
+        found += torch.autograd.grad(grad, leaf)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("function", ["l1_loss", "smooth_l1_loss", "huber_loss"])
+def test_distances_where_a_square_ends(function, device):
+    """0, the ends of the square, infinities, NaN; derivatives at them are torch's choice."""
+    differences = [0.0, -0.0, 1.0, -1.0, 0.5, -2.0, INF, -INF, NAN]
+    found = []
+    for module in (ops, F):
+        x = torch.tensor(differences, device=device, requires_grad=True)
+        y = torch.zeros_like(x, requires_grad=True)
+        losses = getattr(module, function)(x, y, reduction="none")
+        first = torch.autograd.grad(losses.sum(), (x, y), create_graph=True)
+        # torch's of l1_loss have no memory
+        second = [torch.zeros_like(x)] * 2
+        if function != "l1_loss":
+            second = torch.autograd.grad(first[0].sum(), (x, y))
+        found.append([losses, *first, *second])
+    for value, expected in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["l1_loss", "smooth_l1_loss", "huber_loss"])
+@pytest.mark.parametrize("pair", [(torch.bfloat16, torch.float32), (torch.float64, torch.int64)])
+def test_distances_promote_as_torchs(name, pair, device, fallbacks):
+    """Where torch's result is not what the dtypes promote to, it is torch's."""
+    for dtypes in (pair, pair[::-1]):
+        x, y = (
+            torch.tensor([2.0, -1.0, 0.0], device=device).to(dtypes[0]),
+            torch.tensor([1.0, 3.0, 0.0], device=device).to(dtypes[1]),
+        )
+        results = []
+        for module in (ops, F):
+            try:
+                results.append(getattr(module, name)(x, y))
+            except RuntimeError as error:
+                results.append(str(error))
+        if isinstance(results[1], str):
+            assert results[0] == results[1]
+        else:
+            assert_same(*results)
+
+
+def test_smooth_l1_without_a_square_is_l1(device):
+    x, y = torch.randn(5, 3, device=device), torch.randn(5, 3, device=device)
+    assert_same(ops.smooth_l1_loss(x, y, beta=0.0), ops.l1_loss(x, y))
+    with pytest.raises(RuntimeError, match="beta must be at least 0"):
+        ops.smooth_l1_loss(x, y, beta=NAN)
+    with pytest.raises(RuntimeError, match="delta must be above 0"):
+        ops.huber_loss(x, y, delta=NAN)

@@ -1,10 +1,10 @@
-"""Binary cross-entropy of probabilities and of logits: references, gradients, declarations."""
+"""Binary cross-entropy of probabilities and of logits: references, declarations."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks
 from tritorch.ops import loss
+from tritorch.ops.loss_function import ElementwiseLoss
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
 
@@ -33,74 +34,6 @@ def binary_cross_entropy_with_logits_reference(
     return F.binary_cross_entropy_with_logits(
         input, target, weight, reduction=reduction, pos_weight=pos_weight
     )
-
-
-class BinaryCrossEntropy(torch.autograd.Function):
-    """Of probabilities or logits; the target has the input's shape and dtype, weights broadcast."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        pos_weight: Tensor | None,
-        op: str,
-        reduction: str,
-    ) -> Tensor:
-        ctx.save_for_backward(input, target, weight, pos_weight)
-        ctx.op, ctx.reduction = op, reduction
-        result: Tensor = loss.elementwise_loss_forward(
-            input, target, weight, pos_weight, op, reduction
-        )[0]
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        grads = [
-            binding.apply(
-                BinaryCrossEntropyBackward, grad_output, *saved, ctx.op, wanted, ctx.reduction
-            )
-            if needed
-            else None
-            for needed, wanted in zip(ctx.needs_input_grad, ("input", "target"), strict=False)
-        ]
-        return (*grads, None, None, None, None)
-
-
-class BinaryCrossEntropyBackward(torch.autograd.Function):
-    """A gradient that refuses to be differentiated, where one without a graph would be left out."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        grad_output: Tensor,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        pos_weight: Tensor | None,
-        op: str,
-        wanted: loss.Wanted,
-        reduction: str,
-    ) -> Tensor:
-        ctx.op = op
-        grad: Tensor = loss.elementwise_loss_backward(
-            grad_output.expand(input.shape),
-            input,
-            target,
-            weight,
-            pos_weight,
-            None,
-            op,
-            wanted,
-            input.numel() if reduction == "mean" else 1,
-        )
-        return grad
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> NoReturn:
-        loss.refuse_double_backward(ctx.op)
 
 
 def binary_cross_entropy(
@@ -144,7 +77,7 @@ def binary_cross_entropy(
         )
     if not backend.runs_triton(op, x, y, declined=loss.declined(x, y, w)):
         return binary_cross_entropy_reference(input, target, weight, reduction)
-    result: Tensor = binding.apply(BinaryCrossEntropy, x, y, w, None, op, reduction)
+    result: Tensor = binding.apply(ElementwiseLoss, x, y, w, None, op, reduction, 1.0)
     return result
 
 
@@ -184,7 +117,7 @@ def binary_cross_entropy_with_logits(
         return binary_cross_entropy_with_logits_reference(
             input, target, weight, reduction, pos_weight
         )
-    result: Tensor = binding.apply(BinaryCrossEntropy, x, y, w, p, op, reduction)
+    result: Tensor = binding.apply(ElementwiseLoss, x, y, w, p, op, reduction, 1.0)
     return result
 
 
@@ -363,7 +296,6 @@ register(
         accuracy="composite",
         source="torch.nn.functional.binary_cross_entropy",
         autocast="float32",
-        double_backward=False,
         # what is no probability is refused, or made NaN
         non_finite=(),
         layers=("BCELoss",),
@@ -384,7 +316,6 @@ register(
         accuracy="composite",
         source="torch.nn.functional.binary_cross_entropy_with_logits",
         autocast="float32",
-        double_backward=False,
         # its losses are laid out as the input, torch's as one of the intermediate results
         keeps_format=False,
         layers=("BCEWithLogitsLoss",),

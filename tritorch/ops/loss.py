@@ -36,18 +36,19 @@ def _outputs(
     pos_weight: Tensor | None,
     loss: str,
     reduction: str,
+    threshold: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The losses, and the sum of the weights where the mean divides by it, else no element."""
     result = strided.empty_like(input) if reduction == "none" else input.new_empty(())
     # the mean of the other losses divides by the number of elements, whatever their weights
-    divides = loss == "mse_loss" and reduction == "mean" and weight is not None
+    divides = loss in ("mse_loss", "l1_loss") and reduction == "mean" and weight is not None
     shape = () if divides else (0,)
     return result, input.new_empty(shape, dtype=accumulator_dtype(input.dtype))
 
 
 @binding.library_op(
     "elementwise_loss_forward(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
-    "str loss, str reduction) -> (Tensor, Tensor)",
+    "str loss, str reduction, float threshold=1.0) -> (Tensor, Tensor)",
     fake=_outputs,
 )
 def elementwise_loss_forward(
@@ -57,8 +58,12 @@ def elementwise_loss_forward(
     pos_weight: Tensor | None,
     loss: str,
     reduction: str,
+    threshold: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Losses and denominator; weights broadcast, the target has the input's shape and dtype."""
+    """Losses and denominator; weights broadcast, the target has the input's shape and dtype.
+
+    `threshold`: where smooth_l1_loss and huber_loss pass from a square to a line.
+    """
     if loss == "binary_cross_entropy":
         _check_probabilities(input, target)
     result, denominator = _outputs(input, target, weight, pos_weight, loss, reduction)
@@ -69,7 +74,7 @@ def elementwise_loss_forward(
     _launch(
         kernels.elementwise_loss_forward_kernel,
         (*operands, partial),
-        (),
+        (threshold,),
         (*operands, None if reduced else result),
         LOSS=loss,
         REDUCED=reduced,
@@ -87,20 +92,22 @@ def _grad(
     target: Tensor | None,
     weight: Tensor | None,
     pos_weight: Tensor | None,
+    grad_grad: Tensor | None,
     denominator: Tensor | None,
     loss: str,
     with_respect_to: str,
     divisor: int,
+    threshold: float = 1.0,
 ) -> Tensor:
-    if with_respect_to == "target" and target is not None:
+    if with_respect_to.endswith("target") and target is not None:
         return strided.empty_like(target)
     return strided.empty_like(input)
 
 
 @binding.library_op(
     "elementwise_loss_backward(Tensor grad_output, Tensor input, Tensor? target, Tensor? weight, "
-    "Tensor? pos_weight, Tensor? denominator, str loss, str with_respect_to, SymInt divisor)"
-    " -> Tensor",
+    "Tensor? pos_weight, Tensor? grad_grad, Tensor? denominator, str loss, str with_respect_to, "
+    "SymInt divisor, float threshold=1.0) -> Tensor",
     fake=_grad,
 )
 def elementwise_loss_backward(
@@ -109,20 +116,36 @@ def elementwise_loss_backward(
     target: Tensor | None,
     weight: Tensor | None,
     pos_weight: Tensor | None,
+    grad_grad: Tensor | None,
     denominator: Tensor | None,
     loss: str,
     with_respect_to: str,
     divisor: int,
+    threshold: float = 1.0,
 ) -> Tensor:
-    """One gradient, from that of each element's loss; no target is a target of zeros."""
+    """One gradient, from that of each element's loss; no target is a target of zeros.
+
+    `grad_grad` is the gradient of such a gradient, and `with_respect_to` then names both variables:
+    "input/target" is the gradient of the target, of the gradient of the input.
+    """
     grad = _grad(
-        grad_output, input, target, weight, pos_weight, denominator, loss, with_respect_to, divisor
+        grad_output,
+        input,
+        target,
+        weight,
+        pos_weight,
+        grad_grad,
+        denominator,
+        loss,
+        with_respect_to,
+        divisor,
     )
-    operands = (input, target, _expand(weight, input), _expand(pos_weight, input), grad_output)
+    weights = (_expand(weight, input), _expand(pos_weight, input))
+    operands = (input, target, *weights, grad_output, grad_grad)
     _launch(
         kernels.elementwise_loss_backward_kernel,
         (*operands, denominator, grad),
-        (divisor,),
+        (divisor, threshold),
         (*operands, grad),
         LOSS=loss,
         WITH_RESPECT_TO=with_respect_to,
@@ -138,7 +161,7 @@ def _expand(weight: Tensor | None, input: Tensor) -> Tensor | None:
 def _launch(
     kernel: Any,
     pointers: Sequence[Tensor | None],
-    sizes: Sequence[int],
+    sizes: Sequence[int | float],
     walked: Sequence[Tensor | None],
     **constants: Any,
 ) -> None:
@@ -225,6 +248,53 @@ def refuse_double_backward(op: str) -> NoReturn:
     checks.fail(
         NotImplementedError, op, "its gradient is differentiable no more (once_differentiable)"
     )
+
+
+def refuse_third_derivative(op: str) -> NoReturn:
+    """NotImplementedError: the gradient of a gradient of the loss has no gradient of its own."""
+    checks.fail(
+        NotImplementedError,
+        op,
+        "the gradient of its gradient is differentiable no more (once_differentiable)",
+    )
+
+
+def broadcast(op: str, input: Tensor, target: Tensor, weight: Tensor | None) -> torch.Size:
+    """The shape of the losses; RuntimeError or ValueError where torch has none."""
+    sizes = zip(reversed(input.shape), reversed(target.shape), strict=False)
+    if any(a != b and 1 not in (a, b) for a, b in sizes):
+        checks.fail(RuntimeError, op, "shapes do not broadcast", input=input, target=target)
+    if weight is not None and weight.shape != input.shape:
+        checks.fail(
+            ValueError, op, "weight must have the input's shape", weight=weight, input=input
+        )
+    shape: torch.Size = torch.broadcast_shapes(input.shape, target.shape)
+    return shape
+
+
+def expanded(input: Tensor, target: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Both in the shape of the losses, with torch's warning where one had another."""
+    if input.shape == target.shape:
+        return input, target
+    # a warning would break the graph of a compiled caller
+    if not torch.compiler.is_compiling():
+        checks.warn(
+            f"Using a target size ({target.shape}) that is different to the input size "
+            f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            depth=4,
+        )
+    return input.expand(shape), target.expand(shape)
+
+
+def declined_weight(input: Tensor, weight: Tensor | None, shape: torch.Size) -> str | None:
+    """Why the kernels do not take the weight."""
+    if weight is None:
+        return None
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "a weight that requires a gradient"
+    # torch then adds each weight once, and each loss as often as it is broadcast
+    return "a weighted input that broadcasts" if shape != input.shape else None
 
 
 def promote(*tensors: Tensor | None) -> tuple[Any, ...]:

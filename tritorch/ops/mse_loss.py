@@ -77,7 +77,7 @@ class MseLossBackward(torch.autograd.Function):
         ctx.save_for_backward(grad_output, input, target, weight, denominator)
         ctx.wanted, ctx.divisor = wanted, divisor
         grad: Tensor = loss.elementwise_loss_backward(
-            grad_output, input, target, weight, None, denominator, "mse_loss", wanted, divisor
+            grad_output, input, target, weight, None, None, denominator, "mse_loss", wanted, divisor
         )
         return grad
 
@@ -130,45 +130,14 @@ def mse_loss(
     """
     checks.tensor("mse_loss", input=input, target=target)
     loss.check_reduction("mse_loss", reduction)
-    shape = _broadcast(input, target, weight)
+    shape = loss.broadcast("mse_loss", input, target, weight)
     x, y, w = loss.promote(*binding.autocast_to_float32(input, target, weight))
-    if not backend.runs_triton("mse_loss", x, y, w, declined=_declined(x, y, w, shape)):
+    declined = loss.declined_weight(x, w, shape) or loss.declined(x, y, w)
+    if not backend.runs_triton("mse_loss", x, y, w, declined=declined):
         return mse_loss_reference(input, target, reduction, weight)
-    if x.shape != y.shape:
-        # a warning would break the graph of a compiled caller
-        if not torch.compiler.is_compiling():
-            checks.warn(
-                f"Using a target size ({target.shape}) that is different to the input size "
-                f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
-                "Please ensure they have the same size."
-            )
-        x, y = x.expand(shape), y.expand(shape)
+    x, y = loss.expanded(x, y, shape)
     result: Tensor = binding.apply(MseLoss, x, y, w, reduction)
     return result
-
-
-def _broadcast(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.Size:
-    sizes = zip(reversed(input.shape), reversed(target.shape), strict=False)
-    if any(a != b and 1 not in (a, b) for a, b in sizes):
-        checks.fail(RuntimeError, "mse_loss", "shapes do not broadcast", input=input, target=target)
-    if weight is not None and weight.shape != input.shape:
-        checks.fail(
-            ValueError, "mse_loss", "weight must have the input's shape", weight=weight, input=input
-        )
-    shape: torch.Size = torch.broadcast_shapes(input.shape, target.shape)
-    return shape
-
-
-def _declined(
-    input: Tensor, target: Tensor, weight: Tensor | None, shape: torch.Size
-) -> str | None:
-    if weight is not None:
-        if weight.requires_grad and torch.is_grad_enabled():
-            return "a weight that requires a gradient"
-        if shape != input.shape:
-            # torch then adds each weight once, and each loss as often as it is broadcast
-            return "a weighted input that broadcasts"
-    return loss.declined(input, target, weight)
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
