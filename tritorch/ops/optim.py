@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritorch import backend, binding, checks, launch
+from tritorch.ops import multi_tensor
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
 kernels = launch.kernels("optim")
@@ -73,29 +73,18 @@ def _sgd_step_(
     first: bool,
 ) -> None:
     like = params[0]
-    if _is_captured(like):
+    if multi_tensor.is_captured(like):
         checks.fail(RuntimeError, "sgd_step", "a captured graph would outlive the table it reads")
-    # elements are paired by their place in memory: strides would slow every model for a rare one
-    dense = [param if _is_dense(param) else param.contiguous() for param in params]
-    paired_grads = [_laid_out_like(*pair) for pair in zip(grads, dense, strict=True)]
-    paired_buffers = momentum_buffers
-    if momentum:
-        paired_buffers = [
-            _laid_out_like(*pair) for pair in zip(momentum_buffers, dense, strict=True)
-        ]
+    dense = multi_tensor.dense(params)
+    paired_grads = multi_tensor.paired(grads, dense)
+    paired_buffers = multi_tensor.paired(momentum_buffers, dense) if momentum else []
     config = launch.config(kernels.sgd_step_config, like.element_size())
-    device = like.device
-    place = (device, torch.cuda.current_stream(device).cuda_stream if like.is_cuda else 0)
+    place = multi_tensor.place(like)
     counts = tuple([param.numel() for param in dense])
-    owners, firsts, programs = _programs(counts, config.kwargs["BLOCK"], *place)
-    table = _table(
-        tuple([param.data_ptr() for param in dense]),
-        tuple([grad.data_ptr() for grad in paired_grads]),
-        tuple([buffer.data_ptr() for buffer in paired_buffers]),
-        counts,
-        firsts,
-        *place,
-    )
+    owners, firsts, programs = multi_tensor.programs(counts, config.kwargs["BLOCK"], *place)
+    lists = (dense, paired_grads, paired_buffers)
+    rows = [multi_tensor.addresses(tensors, len(counts)) for tensors in lists]
+    table = multi_tensor.table(*place, *rows, counts, firsts)
     launch.run(
         kernels.sgd_step_kernel,
         (programs,),
@@ -116,62 +105,9 @@ def _sgd_step_(
         NESTEROV=nesterov,
         MAXIMIZE=maximize,
     )
-    for written, walked in ((params, dense), (momentum_buffers, paired_buffers)):
-        for tensor, copy in zip(written, walked, strict=True):
-            if copy is not tensor:
-                tensor.copy_(copy)
-        torch.autograd.graph.increment_version(written)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or _has_no_gaps(tuple(tensor.shape), tensor.stride())
-
-
-@functools.lru_cache(maxsize=1024)
-def _has_no_gaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _laid_out_like(tensor: Tensor, dense: Tensor) -> Tensor:
-    if (tensor.is_contiguous() and dense.is_contiguous()) or tensor.stride() == dense.stride():
-        return tensor
-    return torch.empty_like(dense).copy_(tensor)
-
-
-@functools.lru_cache(maxsize=64)
-def _programs(
-    counts: tuple[int, ...], block: int, device: torch.device, stream: int
-) -> tuple[Tensor, tuple[int, ...], int]:
-    """Each program's tensor, each tensor's first program, the number of programs."""
-    programs = torch.tensor([-(-count // block) for count in counts], device="cpu")
-    owners = torch.repeat_interleave(programs)
-    firsts = programs.cumsum(0) - programs
-    return _upload(owners.int(), device), tuple(firsts.tolist()), owners.numel()
-
-
-# keyed by the stream too: another one would not wait for the copy
-@functools.lru_cache(maxsize=64)
-def _table(
-    params: tuple[int, ...],
-    grads: tuple[int, ...],
-    momentum_buffers: tuple[int, ...],
-    counts: tuple[int, ...],
-    firsts: tuple[int, ...],
-    device: torch.device,
-    stream: int,
-) -> Tensor:
-    rows = [params, grads, momentum_buffers or (0,) * len(params), counts, firsts]
-    return _upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
-
-
-def _upload(table: Tensor, device: torch.device) -> Tensor:
-    # a copy from pinned memory is queued: the host waits for nothing
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    multi_tensor.write_back(params, dense)
+    if momentum:
+        multi_tensor.write_back(momentum_buffers, paired_buffers)
 
 
 @torch.no_grad()
@@ -215,7 +151,11 @@ def sgd_step(
     Source: `torch.optim.SGD`.
     """
     lists = _Lists(list(params), list(grads), list(momentum_buffers) if momentum else [])
-    _check(lists.params, lists.grads, lists.momentum_buffers if momentum else None)
+    others = {"grads": lists.grads}
+    if momentum:
+        others["momentum_buffers"] = lists.momentum_buffers
+    written = (*lists.params, *lists.momentum_buffers)
+    multi_tensor.check_lists("sgd_step", lists.params, written, **others)
     scalars: dict[str, Any] = {
         "lr": lr,
         "momentum": momentum,
@@ -225,7 +165,8 @@ def sgd_step(
         "maximize": maximize,
         "first": first,
     }
-    for group in _by_dtype_and_device(lists):
+    for indices in multi_tensor.by_dtype_and_device(lists.params):
+        group = _Lists(*([tensors[i] for i in indices] if tensors else [] for tensors in lists))
         takes = backend.runs_triton(
             "sgd_step",
             *group.params,
@@ -237,64 +178,13 @@ def sgd_step(
         step(*group, **scalars)
 
 
-def _check(
-    params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor] | None
-) -> None:
-    for name, others in (("grads", grads), ("momentum_buffers", momentum_buffers)):
-        if others is None:
-            continue
-        if len(others) != len(params):
-            counts = {"params": len(params), name: len(others)}
-            checks.fail(ValueError, "sgd_step", f"expected as many {name} as params", **counts)
-        for param, other in zip(params, others, strict=True):
-            if other.shape != param.shape or other.device != param.device:
-                rule = f"expected {name} of the parameters' shapes and devices"
-                checks.fail(RuntimeError, "sgd_step", rule, param=param, **{name: other})
-    for tensor in (*params, *(momentum_buffers or ())):
-        if not tensor.is_contiguous():
-            checks.writable("sgd_step", tensor)
-
-
-def _by_dtype_and_device(lists: _Lists) -> list[_Lists]:
-    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for index, param in enumerate(lists.params):
-        groups.setdefault((param.dtype, param.device), []).append(index)
-    if len(groups) == 1:
-        return [lists]
-    return [
-        _Lists(*([tensors[index] for index in indices] if tensors else [] for tensors in lists))
-        for indices in groups.values()
-    ]
-
-
 def _declined(
     params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]
 ) -> str | None:
     dtype = params[0].dtype
     if any(tensor.dtype != dtype for tensor in (*grads, *momentum_buffers)):
         return "a gradient or a momentum buffer of another dtype than its parameter"
-    return "a CUDA graph is being captured" if _is_captured(params[0]) else None
-
-
-def _is_captured(tensor: Tensor) -> bool:
-    # the compiler cannot trace the question, and knows the answer from the op's tag
-    if torch.compiler.is_compiling():
-        return False
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _resnet50_shapes() -> list[tuple[int, ...]]:
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            convs = [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            if block == 0:
-                convs.append((4 * width, inputs, 1, 1))
-            for conv in convs:
-                shapes += [conv, conv[:1], conv[:1]]
-            inputs = 4 * width
-    return [*shapes, (1000, 2048), (1000,)]
+    return "a CUDA graph is being captured" if multi_tensor.is_captured(params[0]) else None
 
 
 def _made(
@@ -325,7 +215,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
 
 
 def _workloads(make: Maker) -> Iterator[Sample]:
-    empty, shapes = make.empty, _resnet50_shapes()
+    empty, shapes = make.empty, multi_tensor.resnet50_shapes()
     yield Sample("resnet50", **_made(empty, *shapes, momentum=0.9, weight_decay=1e-4))
     yield Sample("resnet50-nesterov", **_made(empty, *shapes, momentum=0.9, nesterov=True))
     yield Sample("one-odd", **_made(empty, (4099, 4097)))
