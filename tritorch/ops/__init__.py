@@ -17,6 +17,11 @@ from tritorch.ops.activation import relu6 as relu6
 from tritorch.ops.activation import sigmoid as sigmoid
 from tritorch.ops.activation import silu as silu
 from tritorch.ops.activation import tanh as tanh
+from tritorch.ops.adam import adam_step as adam_step
+from tritorch.ops.adaptive_max_pool import adaptive_max_pool2d as adaptive_max_pool2d
+from tritorch.ops.adaptive_pool import adaptive_avg_pool1d as adaptive_avg_pool1d
+from tritorch.ops.adaptive_pool import adaptive_avg_pool2d as adaptive_avg_pool2d
+from tritorch.ops.adaptive_pool import adaptive_avg_pool3d as adaptive_avg_pool3d
 from tritorch.ops.avg_pool import avg_pool2d as avg_pool2d
 from tritorch.ops.binary_cross_entropy import binary_cross_entropy as binary_cross_entropy
 from tritorch.ops.binary_cross_entropy import (
@@ -34,6 +39,10 @@ from tritorch.ops.mse_loss import mse_loss as mse_loss
 from tritorch.ops.norm import batch_norm as batch_norm
 from tritorch.ops.optim import sgd_step as sgd_step
 from tritorch.ops.pool import max_pool2d as max_pool2d
+from tritorch.ops.pool1d import avg_pool1d as avg_pool1d
+from tritorch.ops.pool1d import max_pool1d as max_pool1d
+from tritorch.ops.pool3d import avg_pool3d as avg_pool3d
+from tritorch.ops.pool3d import max_pool3d as max_pool3d
 from tritorch.ops.reduce import channel_sum as channel_sum
 
 
