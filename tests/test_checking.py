@@ -15,7 +15,7 @@ import torch
 import tritorch
 from tests import checked
 from tritorch.registry import Sample
-from tritorch.testing import cases, errors, inputs
+from tritorch.testing import cases, errors, inputs, supervise
 
 pytestmark = pytest.mark.interpret
 
@@ -508,3 +508,14 @@ def test_no_user_is_asked_for_what_an_exception_is_meant_to_say():
     assert not errors.is_internal(KeyError("without a traceback"))
     assert not errors.is_internal(Words())
     assert not errors.is_internal(KeyboardInterrupt())
+
+
+def test_a_script_that_cannot_be_tried_costs_no_report(tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise supervise.ChildError("no process today")
+
+    monkeypatch.setattr(supervise, "run", fails)
+    report = check(checked.unmasked, reproductions=tmp_path)
+    assert kinds(report) == {"out-of-bounds read"}
+    assert (report.reproductions, list(tmp_path.iterdir())) == ([], [])
+    assert "does not show it" in report.unscripted[0]

@@ -310,7 +310,11 @@ class _Run:
         part = "cuda" if self.request.device == "cuda" else "interpret"
         part = "compile" if step["section"] == LIMITS else part
         request = replace(self.request, case="", step=step).to_json()
-        found += supervise.run(part, request, timeout=self.timeout, on_event=hear)
+        try:
+            found += supervise.run(part, request, timeout=self.timeout, on_event=hear)
+        except (RequestError, supervise.ChildError):
+            # the report counts for more than a script
+            return False
         wanted = reproduction.sign(finding)
         return any(reproduction.sign(one) == wanted for one in found)
 
