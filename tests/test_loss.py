@@ -111,6 +111,36 @@ def test_every_tile_computes_cross_entropy(config, shape, dtype, device):
         )
 
 
+def second_gradients(function, arguments, names):
+    """Of the square of every gradient; each is a mixture of all second derivatives."""
+    leaves = {name: arguments[name].clone().requires_grad_() for name in names}
+    losses = function(**arguments | leaves)
+    weights = torch.linspace(0.5, 2.0, max(losses.numel(), 1)).to(losses).view(losses.shape)
+    incoming = weights.requires_grad_()
+    inputs = [*leaves.values(), incoming]
+    first = torch.autograd.grad(losses, list(leaves.values()), incoming, create_graph=True)
+    return torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("classed", [True, False], ids=["classes", "probabilities"])
+@pytest.mark.parametrize("config", CROSS_ENTROPY_CONFIGS, ids=str)
+def test_every_tile_computes_second_gradients(config, classed, reduction, device):
+    make = Maker(torch.float64, device)
+    arguments = {"input": make(3, 21, 7), "weight": make(21, low=0.5, high=2.0)}
+    arguments |= {"reduction": reduction, "label_smoothing": 0.1}
+    if classed:
+        arguments |= {"target": make.classes(3, 7, count=21), "ignore_index": 20}
+        arguments["target"][0, :2] = 20
+    else:
+        arguments["target"] = make(3, 21, 7, low=0.0, high=0.1)
+    names = ("input",) if classed else ("input", "target")
+    with launch.override("cross_entropy_config", config):
+        found = second_gradients(ops.cross_entropy, arguments, names)
+    expected = second_gradients(F.cross_entropy, arguments, names)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("wrong", [-1, 3, 2**40])
 def test_class_out_of_range(wrong, device):
     target = torch.tensor([0, wrong], device=device)

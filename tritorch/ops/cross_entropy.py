@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, binding, checks
-from tritorch.ops import cross_entropy_rows, loss
+from tritorch.ops import cross_entropy_function, loss
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
 
@@ -102,7 +102,7 @@ def cross_entropy(
     if input.dim() == 1:
         x, y = x[None], y[None] if probabilities else y.view(1)
     result: Tensor = binding.apply(
-        cross_entropy_rows.CrossEntropy, x, y, w, ignore_index, reduction, smoothing
+        cross_entropy_function.CrossEntropy, x, y, w, ignore_index, reduction, smoothing
     )
     return result[0] if input.dim() == 1 and reduction == "none" else result
 
@@ -399,6 +399,7 @@ register(
             "cross_entropy.cross_entropy_forward_kernel",
             "cross_entropy.cross_entropy_backward_kernel",
             "loss.loss_total_kernel",
+            *cross_entropy_function.KERNELS,
         ),
         gradients=("input", "target"),
         samples=_samples,
@@ -408,7 +409,6 @@ register(
         accuracy="composite",
         source="torch.nn.functional.cross_entropy",
         autocast="float32",
-        double_backward=False,
         layers=("CrossEntropyLoss",),
     )
 )

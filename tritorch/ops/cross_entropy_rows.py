@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from tritorch.ops.reduce import accumulator_dtype
 kernels = launch.kernels("cross_entropy")
 
 
-def _first_class(tensor: Tensor) -> Tensor:
+def first_class(tensor: Tensor) -> Tensor:
     """Where the rows of (N, C, d1, ...) start: (N, d1, ...)."""
     return tensor.select(1, 0)
 
@@ -32,7 +32,7 @@ def _outputs(
     """Loss, what the gradients need of each row, denominator; what is not used has no element."""
     dtype = accumulator_dtype(input.dtype)
     shape = (input.shape[0], *input.shape[2:])
-    values = 3 if _spreads(target, label_smoothing) else 2
+    values = 3 if spreads(target, label_smoothing) else 2
     divides = reduction == "mean" and not target.is_floating_point()
     return (
         input.new_empty(shape if reduction == "none" else ()),
@@ -41,7 +41,7 @@ def _outputs(
     )
 
 
-def _spreads(target: Tensor, label_smoothing: float) -> bool:
+def spreads(target: Tensor, label_smoothing: float) -> bool:
     """Whether more classes than one have a weight in the loss of a row."""
     return target.is_floating_point() or label_smoothing > 0
 
@@ -51,7 +51,7 @@ def _spreads(target: Tensor, label_smoothing: float) -> bool:
     "str reduction, float label_smoothing, bool keep_rows) -> (Tensor, Tensor, Tensor)",
     fake=_outputs,
 )
-def _forward(
+def forward(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -66,11 +66,11 @@ def _forward(
     reduced, probabilities = reduction != "none", target.is_floating_point()
     if not probabilities:
         _check_classes(input, target, ignore_index)
-    count = _first_class(input).numel()
-    config = _config(input)
+    count = first_class(input).numel()
+    config = config_of(input)
     programs = math.ceil(count / config.kwargs["BLOCK_N"])
     partial = rows.new_empty((1 if probabilities else 2, programs)) if reduced else result
-    nest, strides, layout = _walk(config, (input, target), ())
+    nest, strides, layout = walk(config, (input, target), ())
     launch.run(
         kernels.cross_entropy_forward_kernel,
         (programs,),
@@ -88,7 +88,7 @@ def _forward(
         label_smoothing,
         on=input,
         config=config,
-        SPREAD=_spreads(target, label_smoothing),
+        SPREAD=spreads(target, label_smoothing),
         PROBABILITIES=probabilities,
         REDUCED=reduced,
         **layout,
@@ -123,7 +123,7 @@ def _grad(
     "str wanted) -> Tensor",
     fake=_grad,
 )
-def _backward(
+def backward(
     grad_output: Tensor,
     input: Tensor,
     target: Tensor,
@@ -149,8 +149,8 @@ def _backward(
         wanted,
     )
     count, classes = grad_output.numel(), input.shape[1]
-    config = _config(input)
-    nest, strides, layout = _walk(config, (input, target, grad), (grad_output,))
+    config = config_of(input)
+    nest, strides, layout = walk(config, (input, target, grad), (grad_output,))
     lanes = classes + layout["ALIGN"] - 1 if layout["SHIFTED"] else classes
     tiles_n = math.ceil(count / config.kwargs["BLOCK_N"])
     tiles_c = math.ceil(lanes / config.kwargs["BLOCK_C"])
@@ -178,7 +178,7 @@ def _backward(
         label_smoothing,
         on=input,
         config=config,
-        SPREAD=_spreads(target, label_smoothing),
+        SPREAD=spreads(target, label_smoothing),
         PROBABILITIES=target.is_floating_point(),
         OF_INPUT=wanted == "input",
         ONE_GRAD_LOSS=loss.is_one_element(grad_output),
@@ -187,16 +187,16 @@ def _backward(
     return grad
 
 
-def _config(input: Tensor) -> Any:
+def config_of(input: Tensor) -> Any:
     return launch.config(
         kernels.cross_entropy_config,
-        _first_class(input).numel(),
+        first_class(input).numel(),
         input.shape[1],
         input.stride(1) == 1,
     )
 
 
-def _walk(
+def walk(
     config: Any, classified: tuple[Tensor, ...], others: tuple[Tensor, ...]
 ) -> tuple[strided.Nest, list[int], dict[str, Any]]:
     """Rows in row-major order: their nest, strides of every tensor, constants of the layout.
@@ -205,7 +205,7 @@ def _walk(
     of class indices has no stride along the classes.
     """
     dim = classified[0].dim()
-    rows = [_first_class(t) if t.dim() == dim else t for t in (*classified, *others)]
+    rows = [first_class(t) if t.dim() == dim else t for t in (*classified, *others)]
     # what the forward pass keeps of the rows has their shape, and decides the order
     nest = strided.nest("cross_entropy", *rows, torch.empty(rows[0].shape, device="meta"))
     strides: list[int] = []
@@ -227,7 +227,7 @@ def _alignment(config: Any, tensors: list[Tensor]) -> tuple[int, bool]:
     width = 16 // first.element_size()
     if any(tensor.stride(1) != 1 for tensor in tensors):
         return 1, False
-    row_strides = [stride for tensor in tensors for stride in _first_class(tensor).stride()]
+    row_strides = [stride for tensor in tensors for stride in first_class(tensor).stride()]
     align = math.gcd(width, classes, *row_strides)
     # the shift must be the same in all of them, and an edge that it adds one tile of many
     alike = all(tensor.stride() == first.stride() for tensor in tensors)
@@ -251,61 +251,3 @@ def _check_classes(input: Tensor, target: Tensor, ignore_index: int) -> None:
             input=input,
             target=target,
         )
-
-
-class CrossEntropy(torch.autograd.Function):
-    """Keeps of each row what its softmax needs, and computes it again for the gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        reduction: str,
-        label_smoothing: float,
-    ) -> Tensor:
-        keep_rows = any(ctx.needs_input_grad)
-        result: Tensor
-        result, rows, denominator = _forward(
-            input, target, weight, ignore_index, reduction, label_smoothing, keep_rows
-        )
-        divides = denominator.numel() == 1
-        ctx.save_for_backward(input, target, weight, rows, denominator if divides else None)
-        ctx.ignore_index, ctx.label_smoothing = ignore_index, label_smoothing
-        mean_of_rows = reduction == "mean" and not divides
-        ctx.divisor = _first_class(input).numel() if mean_of_rows else 1
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input = ctx.saved_tensors[0]
-        grads = [
-            binding.apply(
-                CrossEntropyBackward,
-                grad_output.expand(_first_class(input).shape),
-                *ctx.saved_tensors,
-                ctx.ignore_index,
-                ctx.divisor,
-                ctx.label_smoothing,
-                wanted,
-            )
-            if needed
-            else None
-            for needed, wanted in zip(ctx.needs_input_grad, ("input", "target"), strict=False)
-        ]
-        return (*grads, None, None, None, None)
-
-
-class CrossEntropyBackward(torch.autograd.Function):
-    """A gradient that refuses to be differentiated, where one without a graph would be left out."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        grad: Tensor = _backward(*arguments)
-        return grad
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> NoReturn:
-        loss.refuse_double_backward("cross_entropy")

@@ -243,13 +243,6 @@ def _check_probabilities(input: Tensor, target: Tensor) -> None:
             )
 
 
-def refuse_double_backward(op: str) -> NoReturn:
-    """NotImplementedError: the gradient of the loss has no gradient of its own."""
-    checks.fail(
-        NotImplementedError, op, "its gradient is differentiable no more (once_differentiable)"
-    )
-
-
 def refuse_third_derivative(op: str) -> NoReturn:
     """NotImplementedError: the gradient of a gradient of the loss has no gradient of its own."""
     checks.fail(
