@@ -17,6 +17,7 @@ from tritorch.registry import specs
 pytestmark = [pytest.mark.reference, pytest.mark.interpret]
 
 IMAGES = (2, 3, 6, 5)
+VOLUMES = (2, 3, 4, 5, 6)
 
 
 class Case(NamedTuple):
@@ -95,11 +96,23 @@ CASES = [
         IMAGES,
     ),
     Case("AvgPool2d", {"kernel_size": 3, "padding": 1, "divisor_override": 5}, IMAGES),
+    Case("MaxPool1d", {"kernel_size": 3, "padding": 1, "return_indices": True}, (2, 3, 9)),
+    Case("AvgPool1d", {"kernel_size": 3, "stride": 2, "ceil_mode": True}, (3, 8)),
+    Case("MaxPool3d", {"kernel_size": 2, "dilation": (1, 2, 1), "ceil_mode": True}, VOLUMES),
+    Case("AvgPool3d", {"kernel_size": 3, "padding": 1, "count_include_pad": False}, VOLUMES),
+    Case("AvgPool3d", {"kernel_size": 2, "divisor_override": 5}, VOLUMES),
+    Case("AdaptiveAvgPool1d", {"output_size": 4}, (2, 3, 9)),
+    Case("AdaptiveAvgPool2d", {"output_size": 1}, IMAGES),
+    Case("AdaptiveAvgPool2d", {"output_size": (None, 3)}, IMAGES),
+    Case("AdaptiveAvgPool3d", {"output_size": (2, 1, 3)}, VOLUMES),
+    Case("AdaptiveMaxPool2d", {"output_size": (4, 3), "return_indices": True}, IMAGES),
     Case("BatchNorm1d", {"num_features": 3}, (4, 3)),
     Case("BatchNorm1d", {"num_features": 3}, (4, 3, 5)),
     Case("BatchNorm2d", {"num_features": 3}, IMAGES),
     Case("BatchNorm2d", {"num_features": 3, **NO_BIAS, "eps": 1e-2}, IMAGES),
     Case("BatchNorm3d", {"num_features": 3}, (2, 3, 2, 2, 3)),
+    Case("GroupNorm", {"num_groups": 2, "num_channels": 4}, (2, 4, 3, 5)),
+    Case("GroupNorm", {"num_groups": 1, "num_channels": 4, "affine": False}, (3, 4)),
     Case("LayerNorm", {"normalized_shape": 5}, IMAGES),
     Case("LayerNorm", {"normalized_shape": (3, 6, 5), "eps": 1e-2, **NO_BIAS}, IMAGES),
     Case("LayerNorm", {"normalized_shape": (5,), "elementwise_affine": False}, (5,)),
@@ -120,6 +133,9 @@ CASES = [
     Case("CrossEntropyLoss", {"ignore_index": 1, "reduction": "sum"}, (6, 3), "classes"),
     Case("CrossEntropyLoss", {"weight": [0.5, 1.0, 2.0]}, (4, 3), "classes"),
     Case("CrossEntropyLoss", {"reduction": "none"}, (4, 3), "probabilities"),
+    Case("NLLLoss", {}, (4, 3), "classes"),
+    Case("NLLLoss", {"weight": [0.5, 1.0, 2.0], "ignore_index": 1}, (4, 3, 2), "classes"),
+    Case("NLLLoss", {"reduction": "none"}, (6, 3, 2, 2), "classes"),
     Case("MSELoss", {}, (4, 3), "values"),
     Case("MSELoss", {"reduction": "none"}, (4, 3), "values"),
     Case("L1Loss", {}, (4, 3), "values"),

@@ -43,6 +43,19 @@ class Conv2d(torch.nn.Conv2d):
         return ops.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
+class MaxPool1d(torch.nn.MaxPool1d):
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return ops.max_pool1d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
+        )
+
+
 class MaxPool2d(torch.nn.MaxPool2d):
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return ops.max_pool2d(
@@ -53,6 +66,31 @@ class MaxPool2d(torch.nn.MaxPool2d):
             self.dilation,
             self.ceil_mode,
             self.return_indices,
+        )
+
+
+class MaxPool3d(torch.nn.MaxPool3d):
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return ops.max_pool3d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
+        )
+
+
+class AvgPool1d(torch.nn.AvgPool1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.avg_pool1d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
         )
 
 
@@ -67,6 +105,39 @@ class AvgPool2d(torch.nn.AvgPool2d):
             self.count_include_pad,
             self.divisor_override,
         )
+
+
+class AvgPool3d(torch.nn.AvgPool3d):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.avg_pool3d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+
+
+class AdaptiveAvgPool1d(torch.nn.AdaptiveAvgPool1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.adaptive_avg_pool1d(input, self.output_size)
+
+
+class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.adaptive_avg_pool2d(input, self.output_size)
+
+
+class AdaptiveAvgPool3d(torch.nn.AdaptiveAvgPool3d):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.adaptive_avg_pool3d(input, self.output_size)
+
+
+class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return ops.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
 def _batch_norm(layer: batchnorm._BatchNorm, input: Tensor) -> Tensor:
@@ -102,6 +173,11 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
 
 class BatchNorm3d(torch.nn.BatchNorm3d):
     forward = _batch_norm
+
+
+class GroupNorm(torch.nn.GroupNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -163,6 +239,17 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+        )
+
+
+class NLLLoss(torch.nn.NLLLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return ops.nll_loss(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
         )
 
 

@@ -5,23 +5,33 @@ A loss called with the deprecated `size_average` or `reduce` is torch's function
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import ops
+from tritorch.ops import adaptive_avg_pool1d as adaptive_avg_pool1d
+from tritorch.ops import adaptive_avg_pool2d as adaptive_avg_pool2d
+from tritorch.ops import adaptive_avg_pool3d as adaptive_avg_pool3d
+from tritorch.ops import adaptive_max_pool2d as adaptive_max_pool2d
+from tritorch.ops import avg_pool1d as avg_pool1d
 from tritorch.ops import avg_pool2d as avg_pool2d
+from tritorch.ops import avg_pool3d as avg_pool3d
 from tritorch.ops import batch_norm as batch_norm
 from tritorch.ops import conv2d as conv2d
 from tritorch.ops import gelu as gelu
 from tritorch.ops import hardsigmoid as hardsigmoid
 from tritorch.ops import hardswish as hardswish
 from tritorch.ops import huber_loss as huber_loss
+from tritorch.ops import group_norm as group_norm
 from tritorch.ops import layer_norm as layer_norm
 from tritorch.ops import leaky_relu as leaky_relu
 from tritorch.ops import linear as linear
+from tritorch.ops import max_pool1d as max_pool1d
 from tritorch.ops import max_pool2d as max_pool2d
+from tritorch.ops import max_pool3d as max_pool3d
 from tritorch.ops import relu as relu
 from tritorch.ops import relu6 as relu6
 from tritorch.ops import sigmoid as sigmoid
@@ -47,6 +57,22 @@ def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
     return ops.leaky_relu(input, negative_slope, inplace=True)
 
 
+def max_pool1d_with_indices(
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`max_pool1d` with indices whatever `return_indices` says, as in torch."""
+    output, indices = ops.max_pool1d(
+        input, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True
+    )
+    return output, indices
+
+
 def max_pool2d_with_indices(
     input: Tensor,
     kernel_size: Ints,
@@ -60,6 +86,30 @@ def max_pool2d_with_indices(
     output, indices = ops.max_pool2d(
         input, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True
     )
+    return output, indices
+
+
+def max_pool3d_with_indices(
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`max_pool3d` with indices whatever `return_indices` says, as in torch."""
+    output, indices = ops.max_pool3d(
+        input, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True
+    )
+    return output, indices
+
+
+def adaptive_max_pool2d_with_indices(
+    input: Tensor, output_size: int | Sequence[int | None], return_indices: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`adaptive_max_pool2d` with indices whatever `return_indices` says, as in torch."""
+    output, indices = ops.adaptive_max_pool2d(input, output_size, return_indices=True)
     return output, indices
 
 
@@ -91,6 +141,22 @@ def cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
+    )
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if size_average is not None or reduce is not None:
+        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+    return ops.nll_loss(
+        input, target, weight=weight, ignore_index=ignore_index, reduction=reduction
     )
 
 

@@ -32,10 +32,12 @@ from tritorch.ops.cross_entropy import cross_entropy as cross_entropy
 from tritorch.ops.l1_loss import huber_loss as huber_loss
 from tritorch.ops.l1_loss import l1_loss as l1_loss
 from tritorch.ops.l1_loss import smooth_l1_loss as smooth_l1_loss
+from tritorch.ops.group_norm import group_norm as group_norm
 from tritorch.ops.layer_norm import layer_norm as layer_norm
 from tritorch.ops.matmul import linear as linear
 from tritorch.ops.matmul import matmul as matmul
 from tritorch.ops.mse_loss import mse_loss as mse_loss
+from tritorch.ops.nll_loss import nll_loss as nll_loss
 from tritorch.ops.norm import batch_norm as batch_norm
 from tritorch.ops.optim import sgd_step as sgd_step
 from tritorch.ops.pool import max_pool2d as max_pool2d

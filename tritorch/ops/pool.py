@@ -26,14 +26,23 @@ def max_pool2d_reference(
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The largest value of each window; gradients are added up in float32 at least."""
-    # torch's CPU kernels round every addition of 16-bit gradients, its CUDA kernels do not
+    given = (kernel_size, stride, padding, dilation, ceil_mode)
+    return widened_reference(F.max_pool2d, input, given, return_indices)
+
+
+def widened_reference(
+    function: Any, input: Tensor, given: tuple[Any, ...], return_indices: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """torch's own maxima, whose CPU kernels round every addition of 16-bit gradients.
+
+    Its CUDA kernels do not.
+    """
     widens = input.requires_grad and input.dtype in (torch.float16, torch.bfloat16)
     x = input.float() if widens else input
-    given: Any = (kernel_size, stride, padding, dilation, ceil_mode)
     if return_indices:
-        values, indices = F.max_pool2d(x, *given, return_indices=True)
+        values, indices = function(x, *given, return_indices=True)
         return values.to(input.dtype), indices
-    output: Tensor = F.max_pool2d(x, *given)
+    output: Tensor = function(x, *given)
     return output.to(input.dtype)
 
 

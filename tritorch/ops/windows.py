@@ -18,8 +18,8 @@ kernels = launch.kernels("pool")
 
 # one number for every axis, or one for each
 Ints = int | Sequence[int]
-# kernel_size, stride, padding and dilation, each along every axis; of adaptive windows kernel_size is
-# the largest and the stride 0
+# kernel_size, stride, padding and dilation, each along every axis; of adaptive windows the largest,
+# and a stride of 0
 Window = tuple[int, ...]
 # of one, two or three axes
 _AXES = ("", "L", "H, W", "D, H, W")
@@ -87,6 +87,41 @@ def split(window: Window) -> tuple[tuple[int, ...], ...]:
     """kernel_size, stride, padding and dilation."""
     axes = len(window) // 4
     return tuple(window[i : i + axes] for i in range(0, len(window), axes))
+
+
+def adaptive_size(
+    op: str, input: Tensor, output_size: Any, axes: int, channels: bool = True
+) -> tuple[int, ...]:
+    """The sizes of an adaptive output; None keeps the input's.
+
+    `channels`: whether torch wants some of them.
+
+    Raises:
+        RuntimeError: numbers that are not `axes` or are negative, an input of other dimensions or
+            with a size of 0 along a pooled axis, or of its second.
+        TypeError: an `output_size` that is neither a number nor several.
+    """
+    single = isinstance(output_size, (int, torch.SymInt))
+    if not single and not isinstance(output_size, Sequence):
+        checks.fail(TypeError, op, "output_size must be integers", output_size=output_size)
+    given = (output_size,) * axes if single else tuple(output_size)
+    # torch has no None for one axis
+    if any(count is None for count in given) and axes == 1:
+        checks.fail(TypeError, op, "output_size must be an integer", output_size=output_size)
+    if len(given) != axes:
+        rule = f"output_size must be one integer or {axes} of them"
+        checks.fail(RuntimeError, op, rule, output_size=output_size)
+    needed = input.shape[1:] if channels else input.shape[-axes:]
+    if input.dim() not in (axes + 1, axes + 2) or 0 in needed:
+        rule = f"input must be {shapes(axes)}, and no size but N may be 0"
+        checks.fail(RuntimeError, op, rule, input=input)
+    size = tuple(
+        kept if count is None else count
+        for kept, count in zip(input.shape[-axes:], given, strict=True)
+    )
+    if min(size) < 0:
+        checks.fail(RuntimeError, op, "output_size must not be negative", output_size=output_size)
+    return size
 
 
 def adaptive(sizes: Sequence[int], counts: Sequence[int]) -> Window:

@@ -1,0 +1,114 @@
+"""Means over windows that are as many as the output asks for, which may overlap.
+
+Images are volumes of depth 1, whose arithmetic is compiled away.  D and Z are the depths of what is
+read and of what is written, T R S the largest window.
+"""
+
+import triton
+import triton.language as tl
+from triton import Config
+
+from tritorch.kernels.pool import adaptive_end, adaptive_start, tile_indices
+from tritorch.kernels.pool3d import split_index
+from tritorch.kernels.tiles import strided_offsets
+
+SPATIAL_MEAN_CONFIGS = (
+    # channels along memory: a row of 64 channels is one to four 128-byte lines
+    Config({"BLOCK_R": 64, "BLOCK_C": 64}, num_warps=4, num_stages=3, maxnreg=255),
+    # pixels along memory: a large image, or many small ones
+    Config({"BLOCK_R": 512, "BLOCK_C": 8}, num_warps=4, num_stages=3, maxnreg=255),
+    Config({"BLOCK_R": 64, "BLOCK_C": 32}, num_warps=4, num_stages=3, maxnreg=255),
+)
+
+
+def spatial_mean_config(channels_last, pixels):
+    """Tile of the mean of whole images, along memory."""
+    along_channels, large, small = SPATIAL_MEAN_CONFIGS
+    if channels_last:
+        return along_channels
+    return small if pixels <= 64 else large
+
+
+@triton.jit
+def spatial_mean_kernel(
+    x_ptr, y_ptr,
+    N, C, R, STEPS, size_1, size_2,
+    x_stride_n, x_stride_c, x_stride_0, x_stride_1, x_stride_2,
+    INDEX_64: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """One program adds STEPS tiles of BLOCK_R of the R pixels of BLOCK_C channels of one image into
+    row `split` of y, divided by R.
+    """
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    num_c = tl.cdiv(C, BLOCK_C)
+    offs_c = pid % num_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = pid // num_c
+    mask_c = offs_c < C
+    if INDEX_64:
+        n = n.to(tl.int64)
+        split = split.to(tl.int64)
+        offs_c = offs_c.to(tl.int64)
+    offs_r = split * STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
+    x_ptrs = x_ptr + n * x_stride_n + (offs_c * x_stride_c)[None, :]
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=ACC)
+    for _ in range(STEPS):
+        offsets = strided_offsets(offs_r, size_1, size_2, 1, 1,
+                                  x_stride_0, x_stride_1, x_stride_2, 0, 0)
+        mask = (offs_r < R)[:, None] & mask_c[None, :]
+        acc += tl.load(x_ptrs + offsets[:, None], mask=mask, other=0.0).to(ACC)
+        offs_r += BLOCK_R
+    y = tl.sum(acc, axis=0) / R
+    tl.store(y_ptr + (split * N + n) * C + offs_c, y.to(y_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def window_pixels(z, p, q, D, H, W, Z, P, Q):
+    """Pixels of a D x H x W volume in the window number z, p, q of Z x P x Q."""
+    slices = adaptive_end(z, D, Z) - adaptive_start(z, D, Z)
+    rows = adaptive_end(p, H, P) - adaptive_start(p, H, P)
+    columns = adaptive_end(q, W, Q) - adaptive_start(q, W, Q)
+    return slices * rows * columns
+
+
+@triton.jit
+def adaptive_avg_pool_kernel(
+    x_ptr, y_ptr,
+    C, D, H, W, Z, P, Q, NZPQ,
+    x_stride_n, x_stride_c, x_stride_d, x_stride_h, x_stride_w,
+    y_stride_n, y_stride_c, y_stride_z, y_stride_p, y_stride_q,
+    T, R, S,
+    GRADIENT: tl.constexpr,
+    INDEX_64: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """One program computes BLOCK_PIXELS outputs of BLOCK_C channels.
+
+    The windows that contain a pixel are those of the two sizes swapped: as GRADIENT the kernel
+    reads windows and writes pixels, and each window is divided by its own pixels.
+    """
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    offs_nzpq, offs_c = tile_indices(C, BLOCK_PIXELS, BLOCK_C, INDEX_64)
+    mask_nzpq = offs_nzpq < NZPQ
+    mask_c = (offs_c < C)[None, :]
+    n, z, p, q = split_index(offs_nzpq, Z, P, Q)
+    first_d, d_end = adaptive_start(z, D, Z), adaptive_end(z, D, Z)
+    first_h, h_end = adaptive_start(p, H, P), adaptive_end(p, H, P)
+    first_w, w_end = adaptive_start(q, W, Q), adaptive_end(q, W, Q)
+    x_ptrs = x_ptr + (n * x_stride_n)[:, None] + (offs_c * x_stride_c)[None, :]
+    acc = tl.zeros((BLOCK_PIXELS, BLOCK_C), dtype=ACC)
+    for i in tl.range(0, T * R * S, loop_unroll_factor=4):
+        d = first_d + i // S // R
+        h = first_h + i // S % R
+        w = first_w + i % S
+        inside = mask_nzpq & (d < d_end) & (h < h_end) & (w < w_end)
+        offsets = d * x_stride_d + h * x_stride_h + w * x_stride_w
+        x = tl.load(x_ptrs + offsets[:, None], mask=inside[:, None] & mask_c, other=0.0).to(ACC)
+        if GRADIENT:
+            x *= (1.0 / window_pixels(d, h, w, Z, P, Q, D, H, W).to(ACC))[:, None]
+        acc += x
+    if not GRADIENT:
+        acc /= window_pixels(z, p, q, D, H, W, Z, P, Q).to(ACC)[:, None]
+    offsets = n * y_stride_n + z * y_stride_z + p * y_stride_p + q * y_stride_q
+    y_ptrs = y_ptr + offsets[:, None] + (offs_c * y_stride_c)[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_nzpq[:, None] & mask_c)

@@ -1,0 +1,399 @@
+"""Adaptive average pooling: means over as many windows as the output has pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritorch import backend, binding, checks, launch
+from tritorch.ops import geometry, pool_function, strided, windows
+from tritorch.ops.geometry import is_channels_last
+from tritorch.ops.pool3d import in_format_of
+from tritorch.ops.reduce import accumulator_dtype, split_sum
+from tritorch.ops.strided import Layout
+from tritorch.ops.windows import Ints
+from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+
+kernels = launch.kernels("adaptive_pool")
+
+
+def adaptive_avg_pool1d_reference(input: Tensor, output_size: Ints) -> Tensor:
+    """The mean of each window."""
+    return F.adaptive_avg_pool1d(input, output_size)
+
+
+def adaptive_avg_pool2d_reference(input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
+    """The mean of each window."""
+    given: Any = output_size
+    return F.adaptive_avg_pool2d(input, given)
+
+
+def adaptive_avg_pool3d_reference(input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
+    """The mean of each window, in the input's memory format."""
+    given: Any = output_size
+    return in_format_of(input, lambda x: F.adaptive_avg_pool3d(x, given))
+
+
+def _means(input: Tensor) -> Tensor:
+    shape = (*input.shape[:2], *(1 for _ in input.shape[2:]))
+    return windows.empty(input, shape, is_channels_last(input), input.dtype)
+
+
+@binding.library_op("spatial_mean(Tensor input) -> Tensor", fake=_means)
+def _spatial_mean(input: Tensor) -> Tensor:
+    output = _means(input)
+    (n, c), pixels = input.shape[:2], math.prod(input.shape[2:])
+    channels_last = input.stride(1) == 1
+    if input.stride(0) == c * input.stride(1):
+        # the images are one of more channels, which is read in larger tiles
+        n, c = 1, n * c
+    nest = strided.nest_of("adaptive_avg_pool", input.shape[2:], input.stride()[2:])
+    config = launch.config(kernels.spatial_mean_config, channels_last, pixels)
+    programs = n * math.ceil(c / config.kwargs["BLOCK_C"])
+    steps = math.ceil(pixels / config.kwargs["BLOCK_R"])
+    splits, steps = geometry.split(programs, steps, 4)
+    partial = output
+    if splits > 1:
+        partial = input.new_empty((splits, n * c), dtype=accumulator_dtype(input.dtype))
+    launch.run(
+        kernels.spatial_mean_kernel,
+        (programs, splits),
+        input,
+        partial,
+        n,
+        c,
+        pixels,
+        steps,
+        *nest.sizes[1:3],
+        *input.stride()[:2],
+        *nest.strides[0][:3],
+        on=input,
+        config=config,
+        INDEX_64=nest.wide or geometry.is_wide(Layout.of(input)),
+    )
+    if splits > 1:
+        split_sum(partial, output)
+    return output
+
+
+class SpatialMean(torch.autograd.Function):
+    """The mean of every image: its gradient is an expanded view."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.shape = input.shape
+        output: Tensor = _spatial_mean(input)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        grad_input: Tensor = binding.apply(SpatialMeanBackward, grad_output, ctx.shape)
+        return grad_input
+
+
+class SpatialMeanBackward(torch.autograd.Function):
+    """The transpose of `SpatialMean`."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, shape: Sequence[int]) -> Tensor:
+        return (grad_output / math.prod(shape[2:])).expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return binding.apply(SpatialMean, grad), None
+
+
+def _pooled(input: Tensor, size: Sequence[int], channels_last: bool, gradient: bool) -> Tensor:
+    return windows.empty(input, (*input.shape[:2], *size), channels_last, input.dtype)
+
+
+@binding.library_op(
+    "adaptive_avg_pool(Tensor input, SymInt[] size, bool channels_last, bool gradient) -> Tensor",
+    fake=_pooled,
+)
+def _adaptive_avg_pool(
+    input: Tensor, size: Sequence[int], channels_last: bool, gradient: bool
+) -> Tensor:
+    output = _pooled(input, size, channels_last, gradient)
+    # an image is a volume of one slice
+    volumes = [x if x.dim() == 5 else x.unsqueeze(2) for x in (input, output)]
+    read, written = (tuple(volume.shape[2:]) for volume in volumes)
+    windows.run(
+        kernels.adaptive_avg_pool_kernel,
+        volumes,
+        (input.shape[1], *read, *written),
+        input.shape[0] * math.prod(size),
+        volumes,
+        tuple(map(windows.largest, read, written)),
+        wide=windows.multiplies_beyond_int32(read, written),
+        GRADIENT=gradient,
+    )
+    return output
+
+
+class AdaptiveAvgPool(torch.autograd.Function):
+    """Linear in its input; with `gradient` it is the transpose, which reads outputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, size: Sequence[int], channels_last: bool, gradient: bool
+    ) -> Tensor:
+        ctx.size, ctx.channels_last = input.shape[2:], is_channels_last(input)
+        ctx.gradient = gradient
+        output: Tensor = _adaptive_avg_pool(input, size, channels_last, gradient)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        grad_input = binding.apply(
+            AdaptiveAvgPool, grad_output, ctx.size, ctx.channels_last, not ctx.gradient
+        )
+        return grad_input, None, None, None
+
+
+def _mean(input: Tensor, size: Sequence[int]) -> Tensor:
+    """The kernels' means of images or volumes, batched or not, whose arguments are checked."""
+    batched = input.dim() == len(size) + 2
+    images = input if batched else input[None]
+    pixels = images.shape[2:]
+    window = windows.adaptive(pixels, size)
+    output: Tensor
+    if max(size) == 1:
+        output = binding.apply(SpatialMean, images)
+    elif windows.is_adaptive(window):
+        channels_last = is_channels_last(images)
+        output = binding.apply(AdaptiveAvgPool, images, size, channels_last, False)
+    else:
+        output = pool_function.avg_pool(images, window, size)
+    return output if batched else output[0]
+
+
+def _declined(size: Sequence[int]) -> str | None:
+    return "an output without pixels" if 0 in size else None
+
+
+def adaptive_avg_pool1d(input: Tensor, output_size: Ints) -> Tensor:
+    """The mean of each of `output_size` windows: `adaptive_avg_pool2d` along one axis.
+
+    Args:
+        input: (N, C, L) or (C, L), any strides; float32, float16, bfloat16 or float64 for the
+            kernels.
+        output_size: windows along a sequence.
+
+    Returns:
+        (N, C, output_size) or (C, output_size) in the input's dtype and order of strides.
+
+    Raises:
+        RuntimeError: an `output_size` that is several numbers or negative, an input of other
+            dimensions or of length 0.
+        TypeError: `input` is not a tensor, `output_size` not a number.
+
+    Source: `torch.nn.functional.adaptive_avg_pool1d`.
+    """
+    op = "adaptive_avg_pool1d"
+    checks.tensor(op, input=input)
+    size = windows.adaptive_size(op, input, output_size, 1, channels=False)
+    if not backend.runs_triton(op, input, declined=_declined(size)):
+        return adaptive_avg_pool1d_reference(input, output_size)
+    return _mean(input.unsqueeze(-2), (1, *size)).squeeze(-2)
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
+    """The mean of each of P x Q windows that cover the image.
+
+    Window i along H begins at floor(i * H / P) and ends before ceil((i + 1) * H / P): they overlap
+    where P does not divide H.  Sums are kept in float32 (float64 for float64) and rounded once.
+    The gradient of a global mean is an expanded view.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), any strides; float32, float16, bfloat16 or float64 for the
+            kernels.
+        output_size: P and Q, or one number for both; None keeps the input's size.
+
+    Returns:
+        (N, C, P, Q) or (C, P, Q) in the input's dtype and memory format.
+
+    Raises:
+        RuntimeError: an `output_size` of other than one number or two, or a negative one, an input
+            of other dimensions or with an image of size 0.
+        TypeError: `input` is not a tensor, `output_size` no numbers.
+
+    Source: `torch.nn.functional.adaptive_avg_pool2d`.
+    """
+    op = "adaptive_avg_pool2d"
+    checks.tensor(op, input=input)
+    size = windows.adaptive_size(op, input, output_size, 2, channels=False)
+    if not backend.runs_triton(op, input, declined=_declined(size)):
+        return adaptive_avg_pool2d_reference(input, output_size)
+    return _mean(input, size)
+
+
+def adaptive_avg_pool3d(input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
+    """The mean of each of Z x P x Q windows that cover the volume: as `adaptive_avg_pool2d`.
+
+    Args:
+        input: (N, C, D, H, W) or (C, D, H, W), any strides; float32, float16, bfloat16 or float64
+            for the kernels.
+        output_size: Z, P and Q, or one number for all; None keeps the input's size.
+
+    Returns:
+        (N, C, Z, P, Q) or (C, Z, P, Q) in the input's dtype and memory format, which torch loses.
+
+    Raises:
+        RuntimeError: an `output_size` of other than one number or three, or a negative one, an
+            input of other dimensions or with a size of 0 other than the first.
+        TypeError: `input` is not a tensor, `output_size` no numbers.
+
+    Source: `torch.nn.functional.adaptive_avg_pool3d`.
+    """
+    op = "adaptive_avg_pool3d"
+    checks.tensor(op, input=input)
+    size = windows.adaptive_size(op, input, output_size, 3)
+    if not backend.runs_triton(op, input, declined=_declined(size)):
+        return adaptive_avg_pool3d_reference(input, output_size)
+    return _mean(input, size)
+
+
+def _samples1d(make: Maker) -> Iterator[Sample]:
+    yield Sample("overlap", input=make(2, 5, 13), output_size=4, layouts=True)
+    yield Sample("global", input=make(2, 3, 9), output_size=(1,))
+    yield Sample("even", input=make(2, 3, 8), output_size=4)
+    yield Sample("unbatched", input=make(3, 9), output_size=2)
+    yield Sample("empty", input=make(0, 3, 5), output_size=2)
+    yield Sample("tiny", input=make(1, 2, 5), output_size=3, gradcheck=True)
+
+
+def _samples2d(make: Maker) -> Iterator[Sample]:
+    yield Sample("overlap", input=make(2, 5, 9, 7), output_size=(4, 3), layouts=True)
+    yield Sample("global", input=make(3, 5, 7, 7), output_size=1)
+    images = make(2, 17, 6, 5).to(memory_format=torch.channels_last)
+    yield Sample("global-channels-last", input=images, output_size=1)
+    # 5 tiles of pixels each, of which a program adds some
+    yield Sample("global-splits", input=make(1, 3, 64, 65), output_size=(1, 1))
+    yield Sample("even", input=images, output_size=(2, 5))
+    yield Sample("larger", input=make(1, 2, 3, 4), output_size=(5, 9))
+    yield Sample("kept", input=make(2, 3, 5, 8), output_size=(None, 3))
+    yield Sample("unbatched", input=make(3, 7, 5), output_size=(2, 1))
+    yield Sample("no-channels", input=make(2, 0, 4, 5), output_size=2)
+    yield Sample("empty", input=make(0, 3, 5, 5), output_size=1)
+    yield Sample("tiny", input=make(1, 1, 3, 4), output_size=(2, 3), gradcheck=True)
+    yield Sample("tiny-global", input=make(1, 2, 2, 3), output_size=1, gradcheck=True)
+
+
+def _samples3d(make: Maker) -> Iterator[Sample]:
+    yield Sample("overlap", input=make(2, 3, 5, 4, 7), output_size=(2, 3, 4), layouts=True)
+    volumes = make(2, 5, 3, 4, 2).to(memory_format=torch.channels_last_3d)
+    yield Sample("global", input=volumes, output_size=1)
+    yield Sample("even", input=volumes, output_size=(None, 2, 1))
+    yield Sample("unbatched", input=make(3, 4, 3, 5), output_size=2)
+    yield Sample("empty", input=make(0, 3, 2, 2, 2), output_size=1)
+    yield Sample("tiny", input=make(1, 1, 3, 2, 2), output_size=(2, 1, 2), gradcheck=True)
+
+
+def _workloads1d(make: Maker) -> Iterator[Sample]:
+    yield Sample("speech", input=make.empty(32, 512, 249), output_size=1)
+
+
+def _workloads2d(make: Maker) -> Iterator[Sample]:
+    images = make.empty(64, 2048, 7, 7)
+    yield Sample("resnet50", input=images, output_size=1)
+    images = images.to(memory_format=torch.channels_last)
+    yield Sample("resnet50-channels-last", input=images, output_size=1)
+    yield Sample("squeeze-excite", input=make.empty(32, 96, 112, 112), output_size=1)
+    images = make.empty(32, 512, 13, 13).to(memory_format=torch.channels_last)
+    yield Sample("vgg16-of-416", input=images, output_size=7)
+
+
+def _workloads3d(make: Maker) -> Iterator[Sample]:
+    yield Sample("r3d18", input=make.empty(16, 512, 2, 7, 7), output_size=1)
+    yield Sample("c3d", input=make.empty(8, 256, 9, 15, 15), output_size=(4, 7, 7))
+
+
+def _rejects(op: str, axes: int) -> Callable[[Maker], Iterator[Reject]]:
+    def rejects(make: Maker) -> Iterator[Reject]:
+        pixels = (5, 4, 3)[:axes]
+        x = make(2, 3, *pixels)
+        shape = rf"{op}: input must be \(N, C, "
+        several = f"{op}: output_size must be one integer or {axes} of them"
+        yield Reject("too-many", several, input=x, output_size=(2,) * (axes + 1))
+        yield Reject("negative", f"{op}: output_size must not be neg", input=x, output_size=-1)
+        yield Reject("nothing", f"{op}: output_size must be", input=x, output_size=None)
+        yield Reject("no-pixels", shape, input=make(2, 3, 0, *pixels[1:]), output_size=2)
+        yield Reject("few-axes", shape, input=make(*pixels), output_size=2)
+        yield Reject("many-axes", shape, input=make(1, 2, 3, *pixels), output_size=2)
+
+    return rejects
+
+
+def _cost(axes: int) -> Callable[..., dict[str, Cost]]:
+    def cost(input: Tensor, output_size: Any) -> dict[str, Cost]:
+        size = windows.adaptive_size("adaptive_avg_pool", input, output_size, axes, channels=False)
+        outputs = math.prod(input.shape[:-axes]) * math.prod(size)
+        forward = Cost(input.numel(), (input.numel() + outputs) * input.element_size())
+        # the gradient of a mean is a view
+        is_view = math.prod(size) == 1
+        backward = Cost(outputs, 2 * outputs * input.element_size()) if is_view else forward
+        return {"forward": forward, "backward": backward}
+
+    return cost
+
+
+_MEAN = ("adaptive_pool.spatial_mean_kernel", "adaptive_pool.adaptive_avg_pool_kernel")
+_EVEN2D = ("pool.avg_pool2d_forward_kernel", "pool.avg_pool2d_backward_kernel")
+
+register(
+    OpSpec(
+        name="adaptive_avg_pool1d",
+        op=adaptive_avg_pool1d,
+        reference=adaptive_avg_pool1d_reference,
+        kernels=(*_MEAN, *_EVEN2D),
+        gradients=("input",),
+        samples=_samples1d,
+        workloads=_workloads1d,
+        rejects=_rejects("adaptive_avg_pool1d", 1),
+        cost=_cost(1),
+        # linear, but a mean of integers is not exact
+        accuracy="composite",
+        source="torch.nn.functional.adaptive_avg_pool1d",
+        layers=("AdaptiveAvgPool1d",),
+    )
+)
+
+register(
+    OpSpec(
+        name="adaptive_avg_pool2d",
+        op=adaptive_avg_pool2d,
+        reference=adaptive_avg_pool2d_reference,
+        kernels=(*_MEAN, "reduce.split_sum_kernel", *_EVEN2D),
+        gradients=("input",),
+        samples=_samples2d,
+        workloads=_workloads2d,
+        rejects=_rejects("adaptive_avg_pool2d", 2),
+        cost=_cost(2),
+        accuracy="composite",
+        source="torch.nn.functional.adaptive_avg_pool2d",
+        layers=("AdaptiveAvgPool2d",),
+    )
+)
+
+register(
+    OpSpec(
+        name="adaptive_avg_pool3d",
+        op=adaptive_avg_pool3d,
+        reference=adaptive_avg_pool3d_reference,
+        kernels=(*_MEAN, "pool3d.avg_pool3d_forward_kernel", "pool3d.avg_pool3d_backward_kernel"),
+        gradients=("input",),
+        samples=_samples3d,
+        workloads=_workloads3d,
+        rejects=_rejects("adaptive_avg_pool3d", 3),
+        cost=_cost(3),
+        accuracy="composite",
+        source="torch.nn.functional.adaptive_avg_pool3d",
+        layers=("AdaptiveAvgPool3d",),
+    )
+)
