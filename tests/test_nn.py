@@ -125,6 +125,8 @@ CASES = [
     Case("GELU", {}, IMAGES),
     Case("GELU", {"approximate": "tanh"}, IMAGES),
     Case("Sigmoid", {}, IMAGES),
+    Case("Softmax", {"dim": 1}, IMAGES),
+    Case("LogSoftmax", {"dim": -1}, IMAGES),
     Case("Tanh", {}, IMAGES),
     Case("Hardswish", {"inplace": True}, IMAGES),
     Case("Hardsigmoid", {"inplace": True}, IMAGES),

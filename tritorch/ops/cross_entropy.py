@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, binding, checks
-from tritorch.ops import cross_entropy_function, loss
+from tritorch.ops import classes, cross_entropy_function, loss
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
 
@@ -85,8 +85,8 @@ def cross_entropy(
     if probabilities:
         _check_probabilities(input, target, ignore_index)
     else:
-        _check_indices(input, target)
-    _check_weight(input, target, weight, probabilities)
+        classes.check_indices(op, input, target, ", probabilities the input's")
+    classes.check_weight(op, input, weight, differentiable=probabilities)
     x, w = binding.autocast_to_float32(input, weight)
     y = target
     if probabilities:
@@ -107,10 +107,6 @@ def cross_entropy(
     return result[0] if input.dim() == 1 and reduction == "none" else result
 
 
-def _num_classes(input: Tensor) -> int:
-    return input.shape[min(1, input.dim() - 1)]
-
-
 def _check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> None:
     if not target.is_floating_point():
         checks.fail(
@@ -129,52 +125,8 @@ def _check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> No
         )
 
 
-def _check_indices(input: Tensor, target: Tensor) -> None:
-    shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else (1,)
-    if input.dim() == 1:
-        fits = target.dim() == 0 or target.shape == shape
-        as_many = target.dim() != 1
-    else:
-        fits = target.shape == shape
-        as_many = target.dim() > 0 and target.shape[0] == input.shape[0]
-    if not fits:
-        checks.fail(
-            RuntimeError if as_many else ValueError,
-            "cross_entropy",
-            f"class indices must have shape {shape}, probabilities the input's",
-            input=input,
-            target=target,
-        )
-    if target.dtype not in (torch.int64, torch.uint8):
-        checks.fail(
-            RuntimeError, "cross_entropy", "class indices must be int64 or uint8", target=target
-        )
-
-
-def _check_weight(
-    input: Tensor, target: Tensor, weight: Tensor | None, probabilities: bool
-) -> None:
-    if weight is None:
-        return
-    classes = _num_classes(input)
-    if weight.shape != (classes,):
-        checks.fail(
-            RuntimeError,
-            "cross_entropy",
-            f"weight must have one element for each of {classes} classes",
-            weight=weight,
-        )
-    if not probabilities and weight.requires_grad and torch.is_grad_enabled():
-        checks.fail(
-            RuntimeError,
-            "cross_entropy",
-            "with class indices no gradient flows to weight",
-            weight=weight,
-        )
-
-
 def _declined(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
-    if _num_classes(input) == 0:
+    if classes.count_of(input) == 0:
         return "no classes"
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         return "a weight that requires a gradient"
@@ -268,11 +220,10 @@ def _samples(make: Maker) -> Iterator[Sample]:
             reduction=reduction,
             label_smoothing=0.1 if reduction == "none" else 0.0,
         )
-    for classes in (1, 2, 10, 65, 1031, 1040):
-        rows = 129 if classes <= 10 else 5
-        yield sample(
-            f"{classes}-classes", make(rows, classes, scale=2.0), make.classes(rows, count=classes)
-        )
+    for count in (1, 2, 10, 65, 1031, 1040):
+        rows = 129 if count <= 10 else 5
+        target = make.classes(rows, count=count)
+        yield sample(f"{count}-classes", make(rows, count, scale=2.0), target)
     yield sample("long-rows", make(2, 8209), make.classes(2, count=8209), label_smoothing=0.1)
     yield sample("long-probabilities", make(3, 1031), probabilities(3, 1031), reduction="sum")
     yield sample("far-from-zero", make(5, 33) + 1000.0, make.classes(5, count=33))

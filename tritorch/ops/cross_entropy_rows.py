@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritorch import backend, binding, checks, launch
-from tritorch.ops import loss, strided
+from tritorch import binding, launch
+from tritorch.ops import classes, loss, strided
 from tritorch.ops.reduce import accumulator_dtype
 
 kernels = launch.kernels("cross_entropy")
@@ -65,7 +65,7 @@ def forward(
     )
     reduced, probabilities = reduction != "none", target.is_floating_point()
     if not probabilities:
-        _check_classes(input, target, ignore_index)
+        classes.check_range("cross_entropy", input, target, ignore_index)
     count = first_class(input).numel()
     config = config_of(input)
     programs = math.ceil(count / config.kwargs["BLOCK_N"])
@@ -234,20 +234,3 @@ def _alignment(config: Any, tensors: list[Tensor]) -> tuple[int, bool]:
     if align < width and alike and classes > 2 * config.kwargs["BLOCK_C"]:
         return width, True
     return align, False
-
-
-def _check_classes(input: Tensor, target: Tensor, ignore_index: int) -> None:
-    # on a GPU it would wait for the values: there the kernels turn such a loss into NaN
-    if input.is_cuda or not backend.INTERPRETING:
-        return
-    # an index of one byte would be compared with the ignored one in a byte
-    classes = target.long()
-    wrong = ((classes < 0) | (classes >= input.shape[1])) & (classes != ignore_index)
-    if bool(wrong.any()):
-        checks.fail(
-            IndexError,
-            "cross_entropy",
-            f"target {int(classes[wrong][0])} is out of bounds",
-            input=input,
-            target=target,
-        )

@@ -1,4 +1,4 @@
-"""One launch over many tensors: a table of their addresses, and the programs that own parts of it."""
+"""One launch over many tensors: a table of addresses, and the programs that own parts of it."""
 
 from __future__ import annotations
 
