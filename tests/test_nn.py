@@ -127,8 +127,6 @@ CASES = [
     Case("Sigmoid", {}, IMAGES),
     Case("Softmax", {"dim": 1}, IMAGES),
     Case("LogSoftmax", {"dim": -1}, IMAGES),
-    Case("Softmax", {"dim": 1}, IMAGES),
-    Case("LogSoftmax", {"dim": -1}, IMAGES),
     Case("Tanh", {}, IMAGES),
     Case("Hardswish", {"inplace": True}, IMAGES),
     Case("Hardsigmoid", {"inplace": True}, IMAGES),

@@ -240,16 +240,6 @@ class LogSoftmax(torch.nn.LogSoftmax):
         return ops.log_softmax(input, self.dim)
 
 
-class Softmax(torch.nn.Softmax):
-    def forward(self, input: Tensor) -> Tensor:
-        return ops.softmax(input, self.dim)
-
-
-class LogSoftmax(torch.nn.LogSoftmax):
-    def forward(self, input: Tensor) -> Tensor:
-        return ops.log_softmax(input, self.dim)
-
-
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return ops.cross_entropy(

@@ -70,18 +70,6 @@ def log_softmax(
     return ops.log_softmax(input, dim, dtype)
 
 
-def softmax(
-    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
-) -> Tensor:
-    return ops.softmax(input, dim, dtype)
-
-
-def log_softmax(
-    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
-) -> Tensor:
-    return ops.log_softmax(input, dim, dtype)
-
-
 def max_pool1d_with_indices(
     input: Tensor,
     kernel_size: Ints,

@@ -48,8 +48,6 @@ from tritorch.ops.pool3d import max_pool3d as max_pool3d
 from tritorch.ops.reduce import channel_sum as channel_sum
 from tritorch.ops.softmax import log_softmax as log_softmax
 from tritorch.ops.softmax import softmax as softmax
-from tritorch.ops.softmax import log_softmax as log_softmax
-from tritorch.ops.softmax import softmax as softmax
 
 
 def __getattr__(name: str) -> Any:

@@ -277,6 +277,7 @@ class LayerNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
     ) -> Tensor:
+        output: Tensor
         output, mean, rstd = _layer_norm_forward(input, normalized, weight, bias, eps)
         ctx.save_for_backward(input, weight, mean, rstd)
         ctx.normalized, ctx.eps = normalized, eps
