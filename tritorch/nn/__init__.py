@@ -240,6 +240,11 @@ class LogSoftmax(torch.nn.LogSoftmax):
         return ops.log_softmax(input, self.dim)
 
 
+class Dropout(torch.nn.Dropout):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.dropout(input, self.p, self.training, self.inplace)
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return ops.cross_entropy(

@@ -22,6 +22,7 @@ from tritorch.ops import avg_pool2d as avg_pool2d
 from tritorch.ops import avg_pool3d as avg_pool3d
 from tritorch.ops import batch_norm as batch_norm
 from tritorch.ops import conv2d as conv2d
+from tritorch.ops import dropout as dropout
 from tritorch.ops import gelu as gelu
 from tritorch.ops import hardsigmoid as hardsigmoid
 from tritorch.ops import hardswish as hardswish

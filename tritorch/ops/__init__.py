@@ -29,6 +29,7 @@ from tritorch.ops.binary_cross_entropy import (
 )
 from tritorch.ops.conv import conv2d as conv2d
 from tritorch.ops.cross_entropy import cross_entropy as cross_entropy
+from tritorch.ops.dropout import dropout as dropout
 from tritorch.ops.l1_loss import huber_loss as huber_loss
 from tritorch.ops.l1_loss import l1_loss as l1_loss
 from tritorch.ops.l1_loss import smooth_l1_loss as smooth_l1_loss
