@@ -88,14 +88,15 @@ def matmul_kernel(
     mask_n = tile_n < N - pid_n * BLOCK_N
     a_offsets = tile_m[:, None] * a_stride_m + tile_k[None, :] * a_stride_k
     b_offsets = tile_k[:, None] * b_stride_k + tile_n[None, :] * b_stride_n
+    advance = tl.full((), BLOCK_K, OFFSET)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for step in range(STEPS):
         mask_k = tile_k < K - first_k - step * BLOCK_K
         a = tl.load(a_ptr + a_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         b = tl.load(b_ptr + b_offsets, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
-        a_ptr += BLOCK_K * a_stride_k
-        b_ptr += BLOCK_K * b_stride_k
+        a_ptr += advance * a_stride_k
+        b_ptr += advance * b_stride_k
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
         bias_ptrs = bias_ptr + offs_n.to(tl.int64) * bias_stride
