@@ -35,6 +35,16 @@ CONV2D_CONFIGS = {
     8: (_tile(64, 32, 16, 4, 2),),
 }
 
+# float32 that is not TF32: products are FMA, whose operands take the registers of the deeper tiles
+CONV2D_FULL_CONFIGS = {
+    4: (
+        _tile(128, 128, 16, 8, 3, 255),
+        _tile(128, 64, 32, 8, 3, 255),
+        _tile(64, 64, 16, 4, 3, 255),
+        _tile(128, 32, 16, 8, 3, 255),
+    ),
+}
+
 # for operands gathered element by element: each has an address of its own, so fewer per thread
 CONV2D_GATHER_CONFIGS = {
     2: (_tile(128, 64, 32, 8, 3, 255), _tile(64, 32, 32, 4, 3, 255)),
@@ -63,7 +73,16 @@ ENOUGH_TILES = 96
 def conv2d_config(npq, k, groups, itemsize):
     """The largest tile that is not mostly empty and of which there are enough."""
     configs = CONV2D_CONFIGS[itemsize]
-    if itemsize == 8 or k <= 32:
+    return configs[-1] if itemsize == 8 else _largest(configs, npq, k, groups)
+
+
+def conv2d_full_config(npq, k, groups, itemsize):
+    """The same of float32 in full precision."""
+    return _largest(CONV2D_FULL_CONFIGS[itemsize], npq, k, groups)
+
+
+def _largest(configs, npq, k, groups):
+    if k <= 32:
         return configs[-1]
     for config in configs[:-2]:
         sizes = config.kwargs

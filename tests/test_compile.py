@@ -101,6 +101,24 @@ def test_every_configuration_compiles_without_spills(spec, dtype, target):
             check(compiled(spec, target, dtype, sample.arguments), target)
 
 
+@pytest.mark.parametrize("target", sorted(dry.TARGETS))
+def test_full_float32_compiles_without_spills(target):
+    """What torch's default, TF32 in convolutions, would not choose."""
+    flags = torch.backends.cudnn.conv
+    before, flags.fp32_precision = flags.fp32_precision, "ieee"
+    try:
+        spec = next(spec for spec in specs() if spec.name == "conv2d")
+        for sample in spec.workloads(Maker(torch.float32)):
+            check(compiled(spec, target, torch.float32, sample.arguments), target)
+        sample = next(iter(spec.workloads(Maker(torch.float32))))
+        for name, entry in configurations.entries(spec, torch.float32):
+            if name == "conv2d_full_config":
+                with launch.override(name, entry):
+                    check(compiled(spec, target, torch.float32, sample.arguments), target)
+    finally:
+        flags.fp32_precision = before
+
+
 @pytest.fixture
 def only_recorded(monkeypatch):
     """Launches are recorded and neither compiled nor run; the results are uninitialised memory."""

@@ -47,7 +47,9 @@ def convolve(
     if weight.stride(1) != 1 and weight.shape[1] % 8 == 0:
         # channels along memory: one copy of the small operand, where every tile would gather it
         weight = weight.contiguous(memory_format=torch.channels_last)
-    plan = _plan_convolve(*map(Layout.of, (x, weight, y)), geometry, transposed)
+    precision = launch.input_precision(x.dtype, "conv")
+    full = x.dtype == torch.float32 and precision == "ieee"
+    plan = _plan_convolve(*map(Layout.of, (x, weight, y)), geometry, transposed, full)
     target = y
     if plan.splits > 1:
         shape, order = (plan.splits, *y.shape), (y.numel(), *y.stride())
@@ -66,7 +68,7 @@ def convolve(
         on=y,
         config=plan.config,
         HAS_BIAS=bias is not None,
-        INPUT_PRECISION=launch.input_precision(x.dtype, "conv"),
+        INPUT_PRECISION=precision,
         **plan.constants,
     )
     if plan.splits > 1:
@@ -75,7 +77,7 @@ def convolve(
 
 @launch.planned
 def _plan_convolve(
-    x: Layout, weight: Layout, y: Layout, geometry: Geometry, transposed: bool
+    x: Layout, weight: Layout, y: Layout, geometry: Geometry, transposed: bool, full: bool
 ) -> _Plan:
     groups = geometry.groups
     w = oriented(weight, groups, transposed)
@@ -91,7 +93,8 @@ def _plan_convolve(
     unit = vector_unit(x, y, w.read, w.written, *(s for s in w.strides if s != 1))
     if unit > 1:
         tiles = groups * residues
-        config = launch.config(kernels.conv2d_config, pixels, w.written, tiles, x.itemsize)
+        choose = kernels.conv2d_full_config if full else kernels.conv2d_config
+        config = launch.config(choose, pixels, w.written, tiles, x.itemsize)
     else:
         config = launch.config(kernels.conv2d_gather_config, pixels, w.written, x.itemsize)
     block_npq, block_k, block_crs = (config.kwargs[f"BLOCK_{axes}"] for axes in ("NPQ", "K", "CRS"))

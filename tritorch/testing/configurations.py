@@ -19,7 +19,7 @@ def entries(spec: OpSpec, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     """
     for family in sorted({kernel.partition(".")[0] for kernel in spec.kernels}):
         for name, table in _tables(family).items():
-            by_dtype = table[dtype.itemsize] if isinstance(table, dict) else table
+            by_dtype = table.get(dtype.itemsize, ()) if isinstance(table, dict) else table
             for entry in by_dtype:
                 yield name, entry
 
