@@ -20,6 +20,7 @@ from tritorch.testing import (
     battery,
     battery_gpu,
     battery_torch,
+    calls,
     cases,
     describe,
     hosting,
@@ -310,13 +311,14 @@ class Examination:
     def _layouts(self, typical: Case) -> Iterator[Step]:
         subject, order = self.subject, self.watch
         for name, value in typical.arguments(subject).items():
-            if not isinstance(value, Tensor) or value.dim() == 0:
+            tensors = calls.tensors_of(value)
+            if not tensors or tensors[0].dim() == 0:
                 continue
             for layout in cases.LAYOUTS:
                 # an expanded tensor cannot be written to
                 if layout == "expanded" and name in subject.mutates:
                     continue
-                if layout == "channels_last" and value.dim() not in (4, 5):
+                if layout == "channels_last" and tensors[0].dim() not in (4, 5):
                     continue
                 one = replace(typical, layout=(name, layout))
                 yield Step("layouts", one, partial(battery.values, subject, one, order=order))

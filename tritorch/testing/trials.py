@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class Case:
             found[name] = with_special(_tensor(found[name]), number, self.special_at)
         if self.layout is not None:
             name, layout = self.layout
-            found[name] = cases.relayout(_tensor(found[name]), layout)
+            found[name] = calls.map_tensors(found[name], partial(cases.relayout, layout=layout))
         return found
 
     def gradient(self, subject: Subject) -> Callable[[Tensor], Tensor]:
