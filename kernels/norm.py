@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from tritorch.kernels.activation import activate
+from tritorch.kernels.activation import activate, activation_gradient
 from tritorch.kernels.tiles import strided_offsets
 
 
@@ -165,13 +165,16 @@ def move_running(ptr, stride, offs_c, mask_c, value, momentum):
 
 @triton.jit
 def batch_norm_gather_stats_kernel(
-    statistics_ptr, running_mean_ptr, running_var_ptr, mean_ptr, var_ptr,
+    statistics_ptr, running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, moments_ptr,
     S, C,
     running_mean_stride, running_var_stride,
     momentum: tl.float64,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """One program merges the S slices of its channels and moves their running statistics, once."""
+    """One program merges the S slices of its channels and moves their running statistics, once.
+
+    With moments_ptr it writes mean, squared deviations and count, as of one slice.
+    """
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -202,8 +205,13 @@ def batch_norm_gather_stats_kernel(
     # rounding may leave a tiny negative one; NaN stays
     squares = tl.where(squares < 0, 0.0, squares)
     mean = tl.where(error == error, mean + error, mean)
-    tl.store(mean_ptr + offs_c, mean, mask=mask_c)
-    tl.store(var_ptr + offs_c, squares / count, mask=mask_c)
+    if moments_ptr is not None:
+        tl.store(moments_ptr + offs_c, mean, mask=mask_c)
+        tl.store(moments_ptr + C + offs_c, squares, mask=mask_c)
+        tl.store(moments_ptr + 2 * C + offs_c, count, mask=mask_c)
+    else:
+        tl.store(mean_ptr + offs_c, mean, mask=mask_c)
+        tl.store(var_ptr + offs_c, squares / count, mask=mask_c)
     if running_mean_ptr is not None:
         move_running(running_mean_ptr, running_mean_stride, offs_c, mask_c, mean, momentum)
         unbiased = squares / (count - 1.0)
@@ -253,28 +261,34 @@ def batch_norm_forward_kernel(
 
 
 @triton.jit
-def mask_by_output(grad, y, DTYPE: tl.constexpr):
-    """The gradient where ReLU let its input pass; y as stored, since it may underflow there."""
-    return tl.where(y.to(DTYPE).to(grad.dtype) <= 0, tl.zeros_like(grad), grad)
+def gradient_of_sum(
+    grad, y, ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr, DTYPE: tl.constexpr,
+):
+    """The gradient before the activation of y, which is in float32 what it was applied to."""
+    if FROM_OUTPUT:
+        # the output as stored, since it may underflow there
+        y = activate(y, ACTIVATION).to(DTYPE).to(grad.dtype)
+    return activation_gradient(grad, y, ACTIVATION)
 
 
 @triton.jit
 def batch_norm_backward_reduce_kernel(
-    grad_y_ptr, y_ptr, x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, masked_ptr, sums_ptr,
+    grad_y_ptr, saved_ptr, x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, masked_ptr, sums_ptr,
     C, R, STEPS, size_1, size_2, size_3, size_4,
     grad_y_stride_c, grad_y_stride_0, grad_y_stride_1,
     grad_y_stride_2, grad_y_stride_3, grad_y_stride_4,
-    y_stride_c, y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4,
+    saved_stride_c, saved_stride_0, saved_stride_1, saved_stride_2, saved_stride_3, saved_stride_4,
     masked_stride_c, masked_stride_0, masked_stride_1,
     masked_stride_2, masked_stride_3, masked_stride_4,
     x_stride_c, x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
     eps: tl.float64,
-    ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr,
+    ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr, INDEX_64: tl.constexpr,
     VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One program sums grad_y and grad_y * normalised x over STEPS tiles of its channels.
 
-    ACTIVATION masks grad_y by y computed again.  With y_ptr it is masked by y itself, and written.
+    grad_y goes back through ACTIVATION, whose operand is computed again.  With saved_ptr, the
+    output (FROM_OUTPUT) or else the residual, what comes of it is written too.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     split, offs_r, offs_c = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
@@ -296,21 +310,23 @@ def batch_norm_backward_reduce_kernel(
                                x_stride_2, x_stride_3, x_stride_4,
                                VECTOR_R, VECTOR_C)
         deviation = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC) - mean[None, :]
-        if ACTIVATION == "relu":
-            y = deviation * scale[None, :] + bias[None, :]
-            grad = mask_by_output(grad, y, x_ptr.dtype.element_ty)
-        if y_ptr is not None:
+        if saved_ptr is not None:
             offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
-                                   y_stride_c, y_stride_0, y_stride_1,
-                                   y_stride_2, y_stride_3, y_stride_4,
+                                   saved_stride_c, saved_stride_0, saved_stride_1,
+                                   saved_stride_2, saved_stride_3, saved_stride_4,
                                    VECTOR_R, VECTOR_C)
-            y = tl.load(y_ptr + offsets, mask=mask, other=0.0)
-            grad = mask_by_output(grad, y, y_ptr.dtype.element_ty)
+            saved = tl.load(saved_ptr + offsets, mask=mask, other=0.0).to(ACC)
+            if not FROM_OUTPUT:
+                saved += deviation * scale[None, :] + bias[None, :]
+            grad = activation_gradient(grad, saved, ACTIVATION)
             offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                    masked_stride_c, masked_stride_0, masked_stride_1,
                                    masked_stride_2, masked_stride_3, masked_stride_4,
                                    VECTOR_R, VECTOR_C)
             tl.store(masked_ptr + offsets, grad.to(masked_ptr.dtype.element_ty), mask=mask)
+        elif ACTIVATION is not None:
+            y = deviation * scale[None, :] + bias[None, :]
+            grad = gradient_of_sum(grad, y, ACTIVATION, FROM_OUTPUT, x_ptr.dtype.element_ty)
         grad_sum += grad
         product_sum += grad * deviation
         offs_r += BLOCK_R
@@ -330,7 +346,7 @@ def batch_norm_grad_input_kernel(
     grad_x_stride_c, grad_x_stride_0, grad_x_stride_1,
     grad_x_stride_2, grad_x_stride_3, grad_x_stride_4,
     eps: tl.float64,
-    ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr,
+    ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr, INDEX_64: tl.constexpr,
     VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One program computes STEPS tiles of the gradient of x; sums are None for fixed statistics."""
@@ -356,9 +372,9 @@ def batch_norm_grad_input_kernel(
                                    x_stride_2, x_stride_3, x_stride_4,
                                    VECTOR_R, VECTOR_C)
             deviation = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC) - mean[None, :]
-            if ACTIVATION == "relu":
+            if ACTIVATION is not None:
                 y = deviation * scale[None, :] + bias[None, :]
-                grad = mask_by_output(grad, y, x_ptr.dtype.element_ty)
+                grad = gradient_of_sum(grad, y, ACTIVATION, FROM_OUTPUT, x_ptr.dtype.element_ty)
             if sums_ptr is not None:
                 grad -= grad_mean[None, :] + deviation * slope[None, :]
         grad_x = (grad * scale[None, :]).to(grad_x_ptr.dtype.element_ty)

@@ -30,10 +30,10 @@ from tritorch.ops.binary_cross_entropy import (
 from tritorch.ops.conv import conv2d as conv2d
 from tritorch.ops.cross_entropy import cross_entropy as cross_entropy
 from tritorch.ops.dropout import dropout as dropout
+from tritorch.ops.group_norm import group_norm as group_norm
 from tritorch.ops.l1_loss import huber_loss as huber_loss
 from tritorch.ops.l1_loss import l1_loss as l1_loss
 from tritorch.ops.l1_loss import smooth_l1_loss as smooth_l1_loss
-from tritorch.ops.group_norm import group_norm as group_norm
 from tritorch.ops.layer_norm import layer_norm as layer_norm
 from tritorch.ops.matmul import linear as linear
 from tritorch.ops.matmul import matmul as matmul

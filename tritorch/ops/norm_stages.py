@@ -1,7 +1,15 @@
 """The stages of batch normalisation as library ops, named like torch's own.
 
-Statistics, pass over the input, sums of the gradient, pass over the gradient: each is a whole, so
-that a normalisation over several devices can exchange statistics and sums in between.
+Each is a whole, so that a normalisation over several devices can put a reduction between them:
+
+    moments = batch_norm_moments(input)              # (3, C) on each device: one all-gather
+    mean, var = batch_norm_gather_stats(moments of all, running_mean, running_var, momentum)
+    output = batch_norm_elemt(input, residual, mean, var, weight, bias, eps, activation)
+
+    sums, grad = batch_norm_backward_reduce(...)     # (2, C) on each device: one all-reduce
+    grad_input = batch_norm_backward_elemt(..., sums of all, count of all, ...)
+
+The gradients of bias and weight are the two rows of a device's own sums.
 """
 
 from __future__ import annotations
@@ -15,6 +23,7 @@ from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import strided
+from tritorch.ops.activation import needs_output
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype
 from tritorch.ops.strided import Layout
 
@@ -121,10 +130,15 @@ def batch_norm_stats(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel; moves the running ones once."""
     mean, var = _stats_outputs(input, running_mean, running_var, momentum)
+    _merge(_statistics(input), running_mean, running_var, mean, var, None, momentum)
+    return mean, var
+
+
+def _statistics(input: Tensor) -> Tensor:
+    """Mean, sum of squared deviations and count of each channel of each slice, (slices, 3, C)."""
     walk = _walk(input, reduces=True)
-    channels = input.shape[1]
-    # mean, sum of squared deviations and count of each slice
-    statistics = mean.new_empty((walk.slices, 3, channels))
+    dtype = accumulator_dtype(input.dtype)
+    statistics = input.new_empty((walk.slices, 3, input.shape[1]), dtype=dtype)
     launch.run(
         kernels.batch_norm_stats_kernel,
         (walk.programs,),
@@ -136,6 +150,20 @@ def batch_norm_stats(
         config=walk.config,
         **walk.constants,
     )
+    return statistics
+
+
+def _merge(
+    statistics: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    moments: Tensor | None,
+    momentum: float,
+) -> None:
+    """Writes mean and var, or moments; moves the running statistics once."""
+    slices, _, channels = statistics.shape
     launch.run(
         kernels.batch_norm_gather_stats_kernel,
         (math.ceil(channels / kernels.BLOCK_C),),
@@ -144,12 +172,13 @@ def batch_norm_stats(
         running_var,
         mean,
         var,
-        walk.slices,
+        moments,
+        slices,
         channels,
         running_mean.stride(0) if running_mean is not None else 0,
         running_var.stride(0) if running_var is not None else 0,
         momentum,
-        on=input,
+        on=statistics,
         BLOCK_S=kernels.BLOCK_S,
         BLOCK_C=kernels.BLOCK_C,
         num_warps=kernels.MERGE_WARPS,
@@ -158,6 +187,47 @@ def batch_norm_stats(
         # the dispatcher does not count what a kernel writes, and inference tensors are not counted
         if running is not None and not running.is_inference():
             torch.autograd.graph.increment_version(running)
+
+
+def _moments_output(input: Tensor) -> Tensor:
+    return input.new_empty((3, input.shape[1]), dtype=accumulator_dtype(input.dtype))
+
+
+@binding.library_op("batch_norm_moments(Tensor input) -> Tensor", fake=_moments_output)
+def batch_norm_moments(input: Tensor) -> Tensor:
+    """Mean, sum of squared deviations and count of each channel: (3, C) float32, or float64.
+
+    `input` is (N, C, ...) of any strides; without elements all three are 0, and weigh nothing.
+    """
+    moments = _moments_output(input)
+    if input.numel() == 0:
+        return moments.zero_()
+    _merge(_statistics(input), None, None, None, None, moments, 0.0)
+    return moments
+
+
+def _gather_outputs(
+    moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    channels = moments.shape[2:]
+    return moments.new_empty(channels), moments.new_empty(channels)
+
+
+@binding.library_op(
+    "batch_norm_gather_stats(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " float momentum) -> (Tensor, Tensor)",
+    fake=_gather_outputs,
+)
+def batch_norm_gather_stats(
+    moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) over all parts of a batch; moves the running ones once.
+
+    `moments` is (parts, 3, C), what `batch_norm_moments` says of each part; their order decides how
+    the sums round.  The running variance moves towards the unbiased one of the whole.
+    """
+    mean, var = _gather_outputs(moments, running_mean, running_var, momentum)
+    _merge(moments.contiguous(), running_mean, running_var, mean, var, None, momentum)
     return mean, var
 
 
@@ -176,7 +246,10 @@ def batch_norm_elemt(
     eps: float,
     activation: str | None,
 ) -> Tensor:
-    """activation((input - mean) / sqrt(var + eps) * weight + bias + residual)."""
+    """activation((input - mean) / sqrt(var + eps) * weight + bias + residual), rounded once.
+
+    `mean`, `var`, `weight` and `bias` are (C,); the output has the input's order of dimensions.
+    """
     output = strided.empty_like(input)
     walk = _walk(input, residual, output, reduces=False)
     launch.run(
@@ -197,25 +270,21 @@ def batch_norm_elemt(
     return output
 
 
-def _masked_output(input: Tensor, output: Tensor | None) -> Tensor:
-    return strided.empty_like(input) if output is not None else input.new_empty((0,))
-
-
 def _reduce_outputs(
-    grad_output: Tensor, output: Tensor | None, input: Tensor, *others: Any
+    grad_output: Tensor, saved: Tensor | None, input: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
     sums = input.new_empty((2, input.shape[1]), dtype=accumulator_dtype(input.dtype))
-    return sums, _masked_output(input, output)
+    return sums, input.new_empty((0,)) if saved is None else strided.empty_like(input)
 
 
 @binding.library_op(
-    "batch_norm_backward_reduce(Tensor grad_output, Tensor? output, Tensor input, Tensor mean,"
+    "batch_norm_backward_reduce(Tensor grad_output, Tensor? saved, Tensor input, Tensor mean,"
     " Tensor var, Tensor? weight, Tensor? bias, float eps, str? activation) -> (Tensor, Tensor)",
     fake=_reduce_outputs,
 )
 def batch_norm_backward_reduce(
     grad_output: Tensor,
-    output: Tensor | None,
+    saved: Tensor | None,
     input: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -226,19 +295,20 @@ def batch_norm_backward_reduce(
 ) -> tuple[Tensor, Tensor]:
     """Sums (2, C) of g and of g * normalised input; g is the gradient before the activation.
 
-    `activation` finds g from the output computed again; a given `output` does too, and returns g.
+    Without a residual `saved` is None, and the activation's operand is computed again.  With one it
+    is the output where `needs_output(activation)`, else the residual, and g is returned too.
     """
-    masked = _masked_output(input, output)
-    written = masked if output is not None else None
-    walk = _walk(grad_output, output, written, input, reduces=True)
-    partial = input.new_empty(
-        (walk.slices, 2, input.shape[1]), dtype=accumulator_dtype(input.dtype)
-    )
+    sums, masked = _reduce_outputs(grad_output, saved, input)
+    written = None if saved is None else masked
+    walk = _walk(grad_output, saved, written, input, reduces=True)
+    partial = sums
+    if walk.slices > 1:
+        partial = sums.new_empty((walk.slices, *sums.shape))
     launch.run(
         kernels.batch_norm_backward_reduce_kernel,
         (walk.programs,),
         grad_output,
-        output,
+        saved,
         input,
         *map(_contiguous, (mean, var, weight, bias)),
         written,
@@ -249,12 +319,13 @@ def batch_norm_backward_reduce(
         on=input,
         config=walk.config,
         ACTIVATION=activation,
+        FROM_OUTPUT=activation is not None and needs_output(activation),
         **walk.constants,
     )
-    if walk.slices == 1:
-        return partial[0], masked
-    sums: Tensor = binding.apply(ChannelSum, partial.view(walk.slices, -1), 1)
-    return sums.view(2, -1), masked
+    if partial is not sums:
+        total: Tensor = binding.apply(ChannelSum, partial.view(walk.slices, -1), 1)
+        sums = total.view(2, -1)
+    return sums, masked
 
 
 @binding.library_op(
@@ -278,7 +349,13 @@ def batch_norm_backward_elemt(
     eps: float,
     activation: str | None,
 ) -> Tensor:
-    """Gradient of the input; `sums` over `count` elements where mean and variance depend on it."""
+    """Gradient of the input, of the given strides.
+
+    `sums` are those of `batch_norm_backward_reduce` over `count` elements of each channel, or None
+    where mean and variance do not depend on the input.  Where only the GPU knows the count, `sums`
+    are divided by it and `count` is 1.  `activation` is None for a gradient from before it, and
+    else its operand is computed again.
+    """
     grad_input = grad_output.new_empty_strided(grad_output.shape, stride)
     walk = _walk(grad_output, input, grad_input, reduces=False)
     launch.run(
@@ -296,6 +373,7 @@ def batch_norm_backward_elemt(
         on=grad_output,
         config=walk.config,
         ACTIVATION=activation,
+        FROM_OUTPUT=activation is not None and needs_output(activation),
         **walk.constants,
     )
     return grad_input
