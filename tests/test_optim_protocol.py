@@ -50,6 +50,19 @@ class Run:
         return [param.tolist() for param in self.params]
 
 
+def test_a_trajectory_written_out(device, kernels):
+    """The first gradient is not dampened, the decay is part of the gradient."""
+    param = nn.Parameter(torch.ones((), dtype=torch.float64, device=device))
+    optimizer = optim.SGD([param], lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1)
+    seen = []
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        seen.append(param.item())
+    assert seen == pytest.approx([0.89, 0.73655, 0.54476225], rel=1e-9)
+    assert optim.SGD([param]).defaults["lr"] == 1e-3
+
+
 def test_zero_grad(device, kernels):
     run = Run(optim, device).step()
     run.optimizer.zero_grad(set_to_none=False)
