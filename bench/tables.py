@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import tritorch.ops  # noqa: F401  declares the specs
-from tritorch.registry import OpSpec, specs
+from tritorch.registry import Maker, OpSpec, specs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -32,18 +32,40 @@ _SHORT = {
 
 
 def ops_table() -> str:
-    """One row per op: its layers, kernels, dtypes and second gradient."""
+    """One row per layer, then one per op without: its kernels, dtypes, layouts, second gradient."""
+    with_layer = [(f"`{layer}`", spec) for spec in specs() for layer in spec.layers]
+    without = [(spec.notes or "", spec) for spec in specs() if not spec.layers]
+    ordered = [*sorted(with_layer, key=_named), *sorted(without, key=_named)]
     rows = [
         (
+            layer,
             f"`{spec.name}`",
-            ", ".join(f"`{layer}`" for layer in spec.layers) or spec.notes or "",
             _kernels(spec),
             " ".join(_SHORT[dtype] for dtype in spec.dtypes),
+            _layouts(spec),
             _second_gradient(spec),
         )
-        for spec in sorted(specs(), key=lambda spec: spec.name)
+        for layer, spec in ordered
     ]
-    return _markdown(("op", "layers", "kernels", "dtypes", "double backward"), rows)
+    return _markdown(("layer", "op", "kernels", "dtypes", "layouts", "double backward"), rows)
+
+
+def _named(row: tuple[str, OpSpec]) -> tuple[str, str]:
+    return row[0].lower(), row[1].name
+
+
+def _layouts(spec: OpSpec) -> str:
+    """What becomes of the layout of images: every op takes any strides."""
+    dims = {
+        value.dim()
+        for sample in spec.samples(Maker(spec.dtypes[0], "meta"))
+        for value in sample.arguments.values()
+        if isinstance(value, torch.Tensor)
+    }
+    if not dims & {4, 5} or not spec.layers:
+        return "any strides"
+    kept = "channels_last kept" if spec.keeps_format else "the input's kept"
+    return f"any strides, {kept}"
 
 
 def _kernels(spec: OpSpec) -> str:

@@ -1,5 +1,6 @@
 """The README's tables are those of the code, and its examples run."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tritorch.nn
 from tritorch.bench import tables
 
 pytestmark = pytest.mark.reference
@@ -18,6 +20,16 @@ def test_tables_are_fresh():
     text = README.read_text()
     assert set(re.findall(r"<!-- table: ([a-z-]+) -->", text)) == set(tables.TABLES)
     assert tables.regenerated(text) == text, "run python -m tritorch.bench.tables README.md"
+
+
+def test_every_layer_has_a_row():
+    layers = {
+        name
+        for name, layer in vars(tritorch.nn).items()
+        if inspect.isclass(layer) and layer.__module__ == "tritorch.nn"
+    }
+    first = {line.split("|")[1].strip(" `") for line in tables.ops_table().splitlines()[2:]}
+    assert layers == {name for name in first if hasattr(torch.nn, name)}
 
 
 def test_a_stale_table_is_seen():
