@@ -66,6 +66,7 @@ def test_a_stale_entry_is_an_error(source, occurrence, number):
 def defect(**fields):
     given = {"id": "one", "family": "x", "file": "kernels/x.py", "before": "a = 1"}
     given |= {"after": "a = 2", "kind": "off by one", "defect": "", "ops": (), "survives": ""}
+    given["unchecked"] = ""
     return catalogue.Mutant(**given, **fields)
 
 
@@ -79,6 +80,16 @@ def test_the_table_is_that_of_the_result():
     rows = list(report.read(report.RESULT).values())
     text = report.GUIDE.read_text()
     assert report.regenerated(text, rows) == text, "run python -m tests.mutation.run"
+
+
+def test_what_a_check_does_not_find_is_explained():
+    rows = report.read(report.RESULT)
+    alive = {i for i, r in rows.items() if not r.get("check", {}).get("killed", True)}
+    unexplained = {mutant.id for mutant in MUTANTS if not mutant.unchecked}
+    assert not {i for i in alive if "survives" not in rows[i]} & unexplained
+    # and what it does find needs no excuse
+    killed = {i for i, r in rows.items() if r.get("check", {}).get("killed")}
+    assert killed <= unexplained
 
 
 def test_the_totals_are_those_of_the_rows():

@@ -20,7 +20,8 @@ class Mutant:
     `before` and `after` are without their indentation.  `function` narrows the search to the
     functions of that name, "" to nothing; `occurrence` picks one of several equal lines, from 1,
     and is 0 where there is one.  `kind`: the class of the defect.  `ops`: the ops that show it.
-    `survives`: why no test can see it; empty for all that a test must.
+    `survives`: why no test can see it; empty for all that a test must.  `unchecked`: why
+    `tritorch check` does not, where a test does.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Mutant:
     defect: str
     ops: tuple[str, ...]
     survives: str
+    unchecked: str
 
     def line(self, source: str) -> int:
         """The line, from 1, that it replaces in `source`.
@@ -80,6 +82,7 @@ def read(folder: Path = FOLDER) -> list[Mutant]:
         - the line
         + the line that replaces it
         survives: why no test can see it
+        unchecked: why a check does not see it
 
     without `in` it is searched for in the whole file.  `family`, `file` and, before the first
     entry of a file, `ops` hold for what follows.
@@ -98,7 +101,7 @@ def _parsed(text: str) -> Iterator[Mutant]:
                 entry["kind"], _, entry["defect"] = value.partition(": ")
             elif key in ("-", "+"):
                 entry["before" if key == "-" else "after"] = value.strip()
-            elif key in ("family:", "file:", "ops:", "in:", "survives:"):
+            elif key in ("family:", "file:", "ops:", "in:", "survives:", "unchecked:"):
                 entry[key.removesuffix(":")] = value
             else:
                 raise ValueError(f"catalogue: cannot read {line!r}")
@@ -119,4 +122,5 @@ def _parsed(text: str) -> Iterator[Mutant]:
             defect=fields["defect"],
             ops=tuple(fields["ops"].split()),
             survives=fields.get("survives", ""),
+            unchecked=fields.get("unchecked", ""),
         )

@@ -59,7 +59,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{counts[half]['killed']} of {counts[half]['measured']}" for half in ("suite", "check")
         ]
         lines.append(f"| {name} | {len(some)} | {' | '.join(seen)} |")
+    lines += ["", *_missed(rows)]
     return "\n".join(lines) + "\n"
+
+
+def _missed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each defect that a check does not find, with the reason."""
+    alive = [
+        row for row in rows if "survives" not in row and not row.get("check", {}).get("killed", 1)
+    ]
+    if not alive:
+        return []
+    reasons = {mutant.id: mutant.unchecked for mutant in catalogue.read()}
+    said = [f"- `{row['id']}`, {row['defect']}: {reasons.get(row['id'], '')}." for row in alive]
+    return ["What `tritorch check` does not find:", "", *said]
 
 
 def regenerated(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
