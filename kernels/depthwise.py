@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from tritorch.kernels.conv import (
+from tritorch.kernels.activation import activate
+from tritorch.kernels.pixels import (
     corner_offset,
     in_units,
     inside,
@@ -83,7 +84,7 @@ def depthwise_conv2d_kernel(
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     tap_step_h, tap_step_w, inverse_h, inverse_w,
     TRANSPOSED: tl.constexpr, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    HAS_BIAS: tl.constexpr, INDEX_64: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr,
     BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """One program computes BLOCK_NPQ pixels x BLOCK_K channels of y, each from C channels of x.
@@ -168,6 +169,7 @@ def depthwise_conv2d_kernel(
                 acc += x.to(ACC) * w.to(ACC)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + bias_offsets, mask=channels, other=0.0).to(ACC)
+    acc = activate(acc, ACTIVATION)
     y_rows = n * y_stride_n + p * y_stride_p + q * y_stride_q
     rows, columns = tile_axes(y_rows, offs_k * y_stride_k, CHANNELS_LAST)
     y = acc.to(y_ptr.dtype.element_ty)

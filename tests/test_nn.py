@@ -70,6 +70,51 @@ CASES = [
         )
         for mode in ("reflect", "replicate", "circular")
     ),
+    Case("Conv1d", {"in_channels": 3, "out_channels": 4, "kernel_size": 3}, (2, 3, 7)),
+    Case(
+        "Conv1d",
+        {
+            "in_channels": 4,
+            "out_channels": 6,
+            "kernel_size": 3,
+            "stride": 2,
+            "padding": 2,
+            "dilation": 2,
+            "groups": 2,
+            "padding_mode": "reflect",
+        },
+        (4, 9),
+    ),
+    Case("Conv3d", {"in_channels": 3, "out_channels": 2, "kernel_size": 2}, VOLUMES),
+    Case(
+        "Conv3d",
+        {
+            "in_channels": 3,
+            "out_channels": 3,
+            "kernel_size": (1, 2, 3),
+            "padding": "same",
+            "groups": 3,
+            "padding_mode": "circular",
+        },
+        VOLUMES[1:],
+    ),
+    *(
+        Case(
+            f"ConvTranspose{axes}d",
+            {
+                "in_channels": 4,
+                "out_channels": 6,
+                "kernel_size": 3,
+                "stride": 2,
+                "padding": 1,
+                "output_padding": 1,
+                "groups": 2,
+                "dilation": 2,
+            },
+            (2, 4, 3, 2, 2)[: axes + 2],
+        )
+        for axes in (1, 2, 3)
+    ),
     Case("MaxPool2d", {"kernel_size": 2}, IMAGES),
     Case(
         "MaxPool2d",

@@ -6,12 +6,13 @@ dtypes and errors are those of its op in `tritorch.ops`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules import batchnorm
+from torch.nn.modules import batchnorm, conv
 
 from tritorch import ops
 from tritorch.nn import functional as functional
@@ -33,14 +34,70 @@ class Linear(torch.nn.Linear):
         return ops.linear(input, self.weight, self.bias)
 
 
-class Conv2d(torch.nn.Conv2d):
+def _padded(layer: conv._ConvNd, input: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
+    """The input with what its padding mode adds, and the zeros that are left to add."""
+    if layer.padding_mode == "zeros":
+        return input, layer.padding
+    pads = layer._reversed_padding_repeated_twice
+    return F.pad(input, pads, mode=layer.padding_mode), (0,) * len(layer.stride)
+
+
+class Conv1d(torch.nn.Conv1d):
     # not forward: subclasses call this one with a weight of their own
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0, 0)
+        input, padding = _padded(self, input)
+        return ops.conv1d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class Conv2d(torch.nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        input, padding = _padded(self, input)
         return ops.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class Conv3d(torch.nn.Conv3d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        input, padding = _padded(self, input)
+        return ops.conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+def _transposed(
+    layer: Any, op: Callable[..., Tensor], input: Tensor, output_size: list[int] | None
+) -> Tensor:
+    output_padding = layer._output_padding(
+        input,
+        output_size,
+        layer.stride,
+        layer.padding,
+        layer.kernel_size,
+        len(layer.stride),
+        layer.dilation,
+    )
+    return op(
+        input,
+        layer.weight,
+        layer.bias,
+        layer.stride,
+        layer.padding,
+        output_padding,
+        layer.groups,
+        layer.dilation,
+    )
+
+
+class ConvTranspose1d(torch.nn.ConvTranspose1d):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _transposed(self, ops.conv_transpose1d, input, output_size)
+
+
+class ConvTranspose2d(torch.nn.ConvTranspose2d):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _transposed(self, ops.conv_transpose2d, input, output_size)
+
+
+class ConvTranspose3d(torch.nn.ConvTranspose3d):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _transposed(self, ops.conv_transpose3d, input, output_size)
 
 
 class MaxPool1d(torch.nn.MaxPool1d):

@@ -21,7 +21,12 @@ from tritorch.ops import avg_pool1d as avg_pool1d
 from tritorch.ops import avg_pool2d as avg_pool2d
 from tritorch.ops import avg_pool3d as avg_pool3d
 from tritorch.ops import batch_norm as batch_norm
+from tritorch.ops import conv1d as conv1d
 from tritorch.ops import conv2d as conv2d
+from tritorch.ops import conv3d as conv3d
+from tritorch.ops import conv_transpose1d as conv_transpose1d
+from tritorch.ops import conv_transpose2d as conv_transpose2d
+from tritorch.ops import conv_transpose3d as conv_transpose3d
 from tritorch.ops import dropout as dropout
 from tritorch.ops import gelu as gelu
 from tritorch.ops import hardsigmoid as hardsigmoid

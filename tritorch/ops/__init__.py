@@ -28,6 +28,11 @@ from tritorch.ops.binary_cross_entropy import (
     binary_cross_entropy_with_logits as binary_cross_entropy_with_logits,
 )
 from tritorch.ops.conv import conv2d as conv2d
+from tritorch.ops.conv1d import conv1d as conv1d
+from tritorch.ops.conv3d import conv3d as conv3d
+from tritorch.ops.conv_transpose import conv_transpose1d as conv_transpose1d
+from tritorch.ops.conv_transpose import conv_transpose2d as conv_transpose2d
+from tritorch.ops.conv_transpose import conv_transpose3d as conv_transpose3d
 from tritorch.ops.cross_entropy import cross_entropy as cross_entropy
 from tritorch.ops.dropout import dropout as dropout
 from tritorch.ops.group_norm import group_norm as group_norm

@@ -10,14 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks
-from tritorch.ops.conv_function import Conv2d
-from tritorch.registry import Argument, Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.ops import conv_call
+from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
 Pair = int | Sequence[int]
-
-# what one launch may count in int32: pixels, and weights
-_MAX_INDEX = 2**30
 
 
 def conv2d_reference(
@@ -28,21 +24,11 @@ def conv2d_reference(
     padding: Pair | str = 0,
     dilation: Pair = 1,
     groups: int = 1,
+    activation: str | None = None,
 ) -> Tensor:
-    """Cross-correlation of images with filters."""
-    if padding == "same" and weight.dim() == 4:
-        dilations = checks.ints("conv2d", "dilation", dilation, 2)
-        (top, bottom), (left, right) = _same_padding(weight.shape[2:], dilations)
-        if (top, left) != (bottom, right) and checks.ints("conv2d", "stride", stride, 2) == (1, 1):
-            # the copy that torch would make, without its warning
-            input, padding = F.pad(input, (left, right, top, bottom)), 0
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-
-
-def _same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
-    """Zeros before and after each axis: an odd one goes to the bottom or the right."""
-    totals = [d * (size - 1) for d, size in zip(dilation, kernel, strict=True)]
-    return [(total // 2, total - total // 2) for total in totals]
+    """activation(cross-correlation of images with filters + bias)."""
+    y = conv_call.reference(2, input, weight, bias, stride, padding, dilation, groups)
+    return F.relu(y) if activation == "relu" else y
 
 
 def conv2d(
@@ -53,6 +39,7 @@ def conv2d(
     padding: Pair | str = 0,
     dilation: Pair = 1,
     groups: int = 1,
+    activation: str | None = None,
 ) -> Tensor:
     """Cross-correlation of images with filters.
 
@@ -68,6 +55,8 @@ def conv2d(
         dilation: pixels between taps of the filter.
         groups: the output channels of a group see the input channels of that group alone; as many
             groups as channels make a depthwise convolution.
+        activation: None or "relu", applied before the result is rounded and stored; autograd keeps
+            the result alone, not what went into it.
 
     Returns:
         (N, K, P, Q) or (K, P, Q), P = (H + padding - dilation * (R - 1) - 1) // stride + 1 and Q
@@ -81,127 +70,22 @@ def conv2d(
             image, stride, dilation or groups that are not positive, padding that is negative or
             unknown, "same" with another stride, different dtypes or devices.
         TypeError: `input` or `weight` is not a tensor.
+        ValueError: an unknown activation.
 
     Source: `torch.nn.functional.conv2d`.
     """
-    checks.tensor("conv2d", input=input, weight=weight)
-    strides = checks.ints("conv2d", "stride", stride, 2)
-    dilations = checks.ints("conv2d", "dilation", dilation, 2)
-    _check_shapes(input, weight, bias, groups)
-    sides = _check_padding(input, weight, strides, padding, dilations)
-    size = tuple(
-        (n + sum(side) - d * (k - 1) - 1) // s + 1
-        for n, k, side, s, d in zip(
-            input.shape[-2:], weight.shape[2:], sides, strides, dilations, strict=True
-        )
+    return conv_call.convolution(
+        2,
+        conv2d_reference,
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
     )
-    if not backend.runs_triton(
-        "conv2d", input, weight, bias, declined=_declined(input, weight, size)
-    ):
-        return conv2d_reference(input, weight, bias, stride, padding, dilation, groups)
-    x, w, b = binding.autocast_to_lower(input, weight, bias)
-    checks.same_dtype_and_device("conv2d", x, weight=w, bias=b)
-    images = x if x.dim() == 4 else x[None]
-    first = tuple(side[0] for side in sides)
-    output: Tensor = binding.apply(Conv2d, images, w, b, size, strides, first, dilations, groups)
-    return output if x.dim() == 4 else output[0]
-
-
-def _declined(input: Tensor, weight: Tensor, size: tuple[int, ...]) -> str | None:
-    if input.shape[-3] == 0:
-        return "no channels"
-    batch = input.shape[0] if input.dim() == 4 else 1
-    pixels = batch * max(math.prod(input.shape[-2:]), math.prod(size))
-    if max(pixels, weight.numel()) > _MAX_INDEX:
-        return "more than 2**30 pixels or weights"
-    return None
-
-
-def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    if input.dim() not in (3, 4):
-        checks.fail(
-            RuntimeError, "conv2d", "input must have 4 dimensions, or 3 unbatched", input=input
-        )
-    if weight.dim() != 4 or 0 in (weight.shape[0], *weight.shape[2:]):
-        checks.fail(
-            RuntimeError, "conv2d", "weight must have 4 dimensions, none empty", weight=weight
-        )
-    if groups <= 0:
-        checks.fail(RuntimeError, "conv2d", "groups must be positive", groups=groups)
-    if weight.shape[0] % groups:
-        checks.fail(
-            RuntimeError,
-            "conv2d",
-            f"{weight.shape[0]} output channels do not divide into groups",
-            weight=weight,
-            groups=groups,
-        )
-    if input.shape[-3] != weight.shape[1] * groups:
-        checks.fail(
-            RuntimeError,
-            "conv2d",
-            f"weight expects {weight.shape[1] * groups} input channels",
-            input=input,
-            weight=weight,
-            groups=groups,
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        checks.fail(
-            RuntimeError,
-            "conv2d",
-            f"bias must have {weight.shape[0]} elements",
-            bias=bias,
-            weight=weight,
-        )
-
-
-def _check_padding(
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Pair | str,
-    dilation: Sequence[int],
-) -> list[tuple[int, int]]:
-    """Zeros before and after each axis of the image."""
-    if min(stride) <= 0 or min(dilation) <= 0:
-        checks.fail(
-            RuntimeError,
-            "conv2d",
-            "stride and dilation must be positive",
-            stride=stride,
-            dilation=dilation,
-        )
-    if padding == "same":
-        if max(stride) > 1:
-            checks.fail(RuntimeError, "conv2d", "padding 'same' takes a stride of 1", stride=stride)
-        sides = _same_padding(weight.shape[2:], dilation)
-    elif isinstance(padding, str):
-        if padding != "valid":
-            checks.fail(
-                RuntimeError,
-                "conv2d",
-                "padding must be 'same', 'valid' or integers",
-                received=padding,
-            )
-        sides = [(0, 0), (0, 0)]
-    else:
-        sides = [(n, n) for n in checks.ints("conv2d", "padding", padding, 2)]
-        if min(sides) < (0, 0):
-            checks.fail(RuntimeError, "conv2d", "padding must not be negative", padding=padding)
-    if any(
-        n == 0 or n + sum(side) < d * (k - 1) + 1
-        for n, k, side, d in zip(input.shape[-2:], weight.shape[2:], sides, dilation, strict=True)
-    ):
-        checks.fail(
-            RuntimeError,
-            "conv2d",
-            "the filter is larger than the padded image",
-            input=input,
-            weight=weight,
-            padding=padding,
-            dilation=dilation,
-        )
-    return sides
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
@@ -215,6 +99,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
         dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = True,
+        activation: str | None = None,
         channels_last: bool = False,
         layouts: bool = False,
         gradcheck: bool = False,
@@ -233,9 +118,11 @@ def _samples(make: Maker) -> Iterator[Sample]:
             padding=padding,
             dilation=dilation,
             groups=groups,
+            activation=activation,
         )
 
-    image, filters, last = (2, 5, 6, 7), (18, 5, 3, 3), {"channels_last": True}
+    image, filters = (2, 5, 6, 7), (18, 5, 3, 3)
+    last: dict[str, Any] = {"channels_last": True}
     yield sample("3x3", image, filters, padding=1, layouts=True)
     yield sample("1x1", (2, 17, 5, 3), (19, 17, 1, 1))
     yield sample("valid", image, (18, 5, 3, 2), padding="valid", bias=False)
@@ -262,6 +149,9 @@ def _samples(make: Maker) -> Iterator[Sample]:
     # sums over several tiles of pixels each
     yield sample("depthwise-splits", (1, 2, 23, 23), (2, 1, 3, 3), padding=1, groups=2)
     yield sample("unbatched", (5, 6, 4), (6, 5, 3, 3), padding=1)
+    yield sample("relu", image, filters, padding=1, activation="relu", **last)
+    yield sample("relu-split-sum", (1, 256, 2, 1), (16, 256, 1, 1), activation="relu", **last)
+    yield sample("relu-depthwise", image, (5, 1, 3, 3), groups=5, activation="relu")
     yield sample("empty-batch", (0, 5, 6, 4), (6, 5, 3, 3), padding=1)
     yield sample("empty-batch-depthwise", (0, 5, 6, 4), (5, 1, 3, 3), padding=1, groups=5)
     # channels along memory that are no whole vectors
@@ -307,6 +197,7 @@ def _workloads(make: Maker) -> Iterator[Sample]:
                 padding=kernel // 2,
                 dilation=1,
                 groups=groups,
+                activation=None,
             )
 
 
@@ -314,10 +205,9 @@ def _rejects(make: Maker) -> Iterator[Reject]:
     x, w = make(2, 4, 8, 8), make(6, 4, 3, 3)
 
     def reject(
-        name: str, message: str, *, input: Tensor = x, weight: Tensor = w, **arguments: Argument
+        name: str, message: str, *, input: Tensor = x, weight: Tensor = w, **arguments: Any
     ) -> Reject:
-        given: dict[str, Any] = {"input": input, "weight": weight, **arguments}
-        return Reject(name, f"conv2d: {message}", **given)
+        return Reject(name, f"conv2d: {message}", input=input, weight=weight, **arguments)
 
     channels, positive = "weight expects", "stride and dilation must be positive"
     yield reject(
@@ -341,6 +231,12 @@ def _rejects(make: Maker) -> Iterator[Reject]:
     yield reject("weight-empty", "weight must have 4 .*none empty", weight=make(0, 4, 3, 3))
     yield reject("bias", r"bias must have 6 elements.*\(5,\)", bias=make(5))
     yield reject("bias-dim", r"bias must have 6 elements.*\(6, 1\)", bias=make(6, 1))
+    yield reject(
+        "activation",
+        "activation must be None or 'relu'.*'tanh'",
+        raises=ValueError,
+        activation="tanh",
+    )
     # on the reference path the message is torch's
     dtype = "conv2d: expected weight of the input's dtype|should be the same"
     yield Reject("dtype", dtype, input=x, weight=w.double())
@@ -355,6 +251,7 @@ def _cost(
     padding: Pair | str = 0,
     dilation: Pair = 1,
     groups: int = 1,
+    activation: str | None = None,
 ) -> dict[str, Cost]:
     x, w = (torch.empty(t.shape, device="meta") for t in (input, weight))
     y = conv2d_reference(x, w, None, stride, padding, dilation, groups)
@@ -369,9 +266,10 @@ register(
         op=conv2d,
         reference=conv2d_reference,
         kernels=(
+            "activation.activation_backward_kernel",
             "conv.conv2d_kernel",
-            "conv.conv2d_grad_weight_kernel",
-            "conv.conv2d_sum_weight_kernel",
+            "conv_weight.conv2d_grad_weight_kernel",
+            "conv_weight.conv2d_sum_weight_kernel",
             "depthwise.depthwise_conv2d_kernel",
             "depthwise.depthwise_conv2d_grad_weight_kernel",
             "reduce.channel_sum_kernel",

@@ -1,4 +1,4 @@
-"""Convolution of images and its gradients: library ops, and functions made of each other."""
+"""Convolution of images or volumes and its gradients: library ops, and functions of each other."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import depthwise, implicit_gemm
+from tritorch.ops.activation import ActivationBackward
 from tritorch.ops.geometry import Geometry, is_channels_last, memory_format
 from tritorch.ops.reduce import ChannelSum
 
-kernels = launch.kernels("conv")
+kernels = launch.kernels("conv_weight")
+
+Ints = tuple[int, ...]
 
 
 def _empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=memory_format(channels_last)
-    )
+    order = memory_format(channels_last, len(shape) - 2)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=order)
 
 
 def _convolve(weight: Tensor, groups: int) -> Callable[..., None]:
@@ -28,9 +30,17 @@ def _convolve(weight: Tensor, groups: int) -> Callable[..., None]:
 
 
 def _output(
-    input: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], *geometry: Any
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+    activation: str | None,
 ) -> Tensor:
-    channels_last = is_channels_last(input) or is_channels_last(weight)
     return _empty(input, (input.shape[0], weight.shape[0], *size), channels_last)
 
 
@@ -46,23 +56,25 @@ def _flops(
 
 
 @binding.library_op(
-    "conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] size, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
+    "convolution(Tensor input, Tensor weight, Tensor? bias, SymInt[] size, int[] stride, "
+    "int[] padding, int[] dilation, int groups, bool channels_last, str? activation) -> Tensor",
     fake=_output,
     flops=_flops,
 )
-def _conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], *geometry: Any
+def _convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], *given: Any
 ) -> Tensor:
-    y = _output(input, weight, bias, size)
-    shape = Geometry.of(*geometry)
-    _convolve(weight, shape.groups)(input, weight, bias, y, shape, transposed=False)
+    y = _output(input, weight, bias, size, *given)
+    geometry, activation = Geometry.of(*given[:4]), given[-1]
+    convolve = _convolve(weight, geometry.groups)
+    convolve(input, weight, bias, y, geometry, transposed=False, activation=activation)
     return y
 
 
 def _grad_input(
     grad_output: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -75,23 +87,24 @@ def _grad_input(
 
 
 def _grad_input_flops(
-    grad_output: Sequence[int], weight: Sequence[int], *geometry: Any, **out: Any
+    grad_output: Sequence[int], weight: Sequence[int], *given: Any, **out: Any
 ) -> int:
     return 2 * grad_output[0] * math.prod(grad_output[2:]) * math.prod(weight)
 
 
 @binding.library_op(
-    "conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[2] size, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, bool channels_last) -> Tensor",
+    "convolution_grad_input(Tensor grad_output, Tensor weight, Tensor? bias, SymInt[] size, "
+    "int[] stride, int[] padding, int[] dilation, int groups, bool channels_last) -> Tensor",
     fake=_grad_input,
     flops=_grad_input_flops,
 )
-def _conv2d_grad_input(
-    grad_output: Tensor, weight: Tensor, size: Sequence[int], *geometry: Any
+def _convolution_grad_input(
+    grad_output: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], *given: Any
 ) -> Tensor:
-    grad_input = _grad_input(grad_output, weight, size, *geometry)
-    shape = Geometry.of(*geometry[:-1])
-    _convolve(weight, shape.groups)(grad_output, weight, None, grad_input, shape, transposed=True)
+    grad_input = _grad_input(grad_output, weight, bias, size, *given)
+    geometry = Geometry.of(*given[:4])
+    convolve = _convolve(weight, geometry.groups)
+    convolve(grad_output, weight, bias, grad_input, geometry, transposed=True)
     return grad_input
 
 
@@ -124,38 +137,43 @@ def _grad_weight_flops(
 
 
 @binding.library_op(
-    "conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[2] size, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, bool channels_last) -> Tensor",
+    "convolution_grad_weight(Tensor grad_output, Tensor input, SymInt[] size, int[] stride, "
+    "int[] padding, int[] dilation, int groups, bool channels_last) -> Tensor",
     fake=_grad_weight,
     flops=_grad_weight_flops,
 )
-def _conv2d_grad_weight(
-    grad_output: Tensor, input: Tensor, size: Sequence[int], *geometry: Any
+def _convolution_grad_weight(
+    grad_output: Tensor, input: Tensor, size: Sequence[int], *given: Any
 ) -> Tensor:
-    grad_weight = _grad_weight(grad_output, input, size, *geometry)
-    shape = Geometry.of(*geometry[:-1])
+    grad_weight = _grad_weight(grad_output, input, size, *given)
+    geometry = Geometry.of(*given[:4])
     partial: Tensor | None
-    if depthwise.takes(grad_weight, shape.groups):
-        partial = depthwise.grad_weight(grad_output, input, grad_weight, shape)
+    if depthwise.takes(grad_weight, geometry.groups):
+        partial = depthwise.grad_weight(grad_output, input, grad_weight, geometry)
     else:
-        partial = implicit_gemm.grad_weight(grad_output, input, grad_weight, shape)
+        partial = implicit_gemm.grad_weight(grad_output, input, grad_weight, geometry)
     if partial is not None:
+        # channels last, as in the partial sums, and padded to the axes of a volume
+        to = grad_weight.movedim(1, -1)
+        padding = 5 - to.dim()
         launch.run(
             kernels.conv2d_sum_weight_kernel,
-            (math.ceil(grad_weight.numel() / kernels.BLOCK),),
+            (math.ceil(to.numel() / kernels.BLOCK),),
             partial,
             grad_weight,
-            grad_weight.numel(),
+            to.numel(),
             partial.shape[0],
-            *partial.shape[2:],
-            *grad_weight.stride(),
+            *to.shape[1:],
+            *(1,) * padding,
+            *to.stride(),
+            *(0,) * padding,
             on=grad_weight,
             BLOCK=kernels.BLOCK,
         )
     return grad_weight
 
 
-class Conv2d(torch.autograd.Function):
+class Convolution(torch.autograd.Function):
     """Linear in image and filter: its gradients, and theirs, are the functions of this file."""
 
     @staticmethod
@@ -164,37 +182,48 @@ class Conv2d(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        size: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
+        size: Ints,
+        stride: Ints,
+        padding: Ints,
+        dilation: Ints,
         groups: int,
+        channels_last: bool,
+        activation: str | None = None,
     ) -> Tensor:
-        ctx.save_for_backward(
-            input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+        geometry = stride, padding, dilation, groups
+        output: Tensor = _convolution(
+            input, weight, bias, size, *geometry, channels_last, activation
         )
-        ctx.geometry = stride, padding, dilation, groups
+        # an activation is undone from its output: what went into it is not kept
+        ctx.save_for_backward(
+            input if ctx.needs_input_grad[1] else None,
+            weight if ctx.needs_input_grad[0] else None,
+            output if activation is not None else None,
+        )
+        ctx.geometry, ctx.activation = geometry, activation
         ctx.input_size, ctx.input_format = input.shape[2:], is_channels_last(input)
         ctx.kernel_size, ctx.weight_format = weight.shape[2:], is_channels_last(weight)
-        output: Tensor = _conv2d(input, weight, bias, size, *ctx.geometry)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
+        input, weight, output = ctx.saved_tensors
+        if ctx.activation is not None:
+            grad_output = binding.apply(ActivationBackward, grad_output, output, ctx.activation)
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = binding.apply(
-                Conv2dGradInput,
+                ConvolutionGradInput,
                 grad_output,
                 weight,
+                None,
                 ctx.input_size,
                 *ctx.geometry,
                 ctx.input_format,
             )
         if ctx.needs_input_grad[1]:
             grad_weight = binding.apply(
-                Conv2dGradWeight,
+                ConvolutionGradWeight,
                 grad_output,
                 input,
                 ctx.kernel_size,
@@ -203,21 +232,22 @@ class Conv2d(torch.autograd.Function):
             )
         if ctx.needs_input_grad[2]:
             grad_bias = binding.apply(ChannelSum, grad_output, 1)
-        return grad_input, grad_weight, grad_bias, None, None, None, None, None
+        return grad_input, grad_weight, grad_bias, *(None,) * 7
 
 
-class Conv2dGradInput(torch.autograd.Function):
-    """The transposed convolution."""
+class ConvolutionGradInput(torch.autograd.Function):
+    """The transposed convolution, which adds a bias where it is a layer of its own."""
 
     @staticmethod
     def forward(
         ctx: Any,
         grad_output: Tensor,
         weight: Tensor,
-        size: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
+        bias: Tensor | None,
+        size: Ints,
+        stride: Ints,
+        padding: Ints,
+        dilation: Ints,
         groups: int,
         channels_last: bool,
     ) -> Tensor:
@@ -226,32 +256,43 @@ class Conv2dGradInput(torch.autograd.Function):
             weight if ctx.needs_input_grad[0] else None,
         )
         ctx.geometry = stride, padding, dilation, groups
-        ctx.output_size = grad_output.shape[2:]
+        ctx.output_size, ctx.output_format = grad_output.shape[2:], is_channels_last(grad_output)
         ctx.kernel_size, ctx.weight_format = weight.shape[2:], is_channels_last(weight)
-        output: Tensor = _conv2d_grad_input(grad_output, weight, size, *ctx.geometry, channels_last)
+        output: Tensor = _convolution_grad_input(
+            grad_output, weight, bias, size, *ctx.geometry, channels_last
+        )
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_output, weight = ctx.saved_tensors
-        grad_grad_output = grad_weight = None
+        grad_grad_output = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_grad_output = binding.apply(
-                Conv2d, grad, weight, None, ctx.output_size, *ctx.geometry
+                Convolution,
+                grad,
+                weight,
+                None,
+                ctx.output_size,
+                *ctx.geometry,
+                ctx.output_format,
+                None,
             )
         if ctx.needs_input_grad[1]:
             grad_weight = binding.apply(
-                Conv2dGradWeight,
+                ConvolutionGradWeight,
                 grad_output,
                 grad,
                 ctx.kernel_size,
                 *ctx.geometry,
                 ctx.weight_format,
             )
-        return grad_grad_output, grad_weight, None, None, None, None, None, None
+        if ctx.needs_input_grad[2]:
+            grad_bias = binding.apply(ChannelSum, grad, 1)
+        return grad_grad_output, grad_weight, grad_bias, *(None,) * 6
 
 
-class Conv2dGradWeight(torch.autograd.Function):
+class ConvolutionGradWeight(torch.autograd.Function):
     """The correlation of an image with a gradient of the output, over all pixels."""
 
     @staticmethod
@@ -259,10 +300,10 @@ class Conv2dGradWeight(torch.autograd.Function):
         ctx: Any,
         grad_output: Tensor,
         input: Tensor,
-        size: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
+        size: Ints,
+        stride: Ints,
+        padding: Ints,
+        dilation: Ints,
         groups: int,
         channels_last: bool,
     ) -> Tensor:
@@ -271,9 +312,11 @@ class Conv2dGradWeight(torch.autograd.Function):
             input if ctx.needs_input_grad[0] else None,
         )
         ctx.geometry = stride, padding, dilation, groups
-        ctx.output_size = grad_output.shape[2:]
+        ctx.output_size, ctx.output_format = grad_output.shape[2:], is_channels_last(grad_output)
         ctx.input_size, ctx.input_format = input.shape[2:], is_channels_last(input)
-        output: Tensor = _conv2d_grad_weight(grad_output, input, size, *ctx.geometry, channels_last)
+        output: Tensor = _convolution_grad_weight(
+            grad_output, input, size, *ctx.geometry, channels_last
+        )
         return output
 
     @staticmethod
@@ -282,10 +325,23 @@ class Conv2dGradWeight(torch.autograd.Function):
         grad_grad_output = grad_input = None
         if ctx.needs_input_grad[0]:
             grad_grad_output = binding.apply(
-                Conv2d, input, grad, None, ctx.output_size, *ctx.geometry
+                Convolution,
+                input,
+                grad,
+                None,
+                ctx.output_size,
+                *ctx.geometry,
+                ctx.output_format,
+                None,
             )
         if ctx.needs_input_grad[1]:
             grad_input = binding.apply(
-                Conv2dGradInput, grad_output, grad, ctx.input_size, *ctx.geometry, ctx.input_format
+                ConvolutionGradInput,
+                grad_output,
+                grad,
+                None,
+                ctx.input_size,
+                *ctx.geometry,
+                ctx.input_format,
             )
-        return grad_grad_output, grad_input, None, None, None, None, None, None
+        return grad_grad_output, grad_input, *(None,) * 6

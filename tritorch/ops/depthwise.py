@@ -28,14 +28,22 @@ _MIN_TILES = 4
 
 
 def takes(weight: Tensor, groups: int) -> bool:
-    """Whether every output channel sees one input channel, and few see the same."""
-    return weight.shape[1] == 1 and weight.shape[0] // groups <= _MAX_MULTIPLIER
+    """Whether every output channel sees one input channel of an image, and few see the same."""
+    return (
+        weight.dim() == 4 and weight.shape[1] == 1 and weight.shape[0] // groups <= _MAX_MULTIPLIER
+    )
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, geometry: Geometry, transposed: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    geometry: Geometry,
+    transposed: bool,
+    activation: str | None = None,
 ) -> None:
-    """Writes the convolution of x, or the transposed one, into y."""
+    """Writes the activation of the convolution of x, or of the transposed one, into y."""
     channels_last = y.stride(1) == 1
     if channels_last and weight.stride(0) != 1:
         # channels along memory, as in x and y: one small copy, where every tap would gather weights
@@ -53,6 +61,7 @@ def convolve(
     else:
         config = launch.config(kernels.depthwise_conv2d_gather_config, channels_last)
     rows, columns = math.ceil(p / stride_h), math.ceil(q / stride_w)
+    tap_steps, inverses = geometry.residues(transposed)
     block_npq, block_k = config.kwargs["BLOCK_NPQ"], config.kwargs["BLOCK_K"]
     block_p, block_q, tiles = pixel_blocks(n, rows, columns, block_npq, channels_last)
     launch.run(
@@ -78,13 +87,15 @@ def convolve(
         *(s // unit for s in w.strides[3:]),
         *strides(y_layout, unit),
         *geometry.scalars(),
-        *geometry.residues(transposed),
+        *tap_steps,
+        *inverses,
         on=y,
         config=config,
         TRANSPOSED=transposed,
         UNIT=unit,
         CHANNELS_LAST=channels_last,
         HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
         INDEX_64=is_wide(x_layout, weight_layout, y_layout),
     )
 

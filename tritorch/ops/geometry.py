@@ -1,4 +1,7 @@
-"""What convolution kernels know of a call: steps over the image, channels, memory formats."""
+"""What convolution kernels know of a call: steps over the image, channels, memory formats.
+
+An image has two axes, rows and columns; a volume has the depth before them.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ from tritorch import launch
 from tritorch.ops import strided
 from tritorch.ops.strided import Layout
 
-kernels = launch.kernels("conv")
+kernels = launch.kernels("pixels")
 reduce_kernels = launch.kernels("reduce")
 
 
 class Geometry(NamedTuple):
-    """(vertical, horizontal) pairs; of the padding top and left, the output size tells the rest."""
+    """Numbers along each axis; of the padding those before the image, its size tells the rest."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
 
     @classmethod
@@ -31,24 +34,23 @@ class Geometry(NamedTuple):
         cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
     ) -> Geometry:
         """From the lists that a library op receives."""
-        (s_h, s_w), (p_h, p_w), (d_h, d_w) = stride, padding, dilation
-        return cls((s_h, s_w), (p_h, p_w), (d_h, d_w), groups)
+        return cls(tuple(stride), tuple(padding), tuple(dilation), groups)
 
     def scalars(self) -> tuple[int, ...]:
         """The kernels' arguments from `stride_h` to `dilation_w`."""
-        return (*self.stride, *self.padding, *self.dilation)
+        return (*self.stride[-2:], *self.padding[-2:], *self.dilation[-2:])
 
-    def residues(self, transposed: bool) -> tuple[int, ...]:
-        """The kernels' arguments `tap_step_h` to `inverse_w`, for `residue_taps` of conv.py."""
+    def residues(self, transposed: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """`tap_step` and `inverse` along each axis, for `residue_taps` of pixels.py."""
         if not transposed:
-            return 1, 1, 0, 0
+            return (1,) * len(self.stride), (0,) * len(self.stride)
         gcds = [math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]
         steps = [stride // gcd for stride, gcd in zip(self.stride, gcds, strict=True)]
         inverses = [
             pow(dilation // gcd, -1, step)
             for dilation, gcd, step in zip(self.dilation, gcds, steps, strict=True)
         ]
-        return (*steps, *inverses)
+        return tuple(steps), tuple(inverses)
 
 
 class Weight(NamedTuple):
@@ -56,30 +58,41 @@ class Weight(NamedTuple):
 
     read: int
     written: int
-    taps: tuple[int, int]
-    # group, channel written, channel read, row, column
-    strides: tuple[int, int, int, int, int]
+    taps: tuple[int, ...]
+    # group, channel written, channel read, axes
+    strides: tuple[int, ...]
 
 
 def oriented(weight: Layout, groups: int, transposed: bool) -> Weight:
     """The filter of a convolution, or of the transposed one, which reads what the other writes."""
-    outputs, inputs, r, s = weight.shape
+    outputs, inputs, *taps = weight.shape
     outputs //= groups
-    over_outputs, over_inputs, row, column = strides(weight)
+    over_outputs, over_inputs, *axes = strides(weight)
     group = outputs * over_outputs
     if transposed:
-        return Weight(outputs, inputs, (r, s), (group, over_inputs, over_outputs, row, column))
-    return Weight(inputs, outputs, (r, s), (group, over_outputs, over_inputs, row, column))
+        return Weight(outputs, inputs, tuple(taps), (group, over_inputs, over_outputs, *axes))
+    return Weight(inputs, outputs, tuple(taps), (group, over_outputs, over_inputs, *axes))
 
 
-def strides(tensor: Layout, unit: int = 1) -> tuple[int, int, int, int]:
-    """Strides of a 4-D tensor, divided by `unit` but for the channels; 0 along a single pixel.
+def strides(tensor: Layout, unit: int = 1) -> tuple[int, ...]:
+    """Strides of images, divided by `unit` but for the channels; 0 along an axis of one pixel.
 
     There torch's stride may be anything, and no offset uses it.
     """
-    n, c, h, w = tensor.strides
-    rows, columns = tensor.shape[2:]
-    return n // unit, c, h // unit if rows > 1 else 0, w // unit if columns > 1 else 0
+    n, c, *axes = tensor.strides
+    return (
+        n // unit,
+        c,
+        *(
+            stride // unit if size > 1 else 0
+            for size, stride in zip(tensor.shape[2:], axes, strict=True)
+        ),
+    )
+
+
+def planar(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Those of (batch, channels, axes...) that are not along the depth."""
+    return (*numbers[:2], *numbers[-2:])
 
 
 def vector_unit(x: Layout, y: Layout, *numbers: int) -> int:
@@ -90,7 +103,8 @@ def vector_unit(x: Layout, y: Layout, *numbers: int) -> int:
     """
     if x.stride(1) != 1 or y.stride(1) != 1:
         return 1
-    others = *strides(x)[::2], strides(x)[3], *strides(y)[::2], strides(y)[3], *numbers
+    (x_n, _, *x_axes), (y_n, _, *y_axes) = strides(x), strides(y)
+    others = x_n, *x_axes, y_n, *y_axes, *numbers
     return 1 if any(number % 8 for number in others) else 8
 
 
@@ -102,8 +116,7 @@ def split(programs: int, steps: int, min_steps: int) -> tuple[int, int]:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether torch takes a 4-D or 5-D tensor for channels_last: by the order of strides, dense or
-    not.
+    """Whether torch takes images or volumes for channels_last: by the order of strides alone.
 
     Source: `suggest_memory_format` of torch, which also decides what sizes of 1 leave open.
     """
@@ -122,8 +135,11 @@ def is_channels_last(tensor: Tensor) -> bool:
     return True
 
 
-def memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+def memory_format(channels_last: bool, axes: int = 2) -> torch.memory_format:
+    """torch's name for a format of images of two axes, or of volumes of three."""
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if axes == 2 else torch.channels_last_3d
 
 
 @functools.lru_cache(maxsize=1024)

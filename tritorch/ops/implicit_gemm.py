@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from tritorch import launch
 from tritorch.ops.geometry import (
     Geometry,
     is_wide,
+    memory_format,
     oriented,
     pixel_blocks,
+    planar,
     split,
     strides,
     vector_unit,
@@ -22,6 +25,7 @@ from tritorch.ops.reduce import accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("conv")
+weight_kernels = launch.kernels("conv_weight")
 
 # what one program must have before it pays to split a sum: slices of channels, tiles of pixels
 _MIN_SLICES = 8
@@ -32,21 +36,28 @@ class _Plan(NamedTuple):
     """A launch for tensors of known layouts."""
 
     grid: tuple[int, int]
-    # the kernel's integers up to the stride of the bias, and those after it
+    # the kernel's integers up to the stride of the bias, those after it, and those of a volume
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
+    depth: tuple[int, ...] | None
     splits: int
     config: Any
     constants: dict[str, Any]
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, geometry: Geometry, transposed: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    geometry: Geometry,
+    transposed: bool,
+    activation: str | None = None,
 ) -> None:
-    """Writes the convolution of x, or the transposed one, into y."""
+    """Writes the activation of the convolution of x, or of the transposed one, into y."""
     if weight.stride(1) != 1 and weight.shape[1] % 8 == 0:
         # channels along memory: one copy of the small operand, where every tile would gather it
-        weight = weight.contiguous(memory_format=torch.channels_last)
+        weight = weight.contiguous(memory_format=memory_format(True, weight.dim() - 2))
     precision = launch.input_precision(x.dtype, "conv")
     full = x.dtype == torch.float32 and precision == "ieee"
     plan = _plan_convolve(*map(Layout.of, (x, weight, y)), geometry, transposed, full)
@@ -65,14 +76,16 @@ def convolve(
         *plan.sizes,
         bias.stride(0) if bias is not None else 1,
         *plan.strides,
+        plan.depth,
         on=y,
         config=plan.config,
         HAS_BIAS=bias is not None,
+        ACTIVATION=activation if plan.splits == 1 else None,
         INPUT_PRECISION=precision,
         **plan.constants,
     )
     if plan.splits > 1:
-        split_sum(target, y)
+        split_sum(target, y, activation=activation)
 
 
 @launch.planned
@@ -81,15 +94,11 @@ def _plan_convolve(
 ) -> _Plan:
     groups = geometry.groups
     w = oriented(weight, groups, transposed)
-    n, _, p, q = y.shape
-    residues, num_taps = 1, math.prod(w.taps)
-    if transposed:
-        # every residue modulo the stride is an image of its own, reached by some of the taps
-        residues = math.prod(geometry.stride)
-        p, q = math.ceil(p / geometry.stride[0]), math.ceil(q / geometry.stride[1])
-        step_h, step_w = geometry.residues(transposed)[:2]
-        num_taps = math.ceil(w.taps[0] / step_h) * math.ceil(w.taps[1] / step_w)
-    pixels = n * p * q
+    tap_steps, inverses = geometry.residues(transposed)
+    # transposed, every residue modulo the stride is an image of its own: some taps reach it
+    steps_each = geometry.stride if transposed else (1,) * len(geometry.stride)
+    residues, num_taps = math.prod(steps_each), _ceil_product(w.taps, tap_steps)
+    pixels = y.shape[0] * _ceil_product(y.shape[2:], steps_each)
     unit = vector_unit(x, y, w.read, w.written, *(s for s in w.strides if s != 1))
     if unit > 1:
         tiles = groups * residues
@@ -107,25 +116,42 @@ def _plan_convolve(
     tiles = math.ceil(pixels / block_npq) * math.ceil(w.written / block_k) * residues
     # partial sums are as large as y, in float32: only a GPU that is mostly idle is worth them
     splits, steps = split(2 * tiles * groups, flat if is_flat else slices, _MIN_SLICES)
+    w_strides = tuple(s if s == 1 else s // unit for s in w.strides)
     return _Plan(
         (tiles, groups * splits),
         (
-            n,
+            y.shape[0],
             w.read // unit,
-            *x.shape[2:],
+            *x.shape[-2:],
             w.written // unit,
-            *w.taps,
-            *y.shape[2:],
+            *w.taps[-2:],
+            *y.shape[-2:],
             steps,
             splits,
         ),
         (
-            *strides(x, unit),
-            *(s if s == 1 else s // unit for s in w.strides),
+            *planar(strides(x, unit)),
+            *(w_strides[:3] + w_strides[-2:]),
             math.prod(y.shape),
-            *strides(y, unit),
+            *planar(strides(y, unit)),
             *geometry.scalars(),
-            *geometry.residues(transposed),
+            *tap_steps[-2:],
+            *inverses[-2:],
+        ),
+        None
+        if len(w.taps) == 2
+        else (
+            x.shape[2],
+            w.taps[0],
+            y.shape[2],
+            strides(x, unit)[2],
+            w_strides[3],
+            strides(y, unit)[2],
+            geometry.stride[0],
+            geometry.padding[0],
+            geometry.dilation[0],
+            tap_steps[0],
+            inverses[0],
         ),
         splits,
         config,
@@ -140,27 +166,32 @@ def _plan_convolve(
     )
 
 
+def _ceil_product(sizes: Sequence[int], steps: Sequence[int]) -> int:
+    return math.prod(math.ceil(n / step) for n, step in zip(sizes, steps, strict=True))
+
+
 def grad_weight(
     grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
 ) -> Tensor | None:
-    """Partial sums (splits, K, R, S, C) of `output`, or None if it has been written itself."""
+    """Partial sums (splits, K, taps, C) of `output`, or None if it has been written itself."""
     plan = _plan_grad_weight(*map(Layout.of, (grad_output, input, output)), geometry)
     partial, target = None, output[None]
     if plan.splits > 1:
         outputs, inputs, *taps = output.shape
         shape, dtype = (plan.splits, outputs, *taps, inputs), accumulator_dtype(input.dtype)
         partial = input.new_empty(shape, dtype=dtype)
-        target = partial.permute(0, 1, 4, 2, 3)
+        target = partial.movedim(-1, 2)
     launch.run(
-        kernels.conv2d_grad_weight_kernel,
+        weight_kernels.conv2d_grad_weight_kernel,
         plan.grid,
         grad_output,
         input,
         target,
         *plan.sizes,
         *plan.strides[:8],
-        *target.stride(),
+        *(target.stride()[:3] + target.stride()[-2:]),
         *plan.strides[8:],
+        plan.depth and (*plan.depth[:5], target.stride(3), *plan.depth[5:]),
         on=input,
         config=plan.config,
         INPUT_PRECISION=launch.input_precision(input.dtype, "conv"),
@@ -176,10 +207,12 @@ def _plan_grad_weight(
     outputs, inputs, *taps = output.shape
     groups = geometry.groups
     k, crs = outputs // groups, inputs * math.prod(taps)
-    n, _, p, q = grad_output.shape
+    n, _, *slices, p, q = grad_output.shape
     unit = vector_unit(input, grad_output, inputs, k)
     config = launch.config(
-        kernels.conv2d_grad_weight_config if unit > 1 else kernels.conv2d_grad_weight_gather_config,
+        weight_kernels.conv2d_grad_weight_config
+        if unit > 1
+        else weight_kernels.conv2d_grad_weight_gather_config,
         k,
         crs,
         input.itemsize,
@@ -187,16 +220,16 @@ def _plan_grad_weight(
     block_k, block_crs, block_npq = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "CRS", "NPQ"))
     block_p, block_q, pixel_tiles = pixel_blocks(n, p, q, block_npq, input.stride(1) == 1)
     tiles = math.ceil(k / block_k) * math.ceil(crs / block_crs)
-    splits, steps = split(tiles * groups, pixel_tiles, _MIN_TILES)
+    splits, steps = split(tiles * groups, pixel_tiles * math.prod(slices), _MIN_TILES)
     # the partial sums are dense, and as many as the splits
     target = math.prod(output.shape) * splits if splits > 1 else 0
     return _Plan(
         (tiles, groups * splits),
         (
             inputs // unit,
-            *input.shape[2:],
+            *input.shape[-2:],
             k // unit,
-            *taps,
+            *taps[-2:],
             n,
             p,
             q,
@@ -205,7 +238,23 @@ def _plan_grad_weight(
             steps,
             splits,
         ),
-        (*strides(grad_output, unit), *strides(input, unit), *geometry.scalars()),
+        (
+            *planar(strides(grad_output, unit)),
+            *planar(strides(input, unit)),
+            *geometry.scalars(),
+        ),
+        None
+        if len(taps) == 2
+        else (
+            input.shape[2],
+            taps[0],
+            *slices,
+            strides(grad_output, unit)[2],
+            strides(input, unit)[2],
+            geometry.stride[0],
+            geometry.padding[0],
+            geometry.dilation[0],
+        ),
         splits,
         config,
         {

@@ -1,0 +1,303 @@
+"""One call of a convolution of any number of axes: what torch takes, and the way to the kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritorch import backend, binding, checks
+from tritorch.ops.conv_function import Convolution, ConvolutionGradInput
+from tritorch.ops.geometry import is_channels_last
+
+Ints = int | Sequence[int]
+
+# what one launch may count in int32: pixels, and weights
+_MAX_INDEX = 2**30
+
+_TORCHS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def reference(
+    axes: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints | str,
+    dilation: Ints,
+    groups: int,
+) -> Tensor:
+    """torch's convolution, without its warning of the copy that an odd "same" makes."""
+    if padding == "same" and weight.dim() == axes + 2:
+        op = f"conv{axes}d"
+        sides = _same_padding(weight.shape[2:], checks.ints(op, "dilation", dilation, axes))
+        if (
+            any(before != after for before, after in sides)
+            and checks.ints(op, "stride", stride, axes) == (1,) * axes
+        ):
+            last_first = [zeros for side in reversed(sides) for zeros in side]
+            input, padding = F.pad(input, last_first), 0
+    return _TORCHS[axes](input, weight, bias, stride, padding, dilation, groups)
+
+
+def convolution(
+    axes: int,
+    of_reference: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints | str,
+    dilation: Ints,
+    groups: int,
+    *activation: str | None,
+) -> Tensor:
+    """conv1d, conv2d or conv3d by the number of axes."""
+    op = f"conv{axes}d"
+    checks.tensor(op, input=input, weight=weight)
+    strides = checks.ints(op, "stride", stride, axes)
+    dilations = checks.ints(op, "dilation", dilation, axes)
+    _check_shapes(op, axes, input, weight, groups)
+    _check_channels(op, input, weight, bias, groups, transposed=False)
+    sides = _check_padding(op, input, weight, strides, padding, dilations)
+    if not set(activation) <= {None, "relu"}:
+        checks.fail(ValueError, op, "activation must be None or 'relu'", activation=activation[0])
+    size = tuple(
+        (n + sum(side) - d * (k - 1) - 1) // s + 1
+        for n, k, side, s, d in zip(
+            input.shape[-axes:],
+            weight.shape[2:],
+            sides,
+            strides,
+            dilations,
+            strict=True,
+        )
+    )
+    if not backend.runs_triton(op, input, weight, bias, declined=_declined(input, weight, size)):
+        return of_reference(input, weight, bias, stride, padding, dilation, groups, *activation)
+    x, w, b = _operands(op, input, weight, bias)
+    images, filters = _images(axes, x, w)
+    geometry = size, strides, tuple(side[0] for side in sides), dilations
+    if axes == 1:
+        # a signal is an image of one row
+        geometry = (1, *size), (1, *strides), (0, *geometry[2]), (1, *dilations)
+    channels_last = _writes_channels_last(axes, images, filters)
+    output: Tensor = binding.apply(
+        Convolution, images, filters, b, *geometry, groups, channels_last, *activation
+    )
+    return _like(x, axes, output)
+
+
+def transposed(
+    axes: int,
+    of_reference: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    output_padding: Ints,
+    groups: int,
+    dilation: Ints,
+) -> Tensor:
+    """conv_transpose1d, conv_transpose2d or conv_transpose3d by the number of axes."""
+    op = f"conv_transpose{axes}d"
+    checks.tensor(op, input=input, weight=weight)
+    strides = checks.ints(op, "stride", stride, axes)
+    dilations = checks.ints(op, "dilation", dilation, axes)
+    _check_shapes(op, axes, input, weight, groups)
+    _check_channels(op, input, weight, bias, groups, transposed=True)
+    _check_steps(op, strides, dilations)
+    if isinstance(padding, str):
+        checks.fail(TypeError, op, "padding must be integers", received=padding)
+    paddings = checks.ints(op, "padding", padding, axes)
+    more = checks.ints(op, "output_padding", output_padding, axes)
+    if min(*paddings, *more) < 0:
+        checks.fail(
+            RuntimeError,
+            op,
+            "padding must not be negative",
+            padding=padding,
+            output_padding=output_padding,
+        )
+    if any(extra >= max(s, d) for extra, s, d in zip(more, strides, dilations, strict=True)):
+        checks.fail(
+            RuntimeError,
+            op,
+            "output_padding must be smaller than the stride or the dilation",
+            output_padding=output_padding,
+            stride=stride,
+            dilation=dilation,
+        )
+    size = tuple(
+        (n - 1) * s - 2 * p + d * (k - 1) + extra + 1
+        for n, k, s, p, d, extra in zip(
+            input.shape[-axes:], weight.shape[2:], strides, paddings, dilations, more, strict=True
+        )
+    )
+    if 0 in input.shape[-axes:] or min(size) < 0:
+        checks.fail(
+            RuntimeError, op, "the output has no pixels", input=input, weight=weight, size=size
+        )
+    if not backend.runs_triton(op, input, weight, bias, declined=_declined(input, weight, size)):
+        return of_reference(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    x, w, b = _operands(op, input, weight, bias)
+    images, filters = _images(axes, x, w)
+    geometry = size, strides, paddings, dilations
+    if axes == 1:
+        geometry = (1, *size), (1, *strides), (0, *paddings), (1, *dilations)
+    channels_last = _writes_channels_last(axes, images, filters)
+    output: Tensor = binding.apply(
+        ConvolutionGradInput, images, filters, b, *geometry, groups, channels_last
+    )
+    return _like(x, axes, output)
+
+
+def _operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    x, w, b = binding.autocast_to_lower(input, weight, bias)
+    checks.same_dtype_and_device(op, x, weight=w, bias=b)
+    return x, w, b
+
+
+def _images(axes: int, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Views with a batch and at least two axes."""
+    images = x if x.dim() == axes + 2 else x[None]
+    return (images.unsqueeze(2), weight.unsqueeze(2)) if axes == 1 else (images, weight)
+
+
+def _like(x: Tensor, axes: int, output: Tensor) -> Tensor:
+    """The output with the dimensions of x."""
+    output = output.squeeze(2) if axes == 1 else output
+    return output if x.dim() == axes + 2 else output[0]
+
+
+def _writes_channels_last(axes: int, images: Tensor, filters: Tensor) -> bool:
+    # of signals torch asks the filter alone
+    return is_channels_last(filters) or (axes > 1 and is_channels_last(images))
+
+
+def _declined(input: Tensor, weight: Tensor, size: tuple[int, ...]) -> str | None:
+    axes = len(size)
+    if input.shape[-axes - 1] == 0:
+        return "no channels"
+    batch = input.shape[0] if input.dim() == axes + 2 else 1
+    pixels = batch * max(math.prod(input.shape[-axes:]), math.prod(size))
+    if max(pixels, weight.numel()) > _MAX_INDEX:
+        return "more than 2**30 pixels or weights"
+    return None
+
+
+def _check_shapes(op: str, axes: int, input: Tensor, weight: Tensor, groups: int) -> None:
+    if input.dim() not in (axes + 1, axes + 2):
+        checks.fail(
+            RuntimeError,
+            op,
+            f"input must have {axes + 2} dimensions, or {axes + 1} unbatched",
+            input=input,
+        )
+    if weight.dim() != axes + 2 or 0 in (weight.shape[0], *weight.shape[2:]):
+        checks.fail(
+            RuntimeError,
+            op,
+            f"weight must have {axes + 2} dimensions, none empty",
+            weight=weight,
+        )
+    if groups <= 0:
+        checks.fail(RuntimeError, op, "groups must be positive", groups=groups)
+
+
+def _check_channels(
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, transposed: bool
+) -> None:
+    kind = "input" if transposed else "output"
+    if weight.shape[0] % groups:
+        checks.fail(
+            RuntimeError,
+            op,
+            f"{weight.shape[0]} {kind} channels do not divide into groups",
+            weight=weight,
+            groups=groups,
+        )
+    first, second = weight.shape[0], weight.shape[1] * groups
+    inputs, outputs = (first, second) if transposed else (second, first)
+    if input.shape[1 - weight.dim()] != inputs:
+        checks.fail(
+            RuntimeError,
+            op,
+            f"weight expects {inputs} input channels",
+            input=input,
+            weight=weight,
+            groups=groups,
+        )
+    if transposed and outputs == 0:
+        checks.fail(RuntimeError, op, "weight has no output channels", weight=weight)
+    if bias is not None and bias.shape != (outputs,):
+        checks.fail(
+            RuntimeError, op, f"bias must have {outputs} elements", bias=bias, weight=weight
+        )
+
+
+def _check_steps(op: str, stride: Sequence[int], dilation: Sequence[int]) -> None:
+    if min(stride) <= 0 or min(dilation) <= 0:
+        checks.fail(
+            RuntimeError,
+            op,
+            "stride and dilation must be positive",
+            stride=stride,
+            dilation=dilation,
+        )
+
+
+def _same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """Zeros before and after each axis: an odd one goes to the end."""
+    totals = [d * (size - 1) for d, size in zip(dilation, kernel, strict=True)]
+    return [(total // 2, total - total // 2) for total in totals]
+
+
+def _check_padding(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Ints | str,
+    dilation: Sequence[int],
+) -> list[tuple[int, int]]:
+    """Zeros before and after each axis of the image."""
+    _check_steps(op, stride, dilation)
+    if padding == "same":
+        if max(stride) > 1:
+            checks.fail(RuntimeError, op, "padding 'same' takes a stride of 1", stride=stride)
+        sides = _same_padding(weight.shape[2:], dilation)
+    elif isinstance(padding, str):
+        if padding != "valid":
+            checks.fail(
+                RuntimeError,
+                op,
+                "padding must be 'same', 'valid' or integers",
+                received=padding,
+            )
+        sides = [(0, 0)] * len(stride)
+    else:
+        sides = [(n, n) for n in checks.ints(op, "padding", padding, len(stride))]
+        if min(sides) < (0, 0):
+            checks.fail(RuntimeError, op, "padding must not be negative", padding=padding)
+    if any(
+        n == 0 or n + sum(side) < d * (k - 1) + 1
+        for n, k, side, d in zip(
+            input.shape[-len(stride) :], weight.shape[2:], sides, dilation, strict=True
+        )
+    ):
+        checks.fail(
+            RuntimeError,
+            op,
+            "the filter is larger than the padded image",
+            input=input,
+            weight=weight,
+            padding=padding,
+            dilation=dilation,
+        )
+    return sides
