@@ -6,7 +6,7 @@ dtypes and errors are those of its op in `tritorch.ops`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
