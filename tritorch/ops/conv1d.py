@@ -93,9 +93,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("depthwise", (2, 5, 11), (5, 1, 3), stride=2, padding=2, groups=5)
     yield sample("unbatched", (4, 8), (3, 4, 3), padding=(2,))
     yield sample("empty-batch", (0, 4, 8), (3, 4, 3))
-    # channels along memory, sums over several splits
-    yield sample("split-sum", (1, 256, 2), (16, 256, 3), padding=1)
-    yield sample("tiny", (1, 2, 3), (3, 2, 2), stride=2, padding=1, gradcheck=True)
+    yield sample("tiny", (1, 1, 3), (2, 1, 2), stride=2, padding=1, gradcheck=True)
 
 
 def _workloads(make: Maker) -> Iterator[Sample]:

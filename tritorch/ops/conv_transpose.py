@@ -216,8 +216,7 @@ def _samples_1d(make: Maker) -> Iterator[Sample]:
     yield _sample(make, "depthwise", (2, 5, 6), (5, 1, 3), stride=2, padding=1, groups=5)
     yield _sample(make, "unbatched", (4, 5), (4, 3, 3), padding=(1,))
     yield _sample(make, "empty-batch", (0, 4, 5), (4, 3, 3))
-    yield _sample(make, "split-sum", (1, 256, 2), (256, 16, 3), padding=1)
-    yield _sample(make, "tiny", (1, 2, 2), (2, 3, 2), stride=2, padding=1, gradcheck=True)
+    yield _sample(make, "tiny", (1, 1, 2), (1, 2, 2), stride=2, padding=1, gradcheck=True)
 
 
 def _samples_2d(make: Maker) -> Iterator[Sample]:
@@ -245,7 +244,7 @@ def _samples_2d(make: Maker) -> Iterator[Sample]:
     yield _sample(make, "split-sum", (1, 256, 1, 2), (256, 16, 1, 3), channels_last=True)
     yield _sample(make, "unbatched", (4, 3, 5), (4, 3, 3, 3), padding=2)
     yield _sample(make, "empty-batch", (0, 4, 3, 5), (4, 3, 3, 3))
-    yield _sample(make, "tiny", (1, 2, 2, 1), (2, 3, 2, 1), stride=(2, 1), gradcheck=True)
+    yield _sample(make, "tiny", (1, 1, 2, 1), (1, 2, 2, 1), stride=(2, 1), gradcheck=True)
 
 
 def _samples_3d(make: Maker) -> Iterator[Sample]:
@@ -268,7 +267,7 @@ def _samples_3d(make: Maker) -> Iterator[Sample]:
     yield _sample(make, "split-sum", (1, 256, 2, 1, 1), (256, 16, 3, 1, 1), channels_last=True)
     yield _sample(make, "unbatched", (3, 2, 2, 2), (3, 2, 2, 2, 2))
     yield _sample(make, "empty-batch", (0, 3, 2, 2, 2), (3, 2, 2, 2, 2))
-    yield _sample(make, "tiny", (1, 2, 2, 1, 1), (2, 2, 2, 1, 1), stride=(2, 1, 1), gradcheck=True)
+    yield _sample(make, "tiny", (1, 1, 2, 1, 1), (1, 2, 2, 1, 1), stride=(2, 1, 1), gradcheck=True)
 
 
 # name, batch, channels in and out, axes, kernel, stride, padding, groups
