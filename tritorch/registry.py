@@ -170,6 +170,8 @@ class OpSpec(Subject):
     notes: str = ""
     # whether one argument that is channels_last makes outputs so where it makes torch's
     keeps_format: bool = True
+    # the op that launches the same code in the same configurations, which are compiled for it alone
+    configurations_of: str = ""
 
 
 _SPECS: dict[str, OpSpec] = {}

@@ -170,5 +170,6 @@ register(
         autocast="lower",
         source="torch.nn.functional.conv1d",
         layers=("Conv1d",),
+        configurations_of="conv2d",
     )
 )

@@ -396,5 +396,6 @@ for _axes, _op, _reference, _samples in (
             autocast="lower",
             source=f"torch.nn.functional.{_op.__name__}",
             layers=(f"ConvTranspose{_axes}d",),
+            configurations_of="conv3d" if _axes == 3 else "conv2d",
         )
     )
