@@ -97,7 +97,8 @@ def adaptive_avg_pool_kernel(
     first_w, w_end = adaptive_start(q, W, Q), adaptive_end(q, W, Q)
     x_ptrs = x_ptr + (n * x_stride_n)[:, None] + (offs_c * x_stride_c)[None, :]
     acc = tl.zeros((BLOCK_PIXELS, BLOCK_C), dtype=ACC)
-    for i in tl.range(0, T * R * S, loop_unroll_factor=4):
+    # each step of the gradient divides integers for its window's pixels, which takes registers
+    for i in tl.range(0, T * R * S, loop_unroll_factor=2 if GRADIENT else 4):
         d = first_d + i // S // R
         h = first_h + i // S % R
         w = first_w + i % S
