@@ -36,8 +36,10 @@ MATMUL_CONFIGS = {
 ENOUGH_TILES = 96
 
 
-def matmul_config(m, n, k, batch, itemsize):
-    """A flat tile for few rows, else the largest one of which there are enough."""
+def matmul_config(m, n, k, batch, itemsize, computes=False):
+    """A flat tile for few rows, else the largest one of which there are enough; an epilogue that
+    computes needs registers too.
+    """
     configs = MATMUL_CONFIGS[itemsize]
     if m <= 16 and len(configs) > 1:
         return configs[-1]
@@ -46,7 +48,7 @@ def matmul_config(m, n, k, batch, itemsize):
     # rows that do not start on 16 bytes are loaded through registers, and the largest tile has none
     # to spare
     aligned = m % 16 == 0 and n % 16 == 0 and k % 16 == 0
-    for config in configs[0 if aligned else 1:2]:
+    for config in configs[0 if aligned and not computes else 1:2]:
         sizes = config.kwargs
         tiles = triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"]) * batch
         if tiles >= ENOUGH_TILES and n > sizes["BLOCK_N"] // 2:
@@ -56,17 +58,17 @@ def matmul_config(m, n, k, batch, itemsize):
 
 @triton.jit
 def matmul_kernel(
-    a_ptr, b_ptr, bias_ptr, y_ptr,
+    a_ptr, b_ptr, bias_ptr, y_ptr, before_ptr,
     M, N, K, STEPS, SPLITS, bias_stride,
     a_stride_batch, a_stride_m, a_stride_k,
     b_stride_batch, b_stride_k, b_stride_n,
     y_stride_split, y_stride_batch, y_stride_m,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    INDEX_64: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, INDEX_64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """One program computes a BLOCK_M x BLOCK_N tile of one batch entry over STEPS slices of BLOCK_K
-    of the inner axis.
+    of the inner axis.  KEEPS_BEFORE stores the values before the activation too.
     """
     ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     num_m = tl.cdiv(M, BLOCK_M)
@@ -101,8 +103,12 @@ def matmul_kernel(
     if HAS_BIAS:
         bias_ptrs = bias_ptr + offs_n.to(tl.int64) * bias_stride
         acc += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(ACC)[None, :]
+    y_corner = (split.to(tl.int64) * y_stride_split + batch * y_stride_batch
+                + (pid_m * BLOCK_M).to(tl.int64) * y_stride_m + pid_n * BLOCK_N)
+    y_offsets = tile_m[:, None] * y_stride_m + tile_n[None, :]
+    y_mask = mask_m[:, None] & mask_n[None, :]
+    if KEEPS_BEFORE:
+        before = acc.to(before_ptr.dtype.element_ty)
+        tl.store(before_ptr + y_corner + y_offsets, before, mask=y_mask)
     acc = activate(acc, ACTIVATION)
-    y_ptr += (split.to(tl.int64) * y_stride_split + batch * y_stride_batch
-              + (pid_m * BLOCK_M).to(tl.int64) * y_stride_m + pid_n * BLOCK_N)
-    y_ptrs = y_ptr + tile_m[:, None] * y_stride_m + tile_n[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    tl.store(y_ptr + y_corner + y_offsets, acc.to(y_ptr.dtype.element_ty), mask=y_mask)

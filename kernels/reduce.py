@@ -71,12 +71,13 @@ def channel_sum_kernel(
 
 @triton.jit
 def split_sum_kernel(
-    x_ptr, bias_ptr, y_ptr,
+    x_ptr, bias_ptr, y_ptr, before_ptr,
     NUMEL, SPLITS, COLUMNS, bias_stride,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program adds BLOCK elements of the SPLITS rows of x in order, then the bias of their
-    column, and rounds once.
+    column, and rounds once.  KEEPS_BEFORE stores the values before the activation too.
     """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < NUMEL
@@ -86,5 +87,7 @@ def split_sum_kernel(
         x_ptr += NUMEL
     if HAS_BIAS:
         acc += tl.load(bias_ptr + index % COLUMNS * bias_stride, mask=mask, other=0.0).to(acc.dtype)
+    if KEEPS_BEFORE:
+        tl.store(before_ptr + index, acc.to(before_ptr.dtype.element_ty), mask=mask)
     acc = activate(acc, ACTIVATION)
     tl.store(y_ptr + index, acc.to(y_ptr.dtype.element_ty), mask=mask)

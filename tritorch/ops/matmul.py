@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks, launch
 from tritorch.ops import strided
-from tritorch.ops.activation import ActivationBackward
+from tritorch.ops.activation import REFERENCES, ActivationBackward, needs_output
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype, split_sum
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -34,7 +34,7 @@ def linear_reference(
 ) -> Tensor:
     """activation(input @ weight.T + bias)."""
     y = F.linear(input, weight, bias)
-    return F.relu(y) if activation == "relu" else y
+    return y if activation is None else REFERENCES[activation](y)
 
 
 def _matmul_output(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -60,9 +60,44 @@ def _matmul_flops(
 def _matmul(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """activation(a @ b + bias) of two matrices, or of two equally long batches of them."""
     y = _matmul_output(a, b, bias, activation)
+    _launch(a, b, bias, activation, y)
+    return y
+
+
+def _matmul_outputs(
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    y = _matmul_output(a, b, bias, activation)
+    return y, torch.empty_like(y)
+
+
+@binding.library_op(
+    "matmul_keeping(Tensor a, Tensor b, Tensor? bias, str activation) -> (Tensor, Tensor)",
+    fake=_matmul_outputs,
+    flops=_matmul_flops,
+)
+def _matmul_keeping(
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """The same, and a @ b + bias, which the gradient of some activations needs."""
+    y, before = _matmul_outputs(a, b, bias, activation)
+    _launch(a, b, bias, activation, y, before)
+    return y, before
+
+
+def _launch(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    y: Tensor,
+    before: Tensor | None = None,
+) -> None:
     batch = a.shape[0] if a.dim() == 3 else 1
     (m, k), n = a.shape[-2:], b.shape[-1]
-    config = launch.config(kernels.matmul_config, m, n, k, batch, a.element_size())
+    computes = activation not in (None, "relu", "relu6", "leaky_relu")
+    sizes = m, n, k, batch, a.element_size()
+    config = launch.config(kernels.matmul_config, *sizes, computes)
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
     tiles = math.ceil(m / block_m) * math.ceil(n / block_n)
     steps = math.ceil(k / block_k)
@@ -79,6 +114,7 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None) -
         b,
         bias if splits == 1 else None,
         partial,
+        before if splits == 1 else None,
         m,
         n,
         k,
@@ -94,13 +130,13 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None) -
         config=config,
         ACTIVATION=activation if splits == 1 else None,
         HAS_BIAS=bias is not None and splits == 1,
+        KEEPS_BEFORE=before is not None and splits == 1,
         INPUT_PRECISION=launch.input_precision(a.dtype, "matmul"),
         INDEX_64=strided.is_wide((block_m, block_k), a.stride()[-2:])
         or strided.is_wide((block_k, block_n), b.stride()[-2:]),
     )
     if splits > 1:
-        split_sum(partial, y, bias, activation)
-    return y
+        split_sum(partial, y, bias, activation, before)
 
 
 def _batch_strides(matrix: Tensor) -> tuple[int, ...]:
@@ -128,27 +164,37 @@ class Matmul(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """activation(input @ weight.T + bias); with an activation its output is kept, not the value
-    before it.
+    """activation(input @ weight.T + bias); of an activation its output is kept, and the value
+    before it only where the output does not tell the derivative.
     """
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
     ) -> Tensor:
-        output: Tensor = _matmul(_rows(input), weight.t(), bias, activation)
-        output = output.view(*input.shape[:-1], weight.shape[0])
-        ctx.activation = activation
-        ctx.save_for_backward(input, weight, output if activation is not None else None)
+        shape = (*input.shape[:-1], weight.shape[0])
+        arguments = _rows(input), weight.t(), bias, activation
+        before: Tensor | None = None
+        if activation is None or needs_output(activation) or not any(ctx.needs_input_grad):
+            output: Tensor = _matmul(*arguments).view(shape)
+        else:
+            output, before = (each.view(shape) for each in _matmul_keeping(*arguments))
+        ctx.activation, ctx.keeps_before = activation, before is not None
+        saved = output if activation is not None and before is None else before
+        # the value before, which is no result, is known to autograd by what it is computed from
+        ctx.save_for_backward(input, weight, bias if ctx.keeps_before else None, saved)
         return output
 
     @staticmethod
     def backward(
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        input, weight, output = ctx.saved_tensors
+        input, weight, bias, saved = ctx.saved_tensors
         if ctx.activation is not None:
-            grad_output = binding.apply(ActivationBackward, grad_output, output, ctx.activation)
+            if ctx.keeps_before and torch.is_grad_enabled():
+                # a second gradient goes through it
+                saved = binding.apply(Linear, input, weight, bias, None)
+            grad_output = binding.apply(ActivationBackward, grad_output, saved, ctx.activation)
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = binding.apply(Linear, grad_output, weight.t(), None, None)
@@ -238,7 +284,9 @@ def linear(
         input: (..., in_features), any strides.
         weight: (out_features, in_features) or (in_features,).
         bias: (out_features,) or None.
-        activation: None or "relu", applied before the result is rounded and stored.
+        activation: None, "relu", "relu6", "leaky_relu" (of slope 0.01), "silu", "gelu",
+            "gelu_tanh", "sigmoid", "tanh", "hardswish" or "hardsigmoid", applied before the result
+            is rounded and stored.
 
     Returns:
         (..., out_features), contiguous.  Accumulation and TF32 as for `matmul`.
@@ -265,8 +313,9 @@ def linear(
 def _check_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> None:
-    if activation not in (None, "relu"):
-        checks.fail(ValueError, "linear", "activation must be None or 'relu'", received=activation)
+    if activation is not None and activation not in REFERENCES:
+        rule = f"activation must be None or one of {', '.join(REFERENCES)}"
+        checks.fail(ValueError, "linear", rule, received=activation)
     if weight.dim() not in (1, 2):
         checks.fail(RuntimeError, "linear", "weight must have 1 or 2 dimensions", weight=weight)
     if input.dim() == 0 or input.shape[-1] != weight.shape[-1]:
@@ -356,7 +405,8 @@ def _linear_samples(make: Maker) -> Iterator[Sample]:
 
 def _linear_workloads(make: Maker) -> Iterator[Sample]:
     for rows, features, outputs in ((4096, 1024, 4096), (256, 2048, 1000), (1, 512, 512)):
-        for activation in (None, "relu"):
+        # what computes in its epilogue takes another tile where the largest would be taken
+        for activation in (None, "relu", "gelu") if rows == 4096 else (None, "relu"):
             yield Sample(
                 f"{rows}x{features}x{outputs}-{activation or 'identity'}",
                 input=make.empty(rows, features),
@@ -386,11 +436,11 @@ def _linear_rejects(make: Maker) -> Iterator[Reject]:
     )
     yield Reject(
         "activation",
-        r"linear: activation must be None or 'relu'.*'tanh'",
+        r"linear: activation must be None or one of relu, .*'softplus'",
         input=make(2, 3),
         weight=weight,
         bias=bias,
-        activation="tanh",
+        activation="softplus",
         raises=ValueError,
     )
 

@@ -22,11 +22,16 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def split_sum(
-    partial: Tensor, output: Tensor, bias: Tensor | None = None, activation: str | None = None
+    partial: Tensor,
+    output: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    before: Tensor | None = None,
 ) -> None:
     """Adds `partial` (splits, elements) over its first dimension into the dense `output`, in order.
 
-    A bias runs along the last dimension of a contiguous output.
+    A bias runs along the last dimension of a contiguous output.  `before`, like the output, takes
+    the values before the activation.
     """
     launch.run(
         kernels.split_sum_kernel,
@@ -34,6 +39,7 @@ def split_sum(
         partial,
         bias,
         output,
+        before,
         output.numel(),
         partial.shape[0],
         output.shape[-1] if bias is not None else 1,
@@ -41,6 +47,7 @@ def split_sum(
         on=output,
         ACTIVATION=activation,
         HAS_BIAS=bias is not None,
+        KEEPS_BEFORE=before is not None,
         BLOCK=kernels.BLOCK,
     )
 
