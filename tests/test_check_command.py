@@ -271,11 +271,11 @@ def test_a_script_tells_a_finding_that_is_gone_from_another(tmp_path):
 
 
 def test_the_ids_of_cases_are_their_own():
-    from tritorch.testing import parts, steps, supervise
+    from tritorch.testing import requests, steps, supervise
 
     heard = {}
     for level in ("quick", "full"):
-        request = parts.Request(
+        request = requests.Request(
             f"{CHECKED}:double",
             inputs="x[N]",
             level=level,

@@ -17,7 +17,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from tests.lab import corpus
-from tritorch.testing import dry, gpu_limits, parts
+from tritorch.testing import dry, gpu_limits, parts, requests
 from tritorch.testing.gpu_limits import limits
 from tritorch.testing.hosting import hosted, load
 
@@ -456,13 +456,13 @@ def test_a_script_that_launches_and_tests_itself_is_loaded(tmp_path):
 
 
 def test_a_check_is_told_of_every_compilation():
-    request = parts.Request(f"{corpus.ROOT}/tests/lab/broken/tuned_atomics.py:tuned_atomics")
+    request = requests.Request(f"{corpus.ROOT}/tests/lab/broken/tuned_atomics.py:tuned_atomics")
     heard = []
 
     def say(event, **fields):
         heard.append(fields["case"]) if event == "doing" else None
 
-    parts.compile_part(request, parts.find(request), say)
+    parts.compile_part(request, requests.find(request), say)
     for target in ("sm_80", "sm_90"):
         for block in (32, 64):
             config = f"BLOCK_M={block}, num_warps=4, num_stages=3"

@@ -11,7 +11,7 @@ import pytest
 
 import tritorch
 from tests.lab import corpus
-from tritorch.testing import detector, parts
+from tritorch.testing import detector, parts, requests
 from tritorch.testing.findings import KINDS, Finding
 from tritorch.testing.report import Report
 
@@ -61,14 +61,14 @@ def interpreted(kernel: corpus.Kernel) -> Report:
 
 def compiled(kernel: corpus.Kernel) -> list[Finding]:
     """The findings of the limits of GPUs, in this process."""
-    request = parts.Request(target=kernel.target)
+    request = requests.Request(target=kernel.target)
     found: list[Finding] = []
 
     def say(event: str, **fields: object) -> None:
         if event == "finding":
             found.append(parts.as_finding(fields["finding"]))
 
-    parts.compile_part(request, parts.find(request), say)
+    parts.compile_part(request, requests.find(request), say)
     return found
 
 

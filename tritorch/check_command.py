@@ -145,7 +145,7 @@ def check(target: str, json_file: Path | None, force: bool, **options: Any) -> N
 
         if not torch.cuda.is_available():
             _stop("--device cuda: torch finds no GPU", _UNABLE)
-    from tritorch.testing.parts import dtype_of
+    from tritorch.testing.requests import dtype_of
 
     console = Console(stderr=str(json_file) == "-", highlight=False, soft_wrap=True, emoji=False)
     try:

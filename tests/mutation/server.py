@@ -30,7 +30,7 @@ class Found(BaseException):
 
 def check(part: str, op: str, level: Any) -> int:
     """What a process of `tritorch check op` does, up to its first finding: then 1, else 0."""
-    from tritorch.testing import parts
+    from tritorch.testing import parts, requests
 
     def say(event: str, **fields: Any) -> None:
         if event == "finding":
@@ -38,7 +38,7 @@ def check(part: str, op: str, level: Any) -> int:
             raise Found
 
     try:
-        parts.run(part, parts.Request(op, level=level).to_json(), say)
+        parts.run(part, requests.Request(op, level=level).to_json(), say)
     except Found:
         return 1
     return 0

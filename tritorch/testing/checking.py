@@ -25,12 +25,14 @@ from tritorch.testing import (
     interpreter,
     parts,
     reproduction,
+    requests,
     supervise,
 )
 from tritorch.testing.errors import RequestError
 from tritorch.testing.findings import Finding
-from tritorch.testing.parts import LIMITS, TARGETS, Request
+from tritorch.testing.parts import LIMITS
 from tritorch.testing.report import MEMORY, Report
+from tritorch.testing.requests import TARGETS, Request
 from tritorch.testing.steps import Words
 
 # seconds that one case may take in a process of its own
@@ -220,7 +222,7 @@ class _Run:
             self.report.target = getattr(fn, "__name__", "function")
 
         def work() -> None:
-            found = parts.asked(fn, reference, samples, named, options, self._say)
+            found = requests.asked(fn, reference, samples, named, options, self._say)
             parts.battery_part(self.request, found, self._say)
 
         parts.going_on(work, self._say)

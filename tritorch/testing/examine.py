@@ -43,7 +43,7 @@ _GPU_REPEATS = 20
 _MOST_SAMPLES = 8
 
 # sections of a report in which the detectors' findings appear, whatever was run
-_MEMORY = frozenset(
+MEMORY_KINDS = frozenset(
     (
         "out-of-bounds read",
         "out-of-bounds write",
@@ -70,10 +70,6 @@ class Step:
     case: Case
     run: Callable[[], list[Finding]]
 
-    @property
-    def id(self) -> str:
-        return self.case.id
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -92,7 +88,7 @@ class Examination:
     """The steps of one check, made as it goes: what the first launches use decides the sizes.
 
     inputs: the text of sizes, where the subject's samples were made from one; without it the
-    subject's own samples are what there is.  only: the id of the one case to run.
+    subject's own samples are what there is.
     """
 
     def __init__(
@@ -104,10 +100,9 @@ class Examination:
         seed: int = 0,
         device: str = "cpu",
         unit_in: float = 0.0,
-        only: str = "",
     ) -> None:
         self.subject, self.inputs, self.level, self.seed = subject, inputs, level, seed
-        self.device, self.unit_in, self.only = device, unit_in, only
+        self.device, self.unit_in = device, unit_in
         self.notes: list[str] = []
         self._declined = False
         self.tiles: tuple[int, ...] = ()
@@ -123,8 +118,6 @@ class Examination:
             self._probe(on_step)
             self.configurations = host.configurations
             for step in self._steps():
-                if self.only and step.id != self.only:
-                    continue
                 on_step(step)
                 start = time.perf_counter()
                 self._declined = False
@@ -185,7 +178,7 @@ class Examination:
 
     def section_of(self, finding: Finding, step: Step) -> str:
         """Where a report shows a finding."""
-        return MEMORY if finding.kind in _MEMORY else step.section
+        return MEMORY if finding.kind in MEMORY_KINDS else step.section
 
     def _probe(self, on_step: Callable[[Step], None]) -> None:
         """One call that finds out the tiles, and whether the function has gradients."""
@@ -453,94 +446,6 @@ class Examination:
 
     def _library(self, one: Case) -> Iterator[Step]:
         yield Step("torch.library", one, partial(battery_torch.library, self.subject, one))
-
-
-def shrink(
-    examination: Examination,
-    step: Step,
-    finding: Finding,
-    on_step: Callable[[Step], None] = lambda step: None,
-    *,
-    most: int = 24,
-) -> tuple[inputs.Sizes, Finding] | None:
-    """Smaller sizes with which the same property still has the same kind of finding.
-
-    None where the sizes are not a text's, or none smaller shows it.  `on_step` hears of every try.
-    """
-    text = examination.inputs
-    if text is None or step.section in ("empty tensors", "torch.library"):
-        return None
-    if step.section == "repeated calls":
-        if finding.kind not in _MEMORY:
-            return None
-        # one call shows what a sequence did
-        run = partial(battery.values, examination.subject, step.case, order=examination.watch)
-        step = replace(step, run=run)
-    sizes = _sizes(text, step.case.sample)
-    if sizes is None:
-        return None
-    best: tuple[inputs.Sizes, Finding] | None = None
-    tried = 0
-    for letter in text.letters:
-        for size in _smaller(sizes[letter]):
-            smaller = sizes | {letter: text.allowed(letter, size)}
-            if smaller == sizes or tried >= most:
-                continue
-            tried += 1
-            again = _again(examination, step, text, smaller, finding, on_step)
-            if again is not None:
-                best, sizes = (smaller, again), smaller
-                break
-    return best
-
-
-def _again(
-    examination: Examination,
-    step: Step,
-    text: Inputs,
-    sizes: inputs.Sizes,
-    finding: Finding,
-    on_step: Callable[[Step], None],
-) -> Finding | None:
-    original, name = examination.subject, text.name(sizes)
-    one = replace(step.case, sample=name)
-    function = step.run
-    assert isinstance(function, partial)
-    subject = replace(original, samples=text.samples([sizes]))
-    arguments = [
-        subject if value is original else one if value == step.case else value
-        for value in function.args
-    ]
-    run = partial(function.func, *arguments, **function.keywords)
-    examination.subject = subject
-    smaller = Step(step.section, one, run)
-    on_step(smaller)
-    try:
-        found = examination.watched(smaller)
-    finally:
-        examination.subject = original
-    return next((f for f in found if _likeness(f) == _likeness(finding)), None)
-
-
-def _likeness(finding: Finding) -> tuple[str, int, str]:
-    """Kind, place and the reason that its message guesses: what a smaller input must keep."""
-    reason = finding.message.rpartition("; ")[2] if finding.message.endswith("?") else ""
-    return finding.kind, finding.line, reason.rpartition(": ")[2]
-
-
-def _smaller(size: int) -> Iterator[int]:
-    for candidate in (1, 2, 3, size // 4, size // 2, size - 1):
-        if 0 < candidate < size:
-            yield candidate
-
-
-def _sizes(text: Inputs, name: str) -> dict[str, int] | None:
-    """The sizes that a sample's name tells."""
-    try:
-        found = {k: int(v) for k, v in (part.split("=") for part in name.split())}
-    except ValueError:
-        return None
-    return found if set(found) == set(text.letters) else None
 
 
 def first_arguments(subject: Subject, seed: int = 0) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import zlib
 from pathlib import Path
 
 from tritorch.testing.findings import KINDS, Finding
-from tritorch.testing.parts import LIMITS, Request
+from tritorch.testing.parts import LIMITS
+from tritorch.testing.requests import Request
 from tritorch.testing.steps import Words
 
 _SCRIPT = '''"""{title}

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 
 from tritorch.registry import Subject
-from tritorch.testing import battery, examine
+from tritorch.testing import battery, examine, shrinking
 from tritorch.testing.errors import InternalError, RequestError
 from tritorch.testing.examine import Step
 from tritorch.testing.findings import Finding
@@ -223,7 +223,7 @@ def shrunk(
         tried[smaller.case.sample] = smaller
         on_step(smaller)
 
-    found = examine.shrink(examination, step, finding, trying)
+    found = shrinking.shrink(examination, step, finding, trying)
     if found is None or examination.inputs is None:
         return finding, step
     sizes, smaller = found

@@ -6,7 +6,6 @@ The properties of `battery.py` and its neighbours are made of these.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -67,11 +66,6 @@ class Case:
             where = "" if self.special_at is None else f" at {self.special_at}"
             parts.append(f"{self.special[1]} in {self.special[0]}{where}")
         return ", ".join(parts)
-
-    @property
-    def id(self) -> str:
-        """Twelve digits that name the case; a step of a check has an id of its own."""
-        return hashlib.blake2b(f"{self} {self.seed}".encode(), digest_size=6).hexdigest()
 
     def arguments(self, subject: Subject) -> dict[str, Argument]:
         """The arguments of the call, as fresh tensors."""
