@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from tritorch.testing import diagnostics
+from tritorch.testing import diagnostics, supervise
 
 pytestmark = pytest.mark.reference
 
@@ -98,3 +99,19 @@ def test_a_diagnostic_names_the_users_line(tmp_path):
 def test_where_nothing_is_known_the_error_itself_is_shown():
     assert told("", "no such arch\n") == "no such arch"
     assert told("warning: slow\n").endswith("what it says is on standard error")
+
+
+def test_a_compiler_that_ends_the_process_has_its_say(tmp_path):
+    said = tmp_path / "said"
+    said.write_text(
+        "LLVM ERROR: Cannot select: intrinsic %llvm.nvvm.x\nStack dump:\n0. Running pass"
+    )
+    doing = {"property": "GPU limits", "case": "N=256, float32"}
+    found = supervise._crashed(-signal.SIGABRT, doing, tmp_path / "trace", said)
+    assert found.message == (
+        "the process died of SIGABRT in GPU limits of N=256, float32: "
+        "the compiler says: Cannot select: intrinsic %llvm.nvvm.x"
+    )
+    said.write_text("")
+    silent = supervise._crashed(-signal.SIGABRT, doing, tmp_path / "trace", said)
+    assert silent.message == "the process died of SIGABRT in GPU limits of N=256, float32"

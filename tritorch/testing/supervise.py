@@ -21,6 +21,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
+from tritorch.testing import diagnostics
 from tritorch.testing.errors import RequestError
 from tritorch.testing.findings import Finding
 
@@ -142,7 +143,7 @@ def _listen(
     except subprocess.TimeoutExpired:
         return [_hung(child, doing, timeout, trace)]
     if status < 0:
-        return [_crashed(status, doing, trace)]
+        return [_crashed(status, doing, trace, said)]
     text = said.read_text(encoding="utf-8", errors="replace").strip()
     if doing:
         # sys.exit or os._exit in the user's code
@@ -159,13 +160,17 @@ def _pump(read: int, events: Queue[str | None]) -> None:
     events.put(None)
 
 
-def _crashed(status: int, doing: Event, trace: Path) -> Finding:
+def _crashed(status: int, doing: Event, trace: Path, said: Path) -> Finding:
     try:
         name = signal.Signals(-status).name
     except ValueError:
         name = f"signal {-status}"
     file, line = _where(trace, doing)
     message = f"the process died of {name} in {_shown(doing)}"
+    # a compiler that gives up says why there alone
+    why, _ = diagnostics.told("", said.read_text(encoding="utf-8", errors="replace"))
+    if why:
+        message += f": {why}"
     return Finding("crash", message, file=file, line=line, case=doing.get("case", ""))
 
 
