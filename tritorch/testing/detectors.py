@@ -139,7 +139,9 @@ def masked_lane_findings(
 
 
 def _bits(result: Tensor) -> Tensor:
-    return result.detach().cpu().contiguous().clone().reshape(-1).view(torch.uint8)
+    # a dimension of one element is contiguous whatever its stride, which a view minds
+    copied = result.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return copied.reshape(-1).view(torch.uint8)
 
 
 def _changes(
