@@ -53,7 +53,7 @@ def _max_pool_forward(
         (input, y),
         [number for numbers in spacing for number in numbers],
         **_adaptive(window, input.shape[2:], size),
-        **dict(zip("TRS"[-len(size) :], extents, strict=True)),
+        **_named("T R S", extents),
         UNROLL=kernels.unrolled_taps(*extents),
         HAS_TAPS=keep_taps,
         HAS_INDICES=return_indices,
@@ -61,7 +61,7 @@ def _max_pool_forward(
     return y, taps, indices
 
 
-def _adaptive(window: Window, sizes: Sequence[int], counts: Sequence[int]) -> dict[str, bool]:
+def _adaptive(window: Window, sizes: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
     """What tells kernels of images how windows lie."""
     if len(counts) == 3:
         return {}
@@ -92,8 +92,8 @@ def _max_pool_backward(
     adaptive = windows.is_adaptive(window)
     if len(size) == 2 and not adaptive and kernels.holds_windows(*extents, *stride, *dilation):
         cells = tuple(
-            (pixels - 1 + padding) // stride + 1
-            for pixels, padding, stride in zip(pixels, padding, stride, strict=True)
+            (size - 1 + before) // step + 1
+            for size, before, step in zip(pixels, padding, stride, strict=True)
         )
         windows.run(
             kernels.max_pool2d_backward_kernel,
@@ -102,9 +102,9 @@ def _max_pool_backward(
             shape[0] * math.prod(cells),
             images,
             padding,
-            **dict(zip(("R", "S"), extents, strict=True)),
-            **dict(zip(("STRIDE_H", "STRIDE_W"), stride, strict=True)),
-            **dict(zip(("DILATION_H", "DILATION_W"), dilation, strict=True)),
+            **_named("R S", extents),
+            **_named("STRIDE_H STRIDE_W", stride),
+            **_named("DILATION_H DILATION_W", dilation),
         )
         return grad_input
     if adaptive:
@@ -121,10 +121,15 @@ def _max_pool_backward(
     return grad_input
 
 
-def _counts(counts: Sequence[int]) -> dict[str, int]:
+def _counts(counts: Sequence[int]) -> dict[str, Any]:
     """How many windows meet in a pixel, as kernels take it at compile time."""
-    names = ("NUM_Z", "NUM_P", "NUM_Q")[-len(counts) :]
-    return {**dict(zip(names, counts, strict=True)), "UNROLL": kernels.unrolled_taps(*counts)}
+    named = _named("NUM_Z NUM_P NUM_Q", counts)
+    return {**named, "UNROLL": kernels.unrolled_taps(*counts)}
+
+
+def _named(names: str, numbers: Sequence[int]) -> dict[str, Any]:
+    """Numbers along the last axes by the kernels' names."""
+    return dict(zip(names.split()[-len(numbers) :], numbers, strict=True))
 
 
 def _gathered(input: Tensor, taps: Tensor, window: Window) -> Tensor:
@@ -146,7 +151,7 @@ def _max_pool_gather(input: Tensor, taps: Tensor, window: Window) -> Tensor:
         (input, y),
         [number for numbers in spacing for number in numbers],
         **_adaptive(window, input.shape[2:], size),
-        **dict(zip("RS"[-len(size) + 1 :], extents[1:], strict=True)),
+        **_named("R S", extents[1:]),
     )
     return y
 
@@ -277,7 +282,7 @@ def _avg_pool_forward(
         input.shape[0] * math.prod(size),
         (input, y),
         (*stride, *padding, divisor_override or 1),
-        **dict(zip("TRS"[-len(size) :], extents, strict=True)),
+        **_named("T R S", extents),
         UNROLL=kernels.unrolled_taps(*extents),
         COUNT_INCLUDE_PAD=count_include_pad,
         HAS_DIVISOR=divisor_override is not None,

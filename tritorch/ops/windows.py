@@ -18,6 +18,9 @@ kernels = launch.kernels("pool")
 
 # one number for every axis, or one for each
 Ints = int | Sequence[int]
+# pixels of an adaptive output, None for the input's; torch types its layers as if all could be None,
+# which raises
+Counts = int | Sequence[int | None] | None
 # kernel_size, stride, padding and dilation, each along every axis; of adaptive windows the largest,
 # and a stride of 0
 Window = tuple[int, ...]
@@ -90,7 +93,7 @@ def split(window: Window) -> tuple[tuple[int, ...], ...]:
 
 
 def adaptive_size(
-    op: str, input: Tensor, output_size: Any, axes: int, channels: bool = True
+    op: str, input: Tensor, output_size: Counts, axes: int, channels: bool = True
 ) -> tuple[int, ...]:
     """The sizes of an adaptive output; None keeps the input's.
 
@@ -101,10 +104,13 @@ def adaptive_size(
             with a size of 0 along a pooled axis, or of its second.
         TypeError: an `output_size` that is neither a number nor several.
     """
-    single = isinstance(output_size, (int, torch.SymInt))
-    if not single and not isinstance(output_size, Sequence):
+    given: tuple[int | None, ...]
+    if isinstance(output_size, (int, torch.SymInt)):
+        given = (output_size,) * axes
+    elif isinstance(output_size, Sequence):
+        given = tuple(output_size)
+    else:
         checks.fail(TypeError, op, "output_size must be integers", output_size=output_size)
-    given = (output_size,) * axes if single else tuple(output_size)
     # torch has no None for one axis
     if any(count is None for count in given) and axes == 1:
         checks.fail(TypeError, op, "output_size must be an integer", output_size=output_size)
