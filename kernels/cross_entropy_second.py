@@ -13,9 +13,27 @@ and of the second, P = (1 - a) sum(w v)
 
 import triton
 import triton.language as tl
+from triton import Config
 
 from tritorch.kernels.cross_entropy import load_classes, spread_weights
 from tritorch.kernels.tiles import strided_offsets
+
+# 8 elements per thread; without the bound the assembler spills for the sake of one more warp
+CROSS_ENTROPY_SECOND_CONFIGS = (
+    Config({"BLOCK_N": 8, "BLOCK_C": 128}, num_warps=4, maxnreg=255),
+    # long rows, or too few of them
+    Config({"BLOCK_N": 1, "BLOCK_C": 1024}, num_warps=4, maxnreg=255),
+    # classes apart in memory: rows side by side
+    Config({"BLOCK_N": 128, "BLOCK_C": 8}, num_warps=4, maxnreg=255),
+)
+
+
+def cross_entropy_second_config(rows, classes, contiguous):
+    """A tile along what is contiguous in memory; `contiguous`: the classes are."""
+    short, long, apart = CROSS_ENTROPY_SECOND_CONFIGS
+    if not contiguous:
+        return apart
+    return long if classes > 128 and rows < 4096 else short
 
 
 @triton.jit

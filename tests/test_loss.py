@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import tritorch.ops  # noqa: F401  declares the specs
 from tritorch import backend, launch, ops
 from tritorch.kernels.cross_entropy import CROSS_ENTROPY_CONFIGS
+from tritorch.kernels.cross_entropy_second import CROSS_ENTROPY_SECOND_CONFIGS
 from tritorch.ops import classes
 from tritorch.ops import loss as loss_ops
 from tritorch.registry import Maker, specs
@@ -124,7 +125,7 @@ def second_gradients(function, arguments, names):
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("classed", [True, False], ids=["classes", "probabilities"])
-@pytest.mark.parametrize("config", CROSS_ENTROPY_CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CROSS_ENTROPY_SECOND_CONFIGS, ids=str)
 def test_every_tile_computes_second_gradients(config, classed, reduction, device):
     make = Maker(torch.float64, device)
     arguments = {"input": make(3, 21, 7), "weight": make(21, low=0.5, high=2.0)}
@@ -135,7 +136,7 @@ def test_every_tile_computes_second_gradients(config, classed, reduction, device
     else:
         arguments["target"] = make(3, 21, 7, low=0.0, high=0.1)
     names = ("input",) if classed else ("input", "target")
-    with launch.override("cross_entropy_config", config):
+    with launch.override("cross_entropy_second_config", config):
         found = second_gradients(ops.cross_entropy, arguments, names)
     expected = second_gradients(F.cross_entropy, arguments, names)
     torch.testing.assert_close(found, expected)

@@ -67,7 +67,7 @@ def forward(
     if not probabilities:
         classes.check_range("cross_entropy", input, target, ignore_index)
     count = first_class(input).numel()
-    config = config_of(input)
+    config = _config(input)
     programs = math.ceil(count / config.kwargs["BLOCK_N"])
     partial = rows.new_empty((1 if probabilities else 2, programs)) if reduced else result
     nest, strides, layout = walk(config, (input, target), ())
@@ -149,7 +149,7 @@ def backward(
         wanted,
     )
     count, classes = grad_output.numel(), input.shape[1]
-    config = config_of(input)
+    config = _config(input)
     nest, strides, layout = walk(config, (input, target, grad), (grad_output,))
     lanes = classes + layout["ALIGN"] - 1 if layout["SHIFTED"] else classes
     tiles_n = math.ceil(count / config.kwargs["BLOCK_N"])
@@ -187,7 +187,7 @@ def backward(
     return grad
 
 
-def config_of(input: Tensor) -> Any:
+def _config(input: Tensor) -> Any:
     return launch.config(
         kernels.cross_entropy_config,
         first_class(input).numel(),
