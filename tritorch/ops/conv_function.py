@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import depthwise, implicit_gemm
-from tritorch.ops.activation import ActivationBackward
+from tritorch.ops.activation_function import ActivationBackward
 from tritorch.ops.geometry import Geometry, is_channels_last, memory_format
 from tritorch.ops.reduce import ChannelSum
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tritorch import binding
 from tritorch.ops import second_gradient
-from tritorch.ops.activation import REFERENCES, ActivationBackward, needs_output
+from tritorch.ops.activation import REFERENCES
+from tritorch.ops.activation_function import ActivationBackward, needs_output
 from tritorch.ops.norm_stages import (
     batch_norm_backward_elemt,
     batch_norm_backward_reduce,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import strided
-from tritorch.ops.activation import needs_output
+from tritorch.ops.activation_function import needs_output
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype
 from tritorch.ops.strided import Layout
 

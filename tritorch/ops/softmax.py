@@ -189,7 +189,11 @@ def _call(
 ) -> Tensor:
     checks.tensor(op, input=input)
     if dim is None:
-        dim = F._get_softmax_dim(op, input.dim(), 5)
+        checks.warn(
+            f"Implicit dimension choice for {op} has been deprecated. "
+            "Change the call to include dim=X as an argument."
+        )
+        dim = 0 if input.dim() in (0, 1, 3) else 1
     rank = max(input.dim(), 1)
     if not -rank <= dim < rank:
         rule = f"dim must be from {-rank} to {rank - 1}"

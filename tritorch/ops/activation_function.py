@@ -1,0 +1,168 @@
+"""Launches and gradients of the elementwise activations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritorch import binding, launch
+from tritorch.ops import strided
+
+kernels = launch.kernels("activation")
+
+# whose derivative the output tells; the others need the input
+_FROM_OUTPUT = frozenset(("relu", "relu6", "leaky_relu", "sigmoid", "tanh"))
+# whose gradient torch lays out as what is saved; the others' is as grad_output
+_LAID_OUT_AS_SAVED = frozenset(("relu", "leaky_relu"))
+# whose second derivative is not zero
+_CURVED = frozenset(("silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "hardswish"))
+
+
+def needs_output(activation: str, slope: float = 0.01) -> bool:
+    """Whether `ActivationBackward` takes the activation's output, and not its input."""
+    # a negative slope gives one output to two inputs
+    return activation in _FROM_OUTPUT and slope >= 0
+
+
+@binding.library_op(
+    "activation_forward(Tensor input, str activation, float slope) -> Tensor",
+    fake=lambda input, activation, slope: strided.empty_like(input),
+)
+def _activation_forward(input: Tensor, activation: str, slope: float) -> Tensor:
+    y = strided.empty_like(input)
+    _launch_forward(input, y, activation, slope)
+    return y
+
+
+@binding.library_op(
+    "activation_forward_(Tensor(a!) input, str activation, float slope) -> ()",
+    fake=lambda input, activation, slope: None,
+)
+def _activation_forward_(input: Tensor, activation: str, slope: float) -> None:
+    _launch_forward(input, input, activation, slope)
+
+
+def _launch_forward(x: Tensor, y: Tensor, activation: str, slope: float) -> None:
+    nest = strided.nest(activation, x, y)
+    launch.run(
+        kernels.activation_forward_kernel,
+        (math.ceil(nest.numel / kernels.BLOCK),),
+        x,
+        y,
+        nest.numel,
+        *nest.sizes[1:],
+        *nest.strides[0],
+        *nest.strides[1],
+        slope,
+        on=x,
+        ACTIVATION=activation,
+        INDEX_64=nest.wide,
+        BLOCK=kernels.BLOCK,
+    )
+
+
+def _grad_input(
+    grad_output: Tensor, saved: Tensor, activation: str, slope: float, order: int
+) -> Tensor:
+    # a stride of 0 says nothing of the order of dimensions
+    as_saved = activation in _LAID_OUT_AS_SAVED or 0 in grad_output.stride()
+    return strided.empty_like(saved if as_saved else grad_output)
+
+
+@binding.library_op(
+    "activation_backward(Tensor grad_output, Tensor saved, str activation, float slope, int order)"
+    " -> Tensor",
+    fake=_grad_input,
+)
+def _activation_backward(
+    grad_output: Tensor, saved: Tensor, activation: str, slope: float, order: int
+) -> Tensor:
+    grad_input = _grad_input(grad_output, saved, activation, slope, order)
+    nest = strided.nest(activation, grad_output, saved, grad_input)
+    launch.run(
+        kernels.activation_backward_kernel,
+        (math.ceil(nest.numel / kernels.BLOCK),),
+        grad_output,
+        saved,
+        grad_input,
+        nest.numel,
+        *nest.sizes[1:],
+        *nest.strides[0],
+        *nest.strides[1],
+        *nest.strides[2],
+        slope,
+        on=saved,
+        ACTIVATION=activation,
+        ORDER=order,
+        INDEX_64=nest.wide,
+        BLOCK=kernels.BLOCK,
+    )
+    return grad_input
+
+
+class ActivationBackward(torch.autograd.Function):
+    """grad_output times a derivative of the activation, of first or second order.
+
+    `saved` is the output or the input, as `needs_output` says, and the derivative of second order
+    is that of the first one by `saved`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_output: Tensor,
+        saved: Tensor,
+        activation: str,
+        slope: float = 0.01,
+        order: int = 1,
+    ) -> Tensor:
+        ctx.activation, ctx.slope, ctx.order = activation, slope, order
+        ctx.save_for_backward(saved, grad_output if activation in _CURVED else None)
+        grad_input: Tensor = _activation_backward(grad_output, saved, activation, slope, order)
+        return grad_input
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, grad_output = ctx.saved_tensors
+        rest = ctx.activation, ctx.slope
+        into_grad = into_saved = None
+        if ctx.needs_input_grad[0]:
+            into_grad = binding.apply(ActivationBackward, grad, saved, *rest, ctx.order)
+        if ctx.needs_input_grad[1] and ctx.activation in _CURVED:
+            if ctx.order > 1:
+                raise NotImplementedError(
+                    f"{ctx.activation}: the kernels have no derivative of third order"
+                )
+            into_saved = binding.apply(ActivationBackward, grad * grad_output, saved, *rest, 2)
+        return into_grad, into_saved, None, None, None
+
+
+class Activation(torch.autograd.Function):
+    """Keeps the output where it tells the derivative, else the input."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, activation: str, slope: float, inplace: bool) -> Tensor:
+        ctx.activation, ctx.slope = activation, slope
+        from_output = needs_output(activation, slope)
+        if inplace:
+            # torch keeps a copy too
+            copies = not from_output and ctx.needs_input_grad[0]
+            saved = input.clone() if copies else input
+            _activation_forward_(input, activation, slope)
+            ctx.mark_dirty(input)
+            ctx.save_for_backward(saved)
+            return input
+        output: Tensor = _activation_forward(input, activation, slope)
+        ctx.save_for_backward(output if from_output else input)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors
+        grad_input = binding.apply(
+            ActivationBackward, grad_output, saved, ctx.activation, ctx.slope
+        )
+        return grad_input, None, None, None

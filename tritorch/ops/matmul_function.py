@@ -1,0 +1,198 @@
+"""Launches and gradients of the matrix product and of the linear layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritorch import binding, launch
+from tritorch.ops import strided
+from tritorch.ops.activation_function import ActivationBackward, needs_output
+from tritorch.ops.reduce import ChannelSum, accumulator_dtype, split_sum
+
+kernels = launch.kernels("matmul")
+reduce_kernels = launch.kernels("reduce")
+
+# slices of the inner axis that one program must have before it pays to split the axis over more
+# programs
+_MIN_STEPS = 8
+
+
+def _matmul_output(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+def _matmul_flops(
+    a: Sequence[int],
+    b: Sequence[int],
+    bias: Sequence[int] | None,
+    activation: str | None,
+    *,
+    out_shape: Sequence[int] | None = None,
+) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
+@binding.library_op(
+    "matmul(Tensor a, Tensor b, Tensor? bias, str? activation) -> Tensor",
+    fake=_matmul_output,
+    flops=_matmul_flops,
+)
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """activation(a @ b + bias) of two matrices, or of two equally long batches of them."""
+    y = _matmul_output(a, b, bias, activation)
+    _launch(a, b, bias, activation, y)
+    return y
+
+
+def _matmul_outputs(
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    y = _matmul_output(a, b, bias, activation)
+    return y, torch.empty_like(y)
+
+
+@binding.library_op(
+    "matmul_keeping(Tensor a, Tensor b, Tensor? bias, str activation) -> (Tensor, Tensor)",
+    fake=_matmul_outputs,
+    flops=_matmul_flops,
+)
+def matmul_keeping(
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """The same, and a @ b + bias, which the gradient of some activations needs."""
+    y, before = _matmul_outputs(a, b, bias, activation)
+    _launch(a, b, bias, activation, y, before)
+    return y, before
+
+
+def _launch(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    y: Tensor,
+    before: Tensor | None = None,
+) -> None:
+    batch = a.shape[0] if a.dim() == 3 else 1
+    (m, k), n = a.shape[-2:], b.shape[-1]
+    computes = activation not in (None, "relu", "relu6", "leaky_relu")
+    sizes = m, n, k, batch, a.element_size()
+    config = launch.config(kernels.matmul_config, *sizes, computes)
+    block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
+    tiles = math.ceil(m / block_m) * math.ceil(n / block_n)
+    steps = math.ceil(k / block_k)
+    splits = reduce_kernels.num_splits(tiles * batch, steps, _MIN_STEPS)
+    steps_per_split = math.ceil(steps / splits)
+    splits = math.ceil(steps / steps_per_split) if steps else 1
+    partial = y
+    if splits > 1:
+        partial = y.new_empty((splits, y.numel()), dtype=accumulator_dtype(y.dtype))
+    launch.run(
+        kernels.matmul_kernel,
+        (tiles, batch * splits),
+        a,
+        b,
+        bias if splits == 1 else None,
+        partial,
+        before if splits == 1 else None,
+        m,
+        n,
+        k,
+        steps_per_split,
+        splits,
+        bias.stride(0) if bias is not None else 1,
+        *_batch_strides(a),
+        *_batch_strides(b),
+        y.numel(),
+        m * n,
+        n,
+        on=y,
+        config=config,
+        ACTIVATION=activation if splits == 1 else None,
+        HAS_BIAS=bias is not None and splits == 1,
+        KEEPS_BEFORE=before is not None and splits == 1,
+        INPUT_PRECISION=launch.input_precision(a.dtype, "matmul"),
+        INDEX_64=strided.is_wide((block_m, block_k), a.stride()[-2:])
+        or strided.is_wide((block_k, block_n), b.stride()[-2:]),
+    )
+    if splits > 1:
+        split_sum(partial, y, bias, activation, before)
+
+
+def _batch_strides(matrix: Tensor) -> tuple[int, ...]:
+    return matrix.stride() if matrix.dim() == 3 else (0, *matrix.stride())
+
+
+class Matmul(torch.autograd.Function):
+    """Product of two matrices, or of two equally long batches; both gradients are products."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        output: Tensor = matmul(a, b, None, None)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_a = binding.apply(Matmul, grad_output, b.mT)
+        if ctx.needs_input_grad[1]:
+            grad_b = binding.apply(Matmul, a.mT, grad_output)
+        return grad_a, grad_b
+
+
+class Linear(torch.autograd.Function):
+    """activation(input @ weight.T + bias); of an activation its output is kept, and the value
+    before it only where the output does not tell the derivative.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+    ) -> Tensor:
+        shape = (*input.shape[:-1], weight.shape[0])
+        arguments = rows_of(input), weight.t(), bias, activation
+        before: Tensor | None = None
+        if activation is None or needs_output(activation) or not any(ctx.needs_input_grad):
+            output: Tensor = matmul(*arguments).view(shape)
+        else:
+            output, before = (each.view(shape) for each in matmul_keeping(*arguments))
+        ctx.activation, ctx.keeps_before = activation, before is not None
+        saved = output if activation is not None and before is None else before
+        # the value before, which is no result, is known to autograd by what it is computed from
+        ctx.save_for_backward(input, weight, bias if ctx.keeps_before else None, saved)
+        return output
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_output: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        input, weight, bias, saved = ctx.saved_tensors
+        if ctx.activation is not None:
+            if ctx.keeps_before and torch.is_grad_enabled():
+                # a second gradient goes through it
+                saved = binding.apply(Linear, input, weight, bias, None)
+            grad_output = binding.apply(ActivationBackward, grad_output, saved, ctx.activation)
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = binding.apply(Linear, grad_output, weight.t(), None, None)
+        if ctx.needs_input_grad[1]:
+            grad_weight = binding.apply(Matmul, rows_of(grad_output).t(), rows_of(input))
+        if ctx.needs_input_grad[2]:
+            grad_bias = binding.apply(ChannelSum, rows_of(grad_output), 1)
+        return grad_input, grad_weight, grad_bias, None
+
+
+def rows_of(input: Tensor) -> Tensor:
+    # a view unless the leading dimensions do not merge into one stride; there torch copies too,
+    # since a kernel
+    # over every stride pattern of the rows would gather what one copy makes contiguous for three
+    # products
+    return input.reshape(-1, input.shape[-1]) if input.dim() != 2 else input
