@@ -52,9 +52,12 @@ def test_cost_counts_the_products_that_torch_counts(spec, name):
 
 @pytest.mark.parametrize("spec", [pytest.param(spec, id=spec.name) for spec in specs()])
 def test_cost_moves_at_least_the_arguments(spec):
+    # it reads one class of each row, and its gradient writes all of them
+    passes = ("forward", "backward") if spec.name == "nll_loss" else ("forward",)
     for sample in spec.workloads(Maker(torch.float32, "meta")):
         cost = spec.cost(**sample.arguments)
         assert set(cost) == {"forward", "backward"}
         first = next(v for v in sample.arguments.values() if isinstance(v, Tensor | list))
         tensors = first if isinstance(first, list) else [first]
-        assert cost["forward"].bytes >= sum(t.numel() * t.element_size() for t in tensors)
+        moved = sum(cost[name].bytes for name in passes)
+        assert moved >= sum(t.numel() * t.element_size() for t in tensors)
