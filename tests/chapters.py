@@ -28,7 +28,7 @@ INDEX = COURSE / "README.md"
 # the first one's outputs are those of both
 LANGUAGES = {"en": "English", "zh": "中文"}
 _CONTENTS = {"en": "Contents", "zh": "目录"}
-_NEXT = {"en": "Next: ", "zh": "下一章："}
+_NEXT = {"en": "Next: ", "zh": "下一章 "}
 
 _FENCE = re.compile(r"^```(?P<language>[a-z ]+)\n(?P<body>.*?)^```\n", re.DOTALL | re.MULTILINE)
 _TABLE = re.compile(r"(<!-- course: chapters -->\n).*?(<!-- end -->)", re.DOTALL)

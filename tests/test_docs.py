@@ -22,7 +22,7 @@ PAGES = [
         "examples/README.md",
         "kernels/README.md",
     )
-]
+] + sorted((ROOT / "docs" / "course").rglob("*.md"))
 REGENERATE = "run python -m tests.lab.gallery"
 # what torch's own products measure differs from CPU to CPU
 _MEASURED = re.compile(r"\d+\.\d+(e-?\d+)?|\d+e-\d+")
