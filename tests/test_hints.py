@@ -13,6 +13,7 @@ from tritorch.testing import cases, promises
 pytestmark = pytest.mark.interpret
 
 LAYOUTS = (None, "sliced", "misaligned", "channels_last")
+NORMS = ("batch_norm", "layer_norm", "group_norm")
 
 
 @pytest.fixture
@@ -28,10 +29,12 @@ def calls():
     """Calls of the ops whose kernels promise something, their tensors in several layouts."""
     found = []
     for spec in specs():
-        layouts = {"batch_norm": LAYOUTS, "sgd_step": (None, "misaligned")}.get(spec.name, ())
+        layouts = LAYOUTS if spec.name in NORMS else ()
+        if spec.name == "sgd_step":
+            layouts = (None, "misaligned")
         for dtype in (torch.float32, torch.float16):
             for sample in spec.samples(Maker(dtype, "meta")):
-                if spec.name == "batch_norm" and not sample.layouts:
+                if spec.name in NORMS and not sample.layouts:
                     continue
                 for layout in layouts:
                     name = f"{spec.name}-{dtype}-{sample.name}-{layout}".replace("torch.", "")
