@@ -1,4 +1,4 @@
-"""Max and average pooling of volumes: pool.py with one more axis, and the same configurations.
+"""Max and average pooling of volumes: pool.py with one more axis.
 
 D, T and Z are the depths of a volume, of a window and of an output.  A tap is the number of a cell
 in its window, slice by slice and row by row.
@@ -7,7 +7,16 @@ in its window, slice by slice and row by row.
 import triton
 import triton.language as tl
 
-from tritorch.kernels.pool import tile_indices
+from tritorch.kernels.pool import POOL_CONFIGS, tile_indices
+
+# 16 channels are one to four sectors of memory, and suit any number of channels
+POOL3D_CONFIGS = {itemsize: configs[1:] for itemsize, configs in POOL_CONFIGS.items()}
+
+
+def pool3d_config(channels_last, itemsize):
+    """Tile of every kernel that writes volumes, along the contiguous axis of what it writes."""
+    along_channels, along_pixels = POOL3D_CONFIGS[itemsize]
+    return along_channels if channels_last else along_pixels
 
 
 @triton.jit

@@ -132,6 +132,7 @@ def _adaptive_avg_pool(
         volumes,
         tuple(map(windows.largest, read, written)),
         wide=windows.multiplies_beyond_int32(read, written),
+        flat=input.dim() == 4,
         GRADIENT=gradient,
     )
     return output

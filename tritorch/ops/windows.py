@@ -15,10 +15,11 @@ from tritorch import checks, launch
 from tritorch.ops import geometry, strided
 
 kernels = launch.kernels("pool")
+kernels3d = launch.kernels("pool3d")
 
 # one number for every axis, or one for each
 Ints = int | Sequence[int]
-# pixels of an adaptive output, None for the input's; torch types its layers as if all could be None,
+# pixels of an adaptive output, None for the input's; as torch types its layers, all could be None,
 # which raises
 Counts = int | Sequence[int | None] | None
 # kernel_size, stride, padding and dilation, each along every axis; of adaptive windows the largest,
@@ -191,18 +192,21 @@ def run(
     images: Sequence[Tensor],
     spacing: Sequence[int],
     wide: bool = False,
+    flat: bool = False,
     **constants: Any,
 ) -> None:
-    """Launches a kernel whose tile is that of kernels/pool.py over `pixels` times channels.
+    """Launches a kernel of kernels/pool.py, or one with such a tile, over `pixels` times channels.
 
     The kernel takes `pointers`, `sizes`, `pixels`, the strides of `images` and `spacing`; the last
     of `images` is written.  `wide`: whether it computes numbers beyond int32 besides offsets.
+    `flat`: whether volumes are images of one slice.
     """
     written = images[-1]
-    channels = written.shape[1]
-    config = launch.config(
-        kernels.pool_config, written.stride(1) == 1, channels, written.element_size()
-    )
+    channels, channels_last = written.shape[1], written.stride(1) == 1
+    if written.dim() == 4 or flat:
+        config = launch.config(kernels.pool_config, channels_last, channels, written.element_size())
+    else:
+        config = launch.config(kernels3d.pool3d_config, channels_last, written.element_size())
     block_pixels, block_c = config.kwargs["BLOCK_PIXELS"], config.kwargs["BLOCK_C"]
     launch.run(
         kernel,
