@@ -196,7 +196,6 @@ def _made(
 def _samples(make: Maker) -> Iterator[Sample]:
     # a program takes 1024 or 2048 elements
     edges = ((1,), (0, 3), (), (1023,), (2048,), (2049,), (3, 5, 7))
-    yield Sample("none", **_made(make, momentum=0.9))
     yield Sample("plain", **_made(make, *edges))
     yield Sample("weight-decay", **_made(make, (7, 5), weight_decay=0.1, maximize=True))
     yield Sample("first", **_made(make, (7,), (5, 3), momentum=0.9, dampening=0.5, first=True))
@@ -212,6 +211,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
         "momentum_buffers": [make(4, 3), make(2, 3, 5, 7), make(4, 3).t()],
     }
     yield Sample("strided", **strided, lr=0.1, momentum=0.9)
+    yield Sample("none", **_made(make, momentum=0.9))
 
 
 def _workloads(make: Maker) -> Iterator[Sample]:
