@@ -180,11 +180,8 @@ def conv2d_kernel(
             num_z = Z
             step_d = dilation_d
     if depth is not None:
-        # slices are more images, and their taps more rows of taps, until they are told apart
+        # slices are more images until they are told apart
         N *= num_z
-        num_rows = num_t * num_r
-    else:
-        num_rows = num_r
     offs_npq += pid_npq * BLOCK_NPQ
     mask_npq = offs_npq < N * num_p * num_q
     # a residue may have no pixels and no taps: divisors are 1 at least
@@ -218,18 +215,29 @@ def conv2d_kernel(
     if FLAT_C:
         # a constant: its divisions are cheap, and do not hide aligned vectors
         C = FLAT_C
-        num_steps = tl.cdiv(C * num_rows * num_s, BLOCK_CRS)
+        num_steps = tl.cdiv(C * num_r * num_s, BLOCK_CRS)
     else:
-        num_steps = num_c * num_rows * num_s
+        num_steps = num_c * num_r * num_s
+    if depth is not None:
+        # a slice of taps after the other: what follows from it is the same for a whole step
+        steps_t = max(num_steps, 1)
+        num_steps *= num_t
     begin = split * STEPS
-    c = begin % num_c * BLOCK_CRS
-    i = begin // num_c // max(num_s, 1)
-    j = begin // num_c % max(num_s, 1)
+    first = begin
+    if depth is not None:
+        t = begin // steps_t
+        first = begin % steps_t
+    c = first % num_c * BLOCK_CRS
+    i = first // num_c // max(num_s, 1)
+    j = first // num_c % max(num_s, 1)
     acc = tl.zeros((BLOCK_NPQ, BLOCK_K), dtype=ACC)
     for step in range(begin, min(begin + STEPS, num_steps)):
         if FLAT_C:
-            offs_crs = step * BLOCK_CRS + slice_crs
-            mask_crs = offs_crs < C * num_rows * num_s
+            if depth is None:
+                offs_crs = step * BLOCK_CRS + slice_crs
+            else:
+                offs_crs = first * BLOCK_CRS + slice_crs
+            mask_crs = offs_crs < C * num_r * num_s
             offs_c = offs_crs % C
             offs_i = offs_crs // C // max(num_s, 1)
             offs_j = offs_crs // C % max(num_s, 1)
@@ -238,32 +246,28 @@ def conv2d_kernel(
             mask_crs = offs_c < C
             offs_i = i + tl.zeros_like(offs_c)
             offs_j = j + tl.zeros_like(offs_c)
-        if depth is not None:
-            offs_t = offs_i // max(num_r, 1)
-            offs_i = offs_i % max(num_r, 1)
         taps_h = offs_i * step_h
         taps_w = offs_j * step_w
         x_columns = offs_c * x_stride_c + taps_h * x_stride_h + taps_w * x_stride_w
-        if depth is not None:
-            taps_d = offs_t * step_d
-            x_columns += taps_d * x_stride_d
         rows, columns = tile_axes(x_rows, x_columns, X_CHANNELS_LAST)
         rows_h, taps_h = tile_axes(x_h, taps_h, X_CHANNELS_LAST)
         rows_w, taps_w = tile_axes(x_w, taps_w, X_CHANNELS_LAST)
         _, channels = tile_axes(mask_npq, mask_crs, X_CHANNELS_LAST)
         mask = inside(rows_h + taps_h, H) & inside(rows_w + taps_w, W) & channels
+        x_tap_ptr = x_ptr
+        w_tap_ptr = w_ptr
         if depth is not None:
-            rows_d, taps_d = tile_axes(x_d, taps_d, X_CHANNELS_LAST)
-            mask &= inside(rows_d + taps_d, D)
-        x = tl.load(x_ptr + (rows + columns), mask=mask, other=0.0)
+            slices, _ = tile_axes(inside(x_d + t * step_d, D), mask_crs, X_CHANNELS_LAST)
+            mask &= slices
+            x_tap_ptr += t * step_d * x_stride_d
+            w_tap_ptr += (first_t + t * tap_step_d) * w_stride_t
+        x = tl.load(x_tap_ptr + (rows + columns), mask=mask, other=0.0)
         if not X_CHANNELS_LAST:
             x = tl.trans(x)
         w_rows = (offs_c * w_stride_c + (first_r + offs_i * tap_step_h) * w_stride_r
                   + (first_s + offs_j * tap_step_w) * w_stride_s)
-        if depth is not None:
-            w_rows += (first_t + offs_t * tap_step_d) * w_stride_t
         # a weight meets the zeros of the padding as it is: infinity times zero is NaN, as in torch
-        w = tl.load(w_ptr + (w_rows[:, None] + offs_k[None, :] * w_stride_k),
+        w = tl.load(w_tap_ptr + (w_rows[:, None] + offs_k[None, :] * w_stride_k),
                     mask=mask_crs[:, None] & mask_k[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
         if not FLAT_C:
@@ -274,6 +278,15 @@ def conv2d_kernel(
             row_ends = j == num_s
             j = tl.where(row_ends, 0, j)
             i += row_ends.to(tl.int32)
+        if depth is not None:
+            if FLAT_C:
+                first += 1
+                slice_ends = first == steps_t
+                first = tl.where(slice_ends, 0, first)
+            else:
+                slice_ends = i == num_r
+                i = tl.where(slice_ends, 0, i)
+            t += slice_ends.to(tl.int32)
 
     if HAS_BIAS:
         bias_ptrs = bias_ptr + (group * K + offs_k) * bias_stride

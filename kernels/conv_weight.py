@@ -23,6 +23,11 @@ CONV2D_GRAD_WEIGHT_CONFIGS = {
     8: (_tile(32, 32, 16, 4, 2, 255),),
 }
 
+# the walk through a volume takes registers that four warps do not have beside 128 columns
+CONV3D_GRAD_WEIGHT_CONFIGS = {
+    itemsize: configs[::2] for itemsize, configs in CONV2D_GRAD_WEIGHT_CONFIGS.items()
+}
+
 CONV2D_GRAD_WEIGHT_GATHER_CONFIGS = {
     2: (_tile(64, 64, 32, 8, 3, 255), _tile(32, 32, 32, 8, 3, 255)),
     4: (_tile(64, 64, 32, 8, 3, 255), _tile(32, 32, 32, 8, 3, 255)),
@@ -35,7 +40,15 @@ BLOCK = 256
 
 def conv2d_grad_weight_config(k, crs, itemsize):
     """The largest tile that is not mostly empty: splitting the sum over pixels fills the GPU."""
-    configs = CONV2D_GRAD_WEIGHT_CONFIGS[itemsize]
+    return _largest(CONV2D_GRAD_WEIGHT_CONFIGS[itemsize], k, crs)
+
+
+def conv3d_grad_weight_config(k, crs, itemsize):
+    """The same of volumes."""
+    return _largest(CONV3D_GRAD_WEIGHT_CONFIGS[itemsize], k, crs)
+
+
+def _largest(configs, k, crs):
     for config in configs[:-1]:
         if k > config.kwargs["BLOCK_K"] // 2 and crs > config.kwargs["BLOCK_CRS"] // 2:
             return config
@@ -66,7 +79,7 @@ def conv2d_grad_weight_kernel(
     A tile is BLOCK_P x BLOCK_Q pixels of BLOCK_NPQ / (BLOCK_P * BLOCK_Q) images.  Its pixels keep
     their places around its corner, and the next tile moves the three numbers of the corner, where
     a flat index of pixels would be divided anew.  FLAT_C and UNIT are as in `conv2d_kernel`.
-    A tile of a volume lies in one slice.
+    A tile of a volume lies in one slice, and its program knows one slice of taps.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     C *= UNIT
@@ -77,16 +90,20 @@ def conv2d_grad_weight_kernel(
         UNIT, INDEX_64, x_stride_n, x_stride_h, x_stride_w)
     grad_y_stride_n, grad_y_stride_p, grad_y_stride_q = in_units(
         UNIT, INDEX_64, grad_y_stride_n, grad_y_stride_p, grad_y_stride_q)
-    num_taps = R * S
     if depth is not None:
         (D, T, Z, grad_y_stride_z, x_stride_d, grad_w_stride_t,
          stride_d, padding_d, dilation_d) = depth
         grad_y_stride_z, x_stride_d, _ = in_units(
             UNIT, INDEX_64, grad_y_stride_z, x_stride_d, x_stride_d)
-        num_taps *= T
     num_k = tl.cdiv(K, BLOCK_K)
     pid_k = tl.program_id(0) % num_k
     pid_crs = tl.program_id(0) // num_k
+    if depth is not None:
+        # one slice of taps, which is the same for all columns
+        t = pid_crs % T
+        pid_crs = pid_crs // T
+        tap_d = t * dilation_d - padding_d
+        grad_w_ptr += t.to(tl.int64) * grad_w_stride_t
     split = tl.program_id(1) % SPLITS
     group = (tl.program_id(1) // SPLITS).to(tl.int64)
     grad_y_ptr += group * K * grad_y_stride_k
@@ -101,14 +118,10 @@ def conv2d_grad_weight_kernel(
         offs_crs = offs_crs.to(tl.int64)
         offs_npq = offs_npq.to(tl.int64)
     mask_k = offs_k < K
-    mask_crs = offs_crs < C * num_taps
+    mask_crs = offs_crs < C * R * S
     offs_c = offs_crs % C
     offs_r = offs_crs // C // S
     offs_s = offs_crs // C % S
-    if depth is not None:
-        offs_t = offs_r // R
-        offs_r = offs_r % R
-        taps_d = offs_t * dilation_d - padding_d
     block_n = BLOCK_NPQ // (BLOCK_P * BLOCK_Q)
     offs_n = offs_npq // (BLOCK_P * BLOCK_Q)
     offs_p = offs_npq // BLOCK_Q % BLOCK_P
@@ -124,28 +137,18 @@ def conv2d_grad_weight_kernel(
     x_w = rows_w + taps_w
     x_offsets = (rows + rows_h * x_stride_h + rows_w * x_stride_w
                  + (columns + taps_h * x_stride_h + taps_w * x_stride_w))
-    if depth is not None:
-        _, columns = tile_axes(offs_npq, taps_d * x_stride_d, X_CHANNELS_LAST)
-        x_offsets += columns
 
     num_p = tl.cdiv(P, BLOCK_P)
     num_q = tl.cdiv(Q, BLOCK_Q)
     begin = split * STEPS
-    image = begin // (num_p * num_q)
-    next_image = 1
-    if depth is None:
-        image *= block_n
-        next_image = block_n
+    n = begin // (num_p * num_q) * block_n
+    if depth is not None:
+        n = begin // (num_p * num_q * Z) * block_n
+        z = begin // (num_p * num_q) % Z
     p = begin // num_q % num_p * BLOCK_P
     q = begin % num_q * BLOCK_Q
     acc = tl.zeros((BLOCK_K, BLOCK_CRS), dtype=ACC)
     for _ in range(STEPS):
-        n = image
-        mask_columns = mask_crs
-        if depth is not None:
-            n = image // Z * block_n
-            z = image % Z
-            mask_columns = mask_crs & inside(taps_d + z * stride_d, D)
         mask_npq = (offs_n < N - n) & (offs_p < P - p) & (offs_q < Q - q)
         pixels, channels = tile_axes(mask_npq, mask_k, Y_CHANNELS_LAST)
         corner = corner_offset(n, p, q, grad_y_stride_n, grad_y_stride_p, grad_y_stride_q)
@@ -154,21 +157,28 @@ def conv2d_grad_weight_kernel(
         grad_y = tl.load(grad_y_ptr + corner + grad_y_offsets, mask=pixels & channels, other=0.0)
         if Y_CHANNELS_LAST:
             grad_y = tl.trans(grad_y)
-        pixels, channels = tile_axes(mask_npq, mask_columns, X_CHANNELS_LAST)
+        if depth is not None:
+            x_d = z * stride_d + tap_d
+            mask_npq &= inside(x_d, D)
+        pixels, channels = tile_axes(mask_npq, mask_crs, X_CHANNELS_LAST)
         mask = pixels & channels & inside(x_h + p * stride_h, H) & inside(x_w + q * stride_w, W)
         corner = corner_offset(n, p * stride_h, q * stride_w, x_stride_n, x_stride_h, x_stride_w)
         if depth is not None:
-            corner += (z * stride_d).to(tl.int64) * x_stride_d
+            corner += x_d.to(tl.int64) * x_stride_d
         x = tl.load(x_ptr + corner + x_offsets, mask=mask, other=0.0)
         if not X_CHANNELS_LAST:
             x = tl.trans(x)
         acc = tl.dot(grad_y, x, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
-        image, p, q = next_corner(image, p, q, P, Q, next_image, BLOCK_P, BLOCK_Q)
+        if depth is None:
+            n, p, q = next_corner(n, p, q, P, Q, block_n, BLOCK_P, BLOCK_Q)
+        else:
+            z, p, q = next_corner(z, p, q, P, Q, 1, BLOCK_P, BLOCK_Q)
+            volume_ends = z == Z
+            z = tl.where(volume_ends, 0, z)
+            n += tl.where(volume_ends, block_n, 0)
 
     rows = offs_k * grad_w_stride_k
     columns = offs_c * grad_w_stride_c + offs_r * grad_w_stride_r + offs_s * grad_w_stride_s
-    if depth is not None:
-        columns += offs_t * grad_w_stride_t
     grad_w = acc.to(grad_w_ptr.dtype.element_ty)
     mask = mask_k[:, None] & mask_crs[None, :]
     tl.store(grad_w_ptr + (rows[:, None] + columns[None, :]), grad_w, mask=mask)

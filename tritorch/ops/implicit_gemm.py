@@ -97,7 +97,9 @@ def _plan_convolve(
     tap_steps, inverses = geometry.residues(transposed)
     # transposed, every residue modulo the stride is an image of its own: some taps reach it
     steps_each = geometry.stride if transposed else (1,) * len(geometry.stride)
-    residues, num_taps = math.prod(steps_each), _ceil_product(w.taps, tap_steps)
+    residues, num_taps = math.prod(steps_each), _ceil_product(w.taps[-2:], tap_steps[-2:])
+    # the kernel takes one slice of taps after the other
+    tap_slices = _ceil_product(w.taps[:-2], tap_steps[:-2])
     pixels = y.shape[0] * _ceil_product(y.shape[2:], steps_each)
     unit = vector_unit(x, y, w.read, w.written, *(s for s in w.strides if s != 1))
     if unit > 1:
@@ -115,7 +117,8 @@ def _plan_convolve(
     is_flat = 8 * flat <= 7 * slices
     tiles = math.ceil(pixels / block_npq) * math.ceil(w.written / block_k) * residues
     # partial sums are as large as y, in float32: only a GPU that is mostly idle is worth them
-    splits, steps = split(2 * tiles * groups, flat if is_flat else slices, _MIN_SLICES)
+    num_steps = (flat if is_flat else slices) * tap_slices
+    splits, steps = split(2 * tiles * groups, num_steps, _MIN_SLICES)
     w_strides = tuple(s if s == 1 else s // unit for s in w.strides)
     return _Plan(
         (tiles, groups * splits),
@@ -206,20 +209,20 @@ def _plan_grad_weight(
 ) -> _Plan:
     outputs, inputs, *taps = output.shape
     groups = geometry.groups
-    k, crs = outputs // groups, inputs * math.prod(taps)
+    k, crs = outputs // groups, inputs * math.prod(taps[-2:])
     n, _, *slices, p, q = grad_output.shape
     unit = vector_unit(input, grad_output, inputs, k)
-    config = launch.config(
-        weight_kernels.conv2d_grad_weight_config
-        if unit > 1
-        else weight_kernels.conv2d_grad_weight_gather_config,
-        k,
-        crs,
-        input.itemsize,
-    )
+    if unit == 1:
+        choose = weight_kernels.conv2d_grad_weight_gather_config
+    elif slices:
+        choose = weight_kernels.conv3d_grad_weight_config
+    else:
+        choose = weight_kernels.conv2d_grad_weight_config
+    config = launch.config(choose, k, crs, input.itemsize)
     block_k, block_crs, block_npq = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "CRS", "NPQ"))
     block_p, block_q, pixel_tiles = pixel_blocks(n, p, q, block_npq, input.stride(1) == 1)
-    tiles = math.ceil(k / block_k) * math.ceil(crs / block_crs)
+    # a program of a volume has one slice of taps
+    tiles = math.ceil(k / block_k) * math.ceil(crs / block_crs) * math.prod(taps[:-2])
     splits, steps = split(tiles * groups, pixel_tiles * math.prod(slices), _MIN_TILES)
     # the partial sums are dense, and as many as the splits
     target = math.prod(output.shape) * splits if splits > 1 else 0
