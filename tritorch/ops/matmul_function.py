@@ -161,9 +161,9 @@ class Linear(torch.autograd.Function):
         arguments = rows_of(input), weight.t(), bias, activation
         before: Tensor | None = None
         if activation is None or needs_output(activation) or not any(ctx.needs_input_grad):
-            output: Tensor = matmul(*arguments).view(shape)
+            output: Tensor = _shaped(matmul(*arguments), shape)
         else:
-            output, before = (each.view(shape) for each in matmul_keeping(*arguments))
+            output, before = (_shaped(each, shape) for each in matmul_keeping(*arguments))
         ctx.activation, ctx.keeps_before = activation, before is not None
         saved = output if activation is not None and before is None else before
         # the value before, which is no result, is known to autograd by what it is computed from
@@ -188,6 +188,12 @@ class Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = binding.apply(ChannelSum, rows_of(grad_output), 1)
         return grad_input, grad_weight, grad_bias, None
+
+
+def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    # no view: autograd forbids to change one in place that a Function returns
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(rows, shape)
+    return shaped
 
 
 def rows_of(input: Tensor) -> Tensor:
