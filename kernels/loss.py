@@ -2,11 +2,14 @@
 
 import triton
 import triton.language as tl
+from triton import Config
 
 from tritorch.kernels.tiles import strided_offsets
 
-# elements per program: 8 per thread with 4 warps, one 128-bit access of a 16-bit type
-BLOCK = 1024
+# elements per program: 8 per thread with 4 warps, one 128-bit access of a 16-bit type; without the
+# bound the assembler spills for the sake of one more warp
+ELEMENTWISE_CONFIG = Config({"BLOCK": 1024}, num_warps=4, maxnreg=255)
+BLOCK = ELEMENTWISE_CONFIG.kwargs["BLOCK"]
 # partial sums that one program of the total adds up, with 8 warps
 TOTAL_BLOCK = 4096
 

@@ -181,8 +181,8 @@ def _launch(
         *nest.sizes[1:],
         *(stride for place in range(len(walked)) for stride in strides.get(place, _NO_STRIDES)),
         on=input,
+        config=kernels.ELEMENTWISE_CONFIG,
         INDEX_64=nest.wide,
-        BLOCK=kernels.BLOCK,
         **constants,
     )
 
