@@ -123,6 +123,11 @@ def test_deprecated_arguments_of_losses_still_work(name, legacy, reduction):
 TOP_LEVEL = {
     "relu": lambda make: (make(3, 4),),
     "relu_": lambda make: (make(3, 4),),
+    "sigmoid": lambda make: (make(3, 4),),
+    "tanh": lambda make: (make(3, 4),),
+    "softmax": lambda make: (make(3, 4), 1),
+    "log_softmax": lambda make: (make(3, 4), 0),
+    "dropout": lambda make: (make(3, 4), 1.0, True),
     "matmul": lambda make: (make(3, 4), make(4, 2)),
     "conv2d": lambda make: (make(2, 3, 6, 5), make(4, 3, 2, 2), make(4), 2, 1),
 }

@@ -36,9 +36,14 @@ if TYPE_CHECKING:
     from tritorch import testing as testing
     from tritorch.testing.checking import check as check
     from tritorch.toplevel import conv2d as conv2d
+    from tritorch.toplevel import dropout as dropout
+    from tritorch.toplevel import log_softmax as log_softmax
     from tritorch.toplevel import matmul as matmul
     from tritorch.toplevel import relu as relu
     from tritorch.toplevel import relu_ as relu_
+    from tritorch.toplevel import sigmoid as sigmoid
+    from tritorch.toplevel import softmax as softmax
+    from tritorch.toplevel import tanh as tanh
 
 __version__ = "0.1.0"
 
@@ -46,7 +51,20 @@ __version__ = "0.1.0"
 _MODULES = frozenset(("backend", "data", "nn", "ops", "optim", "testing"))
 _FUNCTIONS = {
     "check": "tritorch.testing.checking",
-    **dict.fromkeys(("conv2d", "matmul", "relu", "relu_"), "tritorch.toplevel"),
+    **dict.fromkeys(
+        (
+            "conv2d",
+            "dropout",
+            "log_softmax",
+            "matmul",
+            "relu",
+            "relu_",
+            "sigmoid",
+            "softmax",
+            "tanh",
+        ),
+        "tritorch.toplevel",
+    ),
 }
 
 # a checkout without symbolic links: kernels/ and bench/ lie beside this package, not in it

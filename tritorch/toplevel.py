@@ -22,3 +22,28 @@ def relu(input: Tensor) -> Tensor:
 def relu_(input: Tensor) -> Tensor:
     """`tritorch.ops.relu` in place."""
     return ops.relu(input, inplace=True)
+
+
+def sigmoid(input: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`tritorch.ops.sigmoid`; with `out` torch's own."""
+    return ops.sigmoid(input) if out is None else torch.sigmoid(input, out=out)
+
+
+def tanh(input: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`tritorch.ops.tanh`; with `out` torch's own."""
+    return ops.tanh(input) if out is None else torch.tanh(input, out=out)
+
+
+def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """`tritorch.ops.softmax`."""
+    return ops.softmax(input, dim, dtype)
+
+
+def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """`tritorch.ops.log_softmax`."""
+    return ops.log_softmax(input, dim, dtype)
+
+
+def dropout(input: Tensor, p: float, train: bool) -> Tensor:
+    """`tritorch.ops.dropout`."""
+    return ops.dropout(input, p, train)
