@@ -249,7 +249,7 @@ def _samples_2d(make: Maker) -> Iterator[Sample]:
 
 def _samples_3d(make: Maker) -> Iterator[Sample]:
     yield _sample(
-        make, "typical", (1, 3, 2, 3, 2), (3, 4, 3, 2, 2), stride=2, padding=1, layouts=True
+        make, "typical", (2, 3, 2, 3, 2), (3, 4, 3, 2, 2), stride=2, padding=1, layouts=True
     )
     yield _sample(
         make,
