@@ -12,14 +12,25 @@ from triton import Config
 
 from tritorch.kernels.tiles import strided_offsets
 
-# tiles of 4096 elements: 16 per thread, two 128-bit accesses of a 16-bit type
-GROUP_NORM_CONFIGS = (
-    Config({"BLOCK_R": 64, "BLOCK_C": 64}, num_warps=8, num_stages=1),
-    # few pixels, of contiguous channels
-    Config({"BLOCK_R": 16, "BLOCK_C": 256}, num_warps=8, num_stages=1),
-    # many contiguous pixels
-    Config({"BLOCK_R": 1024, "BLOCK_C": 4}, num_warps=8, num_stages=1),
-)
+
+def tiles(rows):
+    """Tiles of 64 * rows elements."""
+    shapes = (
+        (rows, 64),
+        # few pixels, of contiguous channels
+        (rows // 4, 256),
+        # many contiguous pixels
+        (16 * rows, 4),
+    )
+    return tuple(
+        Config({"BLOCK_R": r, "BLOCK_C": c}, num_warps=8, num_stages=1, maxnreg=255)
+        for r, c in shapes
+    )
+
+
+# by bytes per element: 16 elements per thread are two 128-bit accesses of a 16-bit type, and as
+# many of a 64-bit type would not fit into the registers
+GROUP_NORM_CONFIGS = {2: tiles(64), 4: tiles(64), 8: tiles(32)}
 # tiles that one program of a reduction sums at least
 MIN_STEPS = 2
 # groups that one program merges, and sums of each at once
@@ -27,11 +38,12 @@ BLOCK_G = 8
 BLOCK_K = 128
 
 
-def group_norm_config(channels_last, pixels):
+def group_norm_config(channels_last, pixels, itemsize):
     """A tile along channels that are contiguous, else along the pixels; no longer than they are."""
+    configs = GROUP_NORM_CONFIGS[itemsize]
     if channels_last:
-        return GROUP_NORM_CONFIGS[0 if pixels > 16 else 1]
-    return GROUP_NORM_CONFIGS[2 if pixels > 256 else 0]
+        return configs[0 if pixels > 16 else 1]
+    return configs[2 if pixels > 256 else 0]
 
 
 @triton.jit

@@ -12,26 +12,32 @@ from triton import Config
 
 from tritorch.kernels.tiles import strided_offsets
 
-# tiles of 4096 elements: 16 per thread, two 128-bit accesses of a 16-bit type
-LAYER_NORM_CONFIGS = (
-    Config({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=1),
-    Config({"BLOCK_M": 16, "BLOCK_N": 256}, num_warps=8, num_stages=1),
-    Config({"BLOCK_M": 8, "BLOCK_N": 512}, num_warps=8, num_stages=1),
-    Config({"BLOCK_M": 4, "BLOCK_N": 1024}, num_warps=8, num_stages=1),
-    Config({"BLOCK_M": 1, "BLOCK_N": 4096}, num_warps=8, num_stages=1),
-)
+
+def tiles(elements, widest):
+    """Tiles of that many elements, from 128 columns to the widest."""
+    return tuple(
+        Config({"BLOCK_M": max(elements // columns, 1), "BLOCK_N": columns},
+               num_warps=8, num_stages=1, maxnreg=255)
+        for columns in (128, 256, 512, 1024, widest)
+    )
+
+
+# by bytes per element: 16 elements per thread are two 128-bit accesses of a 16-bit type, and as
+# many of a 64-bit type would not fit into the registers
+LAYER_NORM_CONFIGS = {2: tiles(4096, 4096), 4: tiles(4096, 4096), 8: tiles(2048, 2048)}
 # tiles that one program of a reduction along a long row sums at least
 MIN_STEPS = 2
 # slices of a row that are merged at once: all that there can be
 BLOCK_S = 256
 
 
-def layer_norm_config(columns):
+def layer_norm_config(columns, itemsize):
     """The narrowest tile that takes a whole row, else the widest."""
-    for config in LAYER_NORM_CONFIGS:
+    configs = LAYER_NORM_CONFIGS[itemsize]
+    for config in configs:
         if columns <= config.kwargs["BLOCK_N"]:
             return config
-    return LAYER_NORM_CONFIGS[-1]
+    return configs[-1]
 
 
 @triton.jit

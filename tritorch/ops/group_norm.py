@@ -57,11 +57,11 @@ def _walk(*tensors: Tensor, reduces: bool) -> _Walk:
 
 @launch.planned
 def _plan_walk(reduces: bool, *tensors: Layout) -> _Walk:
-    images, channels, *size = tensors[-1].shape
+    (images, channels, *size), itemsize = tensors[-1].shape, tensors[-1].itemsize
     nest = strided.nest_of("group_norm", tuple(size), *(t.strides[2:] for t in tensors))
     vector = _vector(tensors, nest)
     along_channels = channels > 1 and tensors[-1].stride(1) == 1
-    config = launch.config(kernels.group_norm_config, along_channels, nest.numel)
+    config = launch.config(kernels.group_norm_config, along_channels, nest.numel, itemsize)
     blocks = images * math.ceil(channels / config.kwargs["BLOCK_C"])
     tiles = math.ceil(nest.numel / config.kwargs["BLOCK_R"])
     if reduces:

@@ -67,7 +67,7 @@ def _plan_of(normalized: int, *tensors: Layout) -> _Plan:
     columns = strided.nest_in_order(
         "layer_norm", shape[split:], *(t.strides[split:] for t in tensors)
     )
-    config = launch.config(kernels.layer_norm_config, columns.numel)
+    config = launch.config(kernels.layer_norm_config, columns.numel, tensors[0].itemsize)
     block_m, block_n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
     tiles_m, tiles_n = math.ceil(rows.numel / block_m), math.ceil(columns.numel / block_n)
     slices = reduce_kernels.num_splits(tiles_m, tiles_n, kernels.MIN_STEPS)
