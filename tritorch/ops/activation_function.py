@@ -15,6 +15,9 @@ kernels = launch.kernels("activation")
 
 # whose derivative the output tells; the others need the input
 _FROM_OUTPUT = frozenset(("relu", "relu6", "leaky_relu", "sigmoid", "tanh"))
+# of which torch keeps the input all the same, so that the output may be changed in place; either
+# tells the derivative
+_KEEPS_INPUT = frozenset(("relu6", "leaky_relu"))
 # whose gradient torch lays out as what is saved; the others' is as grad_output
 _LAID_OUT_AS_SAVED = frozenset(("relu", "leaky_relu"))
 # whose second derivative is not zero
@@ -141,7 +144,7 @@ class ActivationBackward(torch.autograd.Function):
 
 
 class Activation(torch.autograd.Function):
-    """Keeps the output where it tells the derivative, else the input."""
+    """Keeps what torch keeps: output or input."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, activation: str, slope: float, inplace: bool) -> Tensor:
@@ -156,7 +159,8 @@ class Activation(torch.autograd.Function):
             ctx.save_for_backward(saved)
             return input
         output: Tensor = _activation_forward(input, activation, slope)
-        ctx.save_for_backward(output if from_output else input)
+        keeps_output = from_output and activation not in _KEEPS_INPUT
+        ctx.save_for_backward(output if keeps_output else input)
         return output
 
     @staticmethod
