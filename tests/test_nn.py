@@ -264,6 +264,25 @@ def test_layer_computes_what_torchs_does(case, device, rung):
 
 
 @cases(ONE_OF_EACH)
+def test_output_can_be_changed_in_place(case, device):
+    """Wherever torch's can: not where the layer keeps its output for the gradient."""
+
+    def gradient(module):
+        call = make_call(case, device)
+        output = make_layer(module, case, device)(*call)
+        output = output[0] if isinstance(output, tuple) else output
+        output *= 2.0
+        output.sum().backward()
+        return call[0].grad
+
+    try:
+        expected = gradient(torch.nn)
+    except RuntimeError:
+        return
+    assert_close(gradient(nn), expected)
+
+
+@cases(ONE_OF_EACH)
 def test_layer_is_torchs_in_everything_but_forward(case):
     layer, torchs = make_layer(nn, case), make_layer(torch.nn, case)
     assert isinstance(layer, type(torchs))
