@@ -58,7 +58,10 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """`width` is the paper's multiplier of every stage's channels, `divisor` what divides them."""
+    """`width` is the paper's multiplier of channels, `divisor` what divides them all.
+
+    `last` is the channels of the last convolution, which are multiplied only by more than 1.
+    """
 
     def __init__(
         self,
@@ -66,12 +69,12 @@ class MobileNetV2(nn.Module):
         width: float = 1.0,
         stages: Sequence[tuple[int, int, int, int]] = STAGES,
         divisor: int = 8,
+        last: int = 1280,
         dropout: float = 0.2,
     ) -> None:
         super().__init__()
         channels = divisible(32 * width, divisor)
-        # never fewer for a smaller width than for 1, unless the divisor is smaller too
-        last = divisible(1280 * max(width, divisor / 8), divisor)
+        last = divisible(last * max(1.0, width), divisor)
         layers: list[nn.Module] = [ConvNormActivation(3, channels, 3, stride=2)]
         for expansion, base, blocks, first_stride in stages:
             wider = divisible(base * width, divisor)
@@ -99,6 +102,7 @@ def mobilenet_v2(
     width: float = 1.0,
     stages: Sequence[tuple[int, int, int, int]] = STAGES,
     divisor: int = 8,
+    last: int = 1280,
     dropout: float = 0.2,
 ) -> MobileNetV2:
-    return MobileNetV2(num_classes, width, stages, divisor, dropout)
+    return MobileNetV2(num_classes, width, stages, divisor, last, dropout)
