@@ -104,6 +104,7 @@ def adaptive_size(
         RuntimeError: numbers that are not `axes` or are negative, an input of other dimensions or
             with a size of 0 along a pooled axis, or of its second.
         TypeError: an `output_size` that is neither a number nor several.
+        ValueError: as many sizes as the input has dimensions, or more.
     """
     given: tuple[int | None, ...]
     if isinstance(output_size, (int, torch.SymInt)):
@@ -112,6 +113,10 @@ def adaptive_size(
         given = tuple(output_size)
     else:
         checks.fail(TypeError, op, "output_size must be integers", output_size=output_size)
+    if isinstance(output_size, Sequence) and axes > 1 and input.dim() <= len(given):
+        # torch compares the two before it looks at either
+        rule = f"input must be {shapes(axes)}"
+        checks.fail(ValueError, op, rule, input=input, output_size=output_size)
     # torch has no None for one axis
     if any(count is None for count in given) and axes == 1:
         checks.fail(TypeError, op, "output_size must be an integer", output_size=output_size)
