@@ -197,8 +197,10 @@ def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def rows_of(input: Tensor) -> Tensor:
+    # not -1, which stands for no number of rows where a row is empty
+    rows = math.prod(input.shape[:-1])
     # a view unless the leading dimensions do not merge into one stride; there torch copies too,
     # since a kernel
     # over every stride pattern of the rows would gather what one copy makes contiguous for three
     # products
-    return input.reshape(-1, input.shape[-1]) if input.dim() != 2 else input
+    return input.reshape(rows, input.shape[-1]) if input.dim() != 2 else input
