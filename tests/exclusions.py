@@ -1,0 +1,65 @@
+"""Where tritorch differs from torch on torch's own sample calls, and why; all else must agree.
+
+tests/test_opinfo.py and tests/test_moduleinfo.py fail for a difference that is not listed here, and
+for an entry that no difference needs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Exclusion(NamedTuple):
+    """Differences of one kind (see `databases.KINDS`) in what `test` does with `subject`.
+
+    subject: an op or a layer.  calls: a regular expression found in the difference as printed,
+    which holds the call.
+    """
+
+    subject: str
+    test: str
+    kind: str
+    calls: str
+    reason: str
+
+
+# ops without an entry in torch's database of ops, layers without one in that of layers
+WITHOUT_ENTRY = {
+    "adam_step": "one step over many tensors; torch has it inside torch.optim alone",
+    "sgd_step": "one step over many tensors; torch has it inside torch.optim alone",
+    "channel_sum": "a sum over all axes but one, which is no signature of torch's",
+    "Hardsigmoid": "torch lists no inputs for this layer; its op has an entry",
+    "Dropout": "torch lists no inputs for this layer; its op has an entry",
+}
+
+# volumes that are channels_last_3d give means that are, too
+KEEPS_FORMAT = "keeps channels_last_3d, which torch gives up"
+SAME = "torch warns of a copy of the input, padded, that ours does not make"
+CONTIGUOUS_ONLY = "torch's CPU function takes no channels_last here, or raises in its gradient"
+EVALUATES = "an evaluation is the input itself: no kernel is needed"
+
+EXCLUSIONS: tuple[Exclusion, ...] = (
+    Exclusion("max_pool3d", "kernels", "raises", "Unsupported memory format", CONTIGUOUS_ONLY),
+    Exclusion("avg_pool3d", "reference_path", "strides", "", KEEPS_FORMAT),
+    Exclusion("avg_pool3d", "kernels", "strides", "", KEEPS_FORMAT),
+    Exclusion("adaptive_avg_pool3d", "reference_path", "strides", "", KEEPS_FORMAT),
+    Exclusion("conv2d", "reference_path", "warns", "padding='same'", SAME),
+    Exclusion("conv3d", "reference_path", "warns", "padding='same'", SAME),
+    Exclusion(
+        "cross_entropy",
+        "kernels",
+        "strides",
+        "",
+        "a gradient has its argument's order of dimensions, where torch writes contiguous ones",
+    ),
+    Exclusion("nll_loss", "reference_path", "raises", "must be contiguous", CONTIGUOUS_ONLY),
+    Exclusion("nll_loss", "kernels", "raises", "must be contiguous", CONTIGUOUS_ONLY),
+    Exclusion("dropout", "kernels", "path", r"training=False.*nothing was launched", EVALUATES),
+    Exclusion(
+        "matmul",
+        "kernels",
+        "path",
+        "batches that broadcast",
+        "the gradient of a batch that broadcasts would round every product before adding it",
+    ),
+)
