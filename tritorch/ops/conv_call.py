@@ -139,7 +139,7 @@ def transposed(
             input.shape[-axes:], weight.shape[2:], strides, paddings, dilations, more, strict=True
         )
     )
-    if 0 in input.shape[-axes:] or min(size) < 0:
+    if 0 in input.shape[-axes:] or min(size) < 1:
         checks.fail(
             RuntimeError, op, "the output has no pixels", input=input, weight=weight, size=size
         )
