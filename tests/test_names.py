@@ -129,7 +129,12 @@ TOP_LEVEL = {
     "log_softmax": lambda make: (make(3, 4), 0),
     "dropout": lambda make: (make(3, 4), 1.0, True),
     "matmul": lambda make: (make(3, 4), make(4, 2)),
+    "conv1d": lambda make: (make(2, 3, 6), make(4, 3, 2), make(4), 2, 1),
     "conv2d": lambda make: (make(2, 3, 6, 5), make(4, 3, 2, 2), make(4), 2, 1),
+    "conv3d": lambda make: (make(2, 3, 4, 2, 3), make(4, 3, 2, 2, 2), make(4), 2, 1),
+    "conv_transpose1d": lambda make: (make(2, 3, 4), make(3, 4, 2), make(4), 2, 1),
+    "conv_transpose2d": lambda make: (make(2, 3, 4, 2), make(3, 4, 2, 2), make(4), 2, 1),
+    "conv_transpose3d": lambda make: (make(2, 3, 2, 2, 2), make(3, 4, 2, 2, 2), make(4), 2, 1),
 }
 
 

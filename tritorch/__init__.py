@@ -35,7 +35,12 @@ if TYPE_CHECKING:
     from tritorch import optim as optim
     from tritorch import testing as testing
     from tritorch.testing.checking import check as check
+    from tritorch.toplevel import conv1d as conv1d
     from tritorch.toplevel import conv2d as conv2d
+    from tritorch.toplevel import conv3d as conv3d
+    from tritorch.toplevel import conv_transpose1d as conv_transpose1d
+    from tritorch.toplevel import conv_transpose2d as conv_transpose2d
+    from tritorch.toplevel import conv_transpose3d as conv_transpose3d
     from tritorch.toplevel import dropout as dropout
     from tritorch.toplevel import log_softmax as log_softmax
     from tritorch.toplevel import matmul as matmul
@@ -53,7 +58,12 @@ _FUNCTIONS = {
     "check": "tritorch.testing.checking",
     **dict.fromkeys(
         (
+            "conv1d",
             "conv2d",
+            "conv3d",
+            "conv_transpose1d",
+            "conv_transpose2d",
+            "conv_transpose3d",
             "dropout",
             "log_softmax",
             "matmul",

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from tritorch import ops
+from tritorch.ops import conv1d as conv1d
 from tritorch.ops import conv2d as conv2d
+from tritorch.ops import conv3d as conv3d
+from tritorch.ops import conv_transpose1d as conv_transpose1d
+from tritorch.ops import conv_transpose2d as conv_transpose2d
+from tritorch.ops import conv_transpose3d as conv_transpose3d
 
 
 def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
