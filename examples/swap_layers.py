@@ -19,11 +19,11 @@ class Digits(torch.nn.Module):
             torch.nn.ReLU(),
             torch.nn.MaxPool2d(2),
         )
-        self.dropout = torch.nn.Dropout(0.0)
+        self.dropout = torch.nn.Dropout2d(0.0)
         self.head = torch.nn.Linear(8 * 4 * 4, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.dropout(self.features(images).flatten(1)))
+        return self.head(self.dropout(self.features(images)).flatten(1))
 
 
 def train(model: torch.nn.Module, steps: int, device: str) -> list[float]:

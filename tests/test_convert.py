@@ -39,7 +39,7 @@ class Network(torch.nn.Module):
         self.stem = torch.nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
         self.pool = torch.nn.MaxPool2d(2)
         self.body = torch.nn.Sequential(Block(4, 4), Block(4, 6, stride=2))
-        self.dropout = torch.nn.Dropout(0.0)
+        self.dropout = torch.nn.AlphaDropout(0.0)
         self.head = torch.nn.Linear(6, 5)
 
     def forward(self, x):
@@ -231,7 +231,7 @@ def patched():
             "its weight is computed by a hook",
         ),
         (lambda: torch.nn.LazyLinear(3), "lazy: its shapes are not known yet"),
-        (lambda: torch.nn.GELU(), "no kernel for GELU"),
+        (lambda: torch.nn.ELU(), "no kernel for ELU"),
         (
             lambda: torch.nn.MultiheadAttention(3, 1).out_proj,
             "NonDynamicallyQuantizableLinear is a subclass of Linear that may compute"
@@ -280,19 +280,19 @@ def test_report_gives_a_reason_for_every_layer(network):
     assert report.kept == {
         "stem": "not included",
         "pool": "not included",
-        "dropout": "no kernel for Dropout",
+        "dropout": "no kernel for AlphaDropout",
         "head": "excluded by 'head'",
     }
     assert tritorch.conversion_report(converted).kept["head"] == "not converted"
 
 
 def test_report_prints_as_a_table():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout())
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.AlphaDropout())
     lines = str(tritorch.conversion_report(tritorch.convert(model))).splitlines()
     assert lines == [
         "1 converted, 1 kept",
         "0  converted  Linear",
-        "1  kept       no kernel for Dropout",
+        "1  kept       no kernel for AlphaDropout",
     ]
     (_, alone) = str(tritorch.conversion_report(torch.nn.Linear(3, 2))).splitlines()
     assert alone == "(model)  kept       not converted"
