@@ -59,7 +59,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{counts[half]['killed']} of {counts[half]['measured']}" for half in ("suite", "check")
         ]
         lines.append(f"| {name} | {len(some)} | {' | '.join(seen)} |")
-    lines += ["", *_missed(rows)]
+    lines += ["", *_missed(rows), "", *_unmeasured(rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -73,6 +73,15 @@ def _missed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     reasons = {mutant.id: mutant.unchecked for mutant in catalogue.read()}
     said = [f"- `{row['id']}`, {row['defect']}: {reasons.get(row['id'], '')}." for row in alive]
     return ["What `tritorch check` does not find:", "", *said]
+
+
+def _unmeasured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many entries of the catalogue the result does not have as they are."""
+    known = {row["id"]: (row.get("before"), row.get("after")) for row in rows}
+    new = sum(known.get(mutant.id) != (mutant.before, mutant.after) for mutant in catalogue.read())
+    if not new:
+        return []
+    return [f"{new} entries of the catalogue are new, or of lines that have changed since."]
 
 
 def regenerated(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
