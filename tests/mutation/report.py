@@ -77,7 +77,7 @@ def _missed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _unmeasured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """How many entries of the catalogue the result does not have as they are."""
-    known = {row["id"]: (row.get("before"), row.get("after")) for row in rows}
+    known = {row.get("id"): (row.get("before"), row.get("after")) for row in rows}
     new = sum(known.get(mutant.id) != (mutant.before, mutant.after) for mutant in catalogue.read())
     if not new:
         return []
