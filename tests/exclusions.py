@@ -36,6 +36,10 @@ WITHOUT_ENTRY = {
 KEEPS_FORMAT = "keeps channels_last_3d, which torch gives up"
 SAME = "torch warns of a copy of the input, padded, that ours does not make"
 CONTIGUOUS_ONLY = "torch's CPU function takes no channels_last here, or raises in its gradient"
+# the second argument's gradient
+OF_WEIGHT = r"\[0\]\[1\] has strides"
+LIBRARY = "on a CPU the strides of torch's gradients of weights are those of the library it calls"
+RANDOM = "which elements are dropped comes from another generator than torch's"
 EVALUATES = "an evaluation is the input itself: no kernel is needed"
 
 EXCLUSIONS: tuple[Exclusion, ...] = (
@@ -44,17 +48,16 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion("avg_pool3d", "kernels", "strides", "", KEEPS_FORMAT),
     Exclusion("adaptive_avg_pool3d", "reference_path", "strides", "", KEEPS_FORMAT),
     Exclusion("conv2d", "reference_path", "warns", "padding='same'", SAME),
+    Exclusion("conv2d", "kernels", "warns", "padding='same'", SAME),
+    Exclusion("conv2d", "kernels", "strides", OF_WEIGHT, LIBRARY),
     Exclusion("conv3d", "reference_path", "warns", "padding='same'", SAME),
-    Exclusion(
-        "cross_entropy",
-        "kernels",
-        "strides",
-        "",
-        "a gradient has its argument's order of dimensions, where torch writes contiguous ones",
-    ),
+    Exclusion("conv_transpose2d", "kernels", "strides", OF_WEIGHT, LIBRARY),
     Exclusion("nll_loss", "reference_path", "raises", "must be contiguous", CONTIGUOUS_ONLY),
     Exclusion("nll_loss", "kernels", "raises", "must be contiguous", CONTIGUOUS_ONLY),
     Exclusion("dropout", "kernels", "path", r"training=False.*nothing was launched", EVALUATES),
+    Exclusion("dropout", "kernels", "values", "p=0.5, training=True", RANDOM),
+    Exclusion("dropout", "kernels", "gradients", "p=0.5, training=True", RANDOM),
+    Exclusion("NLLLoss", "kernels", "path", "6 dimensions", "kernels take five dimensions at most"),
     Exclusion(
         "matmul",
         "kernels",

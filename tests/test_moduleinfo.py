@@ -19,7 +19,7 @@ from tritorch import nn
 from tritorch.registry import FLOATING, specs
 
 # inputs of a layer that go through the kernels, and the elements that one may have
-FEW, ELEMENTS = 4, 1000
+FEW, ELEMENTS = 6, 1000
 LAYERS = sorted({layer for spec in specs() for layer in spec.layers})
 
 

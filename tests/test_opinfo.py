@@ -27,7 +27,7 @@ from tritorch.registry import OpSpec, specs
 from tritorch.testing import cases
 
 # samples of an op and a dtype: on the reference path, and through the kernels
-MANY, FEW = 100, 5
+MANY, FEW = 100, 8
 # that a sample through the kernels may have, outputs included
 ELEMENTS = 1000
 
@@ -149,8 +149,10 @@ def test_kernels(spec: OpSpec, device: str) -> None:
     findings, chosen = [], []
     for info in entries(spec):
         if torch.float32 in info.supported_dtypes(device):
-            every = calls(spec, info, device, torch.float32)
-            small = [variants for variants in every if size(spec, variants[0]) <= ELEMENTS]
+            every = databases.spread([*calls(spec, info, device, torch.float32)], MANY)
+            sizes = [size(spec, variants[0]) for variants in every]
+            limit = max(ELEMENTS, min(sizes))
+            small = [one for one, elements in zip(every, sizes, strict=True) if elements <= limit]
             chosen += databases.spread(small, FEW)
     assert chosen
     for number, variants in enumerate(chosen):
