@@ -1,0 +1,348 @@
+"""Layer normalisation: launches, and what autograd keeps and computes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritorch import binding, launch
+from tritorch.ops import second_gradient, strided
+from tritorch.ops.reduce import ChannelSum, accumulator_dtype
+from tritorch.ops.strided import Layout
+
+kernels = launch.kernels("layer_norm")
+reduce_kernels = launch.kernels("reduce")
+
+
+class _Plan(NamedTuple):
+    """How programs share out the rows, in the order of the kernels' arguments."""
+
+    config: Any
+    # tiles one below the other, and beside each other
+    tiles_m: int
+    tiles_n: int
+    # of a reduction along long rows, without which a tile holds whole rows
+    steps: int
+    slices: int
+    # rows, columns
+    shape: tuple[int, int]
+    # the loop nests over rows and columns, without the outermost
+    sizes: tuple[int, ...]
+    # of each tensor along the rows and along the columns
+    strides: tuple[int, ...]
+    constants: dict[str, Any]
+
+    @property
+    def is_long(self) -> bool:
+        return self.tiles_n > 1
+
+
+def _plan(normalized: int, *tensors: Tensor) -> _Plan:
+    return _plan_of(normalized, *map(Layout.of, tensors))
+
+
+@launch.planned
+def _plan_of(normalized: int, *tensors: Layout) -> _Plan:
+    shape = tensors[0].shape
+    split = len(shape) - normalized
+    rows = strided.nest_in_order("layer_norm", shape[:split], *(t.strides[:split] for t in tensors))
+    columns = strided.nest_in_order(
+        "layer_norm", shape[split:], *(t.strides[split:] for t in tensors)
+    )
+    config = launch.config(kernels.layer_norm_config, columns.numel, tensors[0].itemsize)
+    block_m, block_n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
+    tiles_m, tiles_n = math.ceil(rows.numel / block_m), math.ceil(columns.numel / block_n)
+    slices = reduce_kernels.num_splits(tiles_m, tiles_n, kernels.MIN_STEPS)
+    steps = math.ceil(tiles_n / slices)
+    # the rows and columns of the last tiles pass the end
+    wide = max(rows.numel, columns.numel) >= 2**30 or rows.numel * columns.numel >= 2**31
+    wide = wide or any(strided.is_wide(tensor.shape, tensor.strides) for tensor in tensors)
+    strides: tuple[int, ...] = ()
+    for along_rows, along_columns in zip(rows.strides, columns.strides, strict=True):
+        strides += (*along_rows, *along_columns)
+    return _Plan(
+        config,
+        tiles_m,
+        tiles_n,
+        steps,
+        math.ceil(tiles_n / steps),
+        (rows.numel, columns.numel),
+        (*rows.sizes[1:], *columns.sizes[1:]),
+        strides,
+        {"INDEX_64": wide, "VECTOR": _vector(rows, columns, tensors[0].itemsize)},
+    )
+
+
+def _vector(rows: strided.Nest, columns: strided.Nest, itemsize: int) -> int:
+    """Columns, 16 bytes at most, that lie together and aligned in every tensor, dense ones too."""
+    # the innermost dimension of the nest; behind it is padding
+    inner = max((dim for dim, size in enumerate(columns.sizes) if size > 1), default=0)
+    if any(along[inner] != 1 for along in columns.strides):
+        return 1
+    outer = [s for along in columns.strides for dim, s in enumerate(along) if dim != inner]
+    outer += [s for along in rows.strides for s in along]
+    return math.gcd(16 // itemsize, columns.numel, columns.sizes[inner], *outer)
+
+
+def _outputs(
+    input: Tensor, normalized: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous, as torch's."""
+    rows = input.shape[: input.dim() - normalized]
+    dtype = accumulator_dtype(input.dtype)
+    return (
+        input.new_empty(input.shape),
+        input.new_empty(rows, dtype=dtype),
+        input.new_empty(rows, dtype=dtype),
+    )
+
+
+@binding.library_op(
+    "layer_norm_forward(Tensor input, int normalized, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_outputs,
+)
+def _layer_norm_forward(
+    input: Tensor, normalized: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, and mean and 1 / sqrt(var + eps) of each row; the last `normalized` dimensions are
+    the row's.
+    """
+    output, mean, rstd = _outputs(input, normalized, weight, bias, eps)
+    plan = _plan(normalized, input)
+    statistics = None
+    if plan.is_long:
+        statistics = mean.new_empty((*plan.shape[:1], plan.slices, 2))
+        launch.run(
+            kernels.layer_norm_stats_kernel,
+            (plan.tiles_m * plan.slices,),
+            input,
+            statistics,
+            *plan.shape,
+            plan.steps,
+            plan.slices,
+            *plan.sizes,
+            *plan.strides,
+            on=input,
+            config=plan.config,
+            **plan.constants,
+        )
+    launch.run(
+        kernels.layer_norm_forward_kernel,
+        (plan.tiles_m * plan.tiles_n,),
+        input,
+        _contiguous(weight),
+        _contiguous(bias),
+        statistics,
+        output,
+        mean,
+        rstd,
+        *plan.shape,
+        plan.steps,
+        plan.slices,
+        *plan.sizes,
+        *plan.strides,
+        eps,
+        on=input,
+        config=plan.config,
+        BLOCK_S=kernels.BLOCK_S,
+        **plan.constants,
+    )
+    return output, mean, rstd
+
+
+def _contiguous(parameter: Tensor | None) -> Tensor | None:
+    # of the size of one row: to copy the odd strided one is cheaper than to give each strides
+    return None if parameter is None else parameter.contiguous()
+
+
+def _grads(
+    grad_output: Tensor,
+    input: Tensor,
+    normalized: int,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    of_input: bool,
+    of_parameters: bool,
+) -> tuple[Tensor, Tensor]:
+    row = input.shape[input.dim() - normalized :]
+    return (
+        input.new_empty(input.shape if of_input else (0,)),
+        mean.new_empty((2, *row) if of_parameters else (0,)),
+    )
+
+
+@binding.library_op(
+    "layer_norm_backward(Tensor grad_output, Tensor input, int normalized, Tensor? weight,"
+    " Tensor mean, Tensor rstd, bool of_input, bool of_parameters) -> (Tensor, Tensor)",
+    fake=_grads,
+)
+def _layer_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    normalized: int,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    of_input: bool,
+    of_parameters: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the input, and those of bias and weight, one after the other, in float32."""
+    grad_input, grads = _grads(
+        grad_output, input, normalized, weight, mean, rstd, of_input, of_parameters
+    )
+    plan = _plan(normalized, grad_output, input)
+    weight = _contiguous(weight)
+    row_sums = None
+    if plan.is_long and of_input:
+        row_sums = mean.new_empty((*plan.shape[:1], plan.slices, 2))
+        launch.run(
+            kernels.layer_norm_backward_reduce_kernel,
+            (plan.tiles_m * plan.slices,),
+            grad_output,
+            input,
+            weight,
+            mean,
+            rstd,
+            row_sums,
+            *plan.shape,
+            plan.steps,
+            plan.slices,
+            *plan.sizes,
+            *plan.strides,
+            on=input,
+            config=plan.config,
+            **plan.constants,
+        )
+    steps = math.ceil(plan.tiles_m / reduce_kernels.num_splits(plan.tiles_n, plan.tiles_m, 1))
+    slices = math.ceil(plan.tiles_m / steps)
+    partial = grads
+    if of_parameters and slices > 1:
+        partial = mean.new_empty((slices, *grads.shape))
+    launch.run(
+        kernels.layer_norm_backward_kernel,
+        (slices * plan.tiles_n,),
+        grad_output,
+        input,
+        weight,
+        mean,
+        rstd,
+        row_sums,
+        grad_input if of_input else None,
+        partial if of_parameters else None,
+        *plan.shape,
+        steps,
+        plan.slices,
+        *plan.sizes,
+        *plan.strides,
+        on=input,
+        config=plan.config,
+        BLOCK_S=kernels.BLOCK_S,
+        **plan.constants,
+    )
+    if partial is not grads:
+        total: Tensor = binding.apply(ChannelSum, partial.view(slices, -1), 1)
+        grads = total.view(grads.shape)
+    return grad_input, grads
+
+
+class LayerNorm(torch.autograd.Function):
+    """Keeps the input, the weight, and mean and rstd of each row, as torch does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        normalized: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        output: Tensor
+        output, mean, rstd = _layer_norm_forward(input, normalized, weight, bias, eps)
+        ctx.save_for_backward(input, weight, mean, rstd)
+        ctx.normalized, ctx.eps = normalized, eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        of_input, _, of_weight, of_bias, _ = ctx.needs_input_grad
+        grad_input, grad_weight, grad_bias = binding.apply(
+            LayerNormBackward,
+            grad_output,
+            *ctx.saved_tensors,
+            ctx.normalized,
+            ctx.eps,
+            ctx.bias_dtype,
+            (of_input, of_weight, of_bias),
+        )
+        return grad_input, None, grad_weight, grad_bias, None
+
+
+class LayerNormBackward(torch.autograd.Function):
+    """Gradients of input, weight and bias; their own gradients are plain PyTorch's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        normalized: int,
+        eps: float,
+        bias_dtype: torch.dtype | None,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        of_input, of_weight, of_bias = wanted
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_output, input, weight)
+        ctx.normalized, ctx.eps = normalized, eps
+        grad_input, grads = _layer_norm_backward(
+            grad_output, input, normalized, weight, mean, rstd, of_input, of_weight or of_bias
+        )
+        grad_weight = grad_bias = None
+        if of_weight and weight is not None:
+            grad_weight = grads[1].to(weight.dtype)
+        if of_bias:
+            grad_bias = grads[0].to(bias_dtype)
+        return grad_input if of_input else None, grad_weight, grad_bias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        plain = functools.partial(_plain_gradients, normalized=ctx.normalized, eps=ctx.eps)
+        wanted = ctx.needs_input_grad[:3]
+        found = second_gradient.through(plain, ctx.saved_tensors, wanted, grads)
+        return *found, *(None,) * 6
+
+
+def _plain_gradients(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, normalized: int, eps: float
+) -> tuple[Tensor | None, ...]:
+    """What `LayerNormBackward` computes, in plain PyTorch."""
+    dtype = accumulator_dtype(input.dtype)
+    row = tuple(range(-normalized, 0))
+    rows = tuple(range(input.dim() - normalized))
+    grad = grad_output.to(dtype)
+    var, mean = torch.var_mean(input.to(dtype), row, correction=0, keepdim=True)
+    rstd = (var + eps).rsqrt()
+    normalised = (input.to(dtype) - mean) * rstd
+    weighted = grad if weight is None else grad * weight.to(dtype)
+    slope = (weighted * normalised).mean(row, True)
+    grad_input = (weighted - weighted.mean(row, True) - normalised * slope) * rstd
+    product = grad * normalised
+    # without dimensions torch would sum over all of them
+    grad_weight = product.sum(rows) if rows else product
+    grad_bias = grad.sum(rows) if rows else grad
+    return (
+        grad_input.to(input.dtype),
+        None if weight is None else grad_weight.to(weight.dtype),
+        grad_bias,
+    )
