@@ -47,6 +47,9 @@ CONV2D_FULL_CONFIGS = {
     ),
 }
 
+# the others do not have the registers for the walk through a volume too
+CONV3D_FULL_CONFIGS = {itemsize: configs[1::2] for itemsize, configs in CONV2D_FULL_CONFIGS.items()}
+
 # for operands gathered element by element: each has an address of its own, so fewer per thread
 CONV2D_GATHER_CONFIGS = {
     2: (_tile(128, 64, 32, 8, 3, 255), _tile(64, 32, 32, 4, 3, 255)),
@@ -67,6 +70,11 @@ def conv2d_config(npq, k, groups, itemsize):
 def conv2d_full_config(npq, k, groups, itemsize):
     """The same of float32 in full precision."""
     return _largest(CONV2D_FULL_CONFIGS[itemsize], npq, k, groups)
+
+
+def conv3d_full_config(npq, k, groups, itemsize):
+    """The same of volumes."""
+    return _largest(CONV3D_FULL_CONFIGS[itemsize], npq, k, groups)
 
 
 def _largest(configs, npq, k, groups):
@@ -222,6 +230,9 @@ def conv2d_kernel(
         # a slice of taps after the other: what follows from it is the same for a whole step
         steps_t = max(num_steps, 1)
         num_steps *= num_t
+        w_ptr += first_t * w_stride_t
+        w_step_t = tap_step_d * w_stride_t
+        x_step_t = step_d * x_stride_d
     begin = split * STEPS
     first = begin
     if depth is not None:
@@ -250,17 +261,19 @@ def conv2d_kernel(
         taps_w = offs_j * step_w
         x_columns = offs_c * x_stride_c + taps_h * x_stride_h + taps_w * x_stride_w
         rows, columns = tile_axes(x_rows, x_columns, X_CHANNELS_LAST)
-        rows_h, taps_h = tile_axes(x_h, taps_h, X_CHANNELS_LAST)
+        pixels_h = x_h
+        if depth is not None:
+            # no row of a slice outside the volume is inside: one number, where a mask would be two
+            pixels_h = tl.where(inside(x_d + t * step_d, D), x_h, -(1 << 30))
+        rows_h, taps_h = tile_axes(pixels_h, taps_h, X_CHANNELS_LAST)
         rows_w, taps_w = tile_axes(x_w, taps_w, X_CHANNELS_LAST)
         _, channels = tile_axes(mask_npq, mask_crs, X_CHANNELS_LAST)
         mask = inside(rows_h + taps_h, H) & inside(rows_w + taps_w, W) & channels
         x_tap_ptr = x_ptr
         w_tap_ptr = w_ptr
         if depth is not None:
-            slices, _ = tile_axes(inside(x_d + t * step_d, D), mask_crs, X_CHANNELS_LAST)
-            mask &= slices
-            x_tap_ptr += t * step_d * x_stride_d
-            w_tap_ptr += (first_t + t * tap_step_d) * w_stride_t
+            x_tap_ptr += t * x_step_t
+            w_tap_ptr += t * w_step_t
         x = tl.load(x_tap_ptr + (rows + columns), mask=mask, other=0.0)
         if not X_CHANNELS_LAST:
             x = tl.trans(x)

@@ -118,7 +118,7 @@ def test_full_float32_compiles_without_spills(target):
                 check(compiled(spec, target, torch.float32, sample.arguments), target)
             sample = next(iter(spec.workloads(Maker(torch.float32))))
             for name, entry in configurations.entries(spec, torch.float32):
-                if name == "conv2d_full_config":
+                if name in ("conv2d_full_config", "conv3d_full_config"):
                     with launch.override(name, entry):
                         check(compiled(spec, target, torch.float32, sample.arguments), target)
     finally:

@@ -104,7 +104,10 @@ def _plan_convolve(
     unit = vector_unit(x, y, w.read, w.written, *(s for s in w.strides if s != 1))
     if unit > 1:
         tiles = groups * residues
-        choose = kernels.conv2d_full_config if full else kernels.conv2d_config
+        choose = kernels.conv2d_config
+        if full:
+            volume = len(w.taps) == 3
+            choose = kernels.conv3d_full_config if volume else kernels.conv2d_full_config
         config = launch.config(choose, pixels, w.written, tiles, x.itemsize)
     else:
         config = launch.config(kernels.conv2d_gather_config, pixels, w.written, x.itemsize)
