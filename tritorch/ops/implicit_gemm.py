@@ -116,8 +116,9 @@ def _plan_convolve(
         math.ceil(w.read / block_crs) * num_taps,
         math.ceil(w.read * num_taps / block_crs),
     )
-    # flat slices cost divisions, which an eighth fewer of them pay for
-    is_flat = 8 * flat <= 7 * slices
+    # flat slices cost divisions, which an eighth fewer of them pay for, and registers, which volumes
+    # of float64 do not have
+    is_flat = 8 * flat <= 7 * slices and (x.itemsize < 8 or len(w.taps) == 2)
     tiles = math.ceil(pixels / block_npq) * math.ceil(w.written / block_k) * residues
     # partial sums are as large as y, in float32: only a GPU that is mostly idle is worth them
     num_steps = (flat if is_flat else slices) * tap_slices
