@@ -102,23 +102,23 @@ def _plan_convolve(
     tap_slices = _ceil_product(w.taps[:-2], tap_steps[:-2])
     pixels = y.shape[0] * _ceil_product(y.shape[2:], steps_each)
     unit = vector_unit(x, y, w.read, w.written, *(s for s in w.strides if s != 1))
+    volume = len(w.taps) == 3
     if unit > 1:
         tiles = groups * residues
         choose = kernels.conv2d_config
         if full:
-            volume = len(w.taps) == 3
             choose = kernels.conv3d_full_config if volume else kernels.conv2d_full_config
         config = launch.config(choose, pixels, w.written, tiles, x.itemsize)
     else:
-        config = launch.config(kernels.conv2d_gather_config, pixels, w.written, x.itemsize)
+        choose = kernels.conv3d_gather_config if volume else kernels.conv2d_gather_config
+        config = launch.config(choose, pixels, w.written, x.itemsize)
     block_npq, block_k, block_crs = (config.kwargs[f"BLOCK_{axes}"] for axes in ("NPQ", "K", "CRS"))
     slices, flat = (
         math.ceil(w.read / block_crs) * num_taps,
         math.ceil(w.read * num_taps / block_crs),
     )
-    # flat slices cost divisions, which an eighth fewer of them pay for, and registers, which volumes
-    # of float64 do not have
-    is_flat = 8 * flat <= 7 * slices and (x.itemsize < 8 or len(w.taps) == 2)
+    # flat slices cost divisions, which an eighth fewer of them pay for
+    is_flat = 8 * flat <= 7 * slices
     tiles = math.ceil(pixels / block_npq) * math.ceil(w.written / block_k) * residues
     # partial sums are as large as y, in float32: only a GPU that is mostly idle is worth them
     num_steps = (flat if is_flat else slices) * tap_slices
