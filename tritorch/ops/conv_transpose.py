@@ -249,7 +249,7 @@ def _samples_2d(make: Maker) -> Iterator[Sample]:
 
 def _samples_3d(make: Maker) -> Iterator[Sample]:
     yield _sample(
-        make, "typical", (2, 3, 2, 3, 2), (3, 4, 3, 2, 2), stride=2, padding=1, layouts=True
+        make, "typical", (2, 3, 2, 3, 2), (3, 4, 3, 2, 2), stride=(2, 1, 1), padding=1, layouts=True
     )
     yield _sample(
         make,
@@ -263,8 +263,7 @@ def _samples_3d(make: Maker) -> Iterator[Sample]:
         bias=False,
     )
     yield _sample(make, "groups", (2, 4, 2, 2, 3), (4, 2, 2, 1, 2), groups=2)
-    yield _sample(make, "depthwise", (1, 3, 2, 2, 3), (3, 1, 2, 3, 2), stride=2, groups=3)
-    yield _sample(make, "split-sum", (1, 256, 2, 1, 1), (256, 16, 3, 1, 1), channels_last=True)
+    yield _sample(make, "depthwise", (1, 2, 2, 2, 3), (2, 1, 2, 3, 2), stride=(1, 2, 1), groups=2)
     yield _sample(make, "unbatched", (3, 2, 2, 2), (3, 2, 2, 2, 2))
     yield _sample(make, "empty-batch", (0, 3, 2, 2, 2), (3, 2, 2, 2, 2))
     yield _sample(make, "tiny", (1, 1, 2, 1, 1), (1, 2, 2, 1, 1), stride=(2, 1, 1), gradcheck=True)
