@@ -1,0 +1,135 @@
+"""Every layer under what torch makes of modules: memory kept, programs, transforms."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import tritorch.nn as nn
+from tests.layers import ONE_OF_EACH, cases, make_call, make_layer
+
+pytestmark = [pytest.mark.reference, pytest.mark.interpret]
+
+RANDOM = {"Dropout"}
+
+
+def called(layer, call):
+    """The output, or the first of several, of a call that may write into its input."""
+    output = layer(call[0] * 1.0, *call[1:])
+    return output[0] if isinstance(output, tuple) else output
+
+
+def grown(case, rows):
+    return case._replace(input=(case.input[0] + rows, *case.input[1:]))
+
+
+@contextlib.contextmanager
+def counting(own):
+    """Bytes that autograd keeps besides the storages of `own`, by storage."""
+    kept = {}
+    known = {tensor.untyped_storage()._cdata for tensor in own}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            # held, so that no other can have its address
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+@cases(ONE_OF_EACH)
+def test_no_more_is_kept_for_the_gradient_than_by_torch(case, device):
+    kept = []
+    for module in (nn, torch.nn):
+        layer, call = make_layer(module, case, device), make_call(case, device)
+        input = call[0] * 1.0
+        with counting([*layer.parameters(), *layer.buffers(), *call, input]) as storages:
+            output = layer(input, *call[1:])
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+        del output
+    ours, torchs = kept
+    assert ours <= torchs
+
+
+@cases([case for case in ONE_OF_EACH if case.layer not in RANDOM])
+def test_one_program_serves_every_size_of_batch(case, device):
+    """At most two are compiled: for the first size, and for any."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    programs = CompileCounterWithBackend("aot_eager")
+    layer = make_layer(nn, case, device).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend=programs)
+    for rows in range(4):
+        call = [tensor.detach() for tensor in make_call(grown(case, rows), device)]
+        assert_close(called(compiled, call), called(layer, call))
+    assert programs.frame_count <= 2
+
+
+@cases([case for case in ONE_OF_EACH if case.layer not in RANDOM])
+def test_an_exported_program_takes_any_batch(case, device):
+    # torch.export asks all of cuDNN for one answer; of float64 it means nothing, and the fixture
+    # that set another restores it
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    layer = make_layer(nn, case, device).eval()
+
+    class Called(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *call):
+            return called(self.layer, call)
+
+    first = tuple(tensor.detach() for tensor in make_call(case, device))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {"call": tuple({0: batch} for _ in first)}
+    program = torch.export.export(Called(), first, dynamic_shapes=shapes).module()
+    other = [tensor.detach() for tensor in make_call(grown(case, 3), device)]
+    assert_close(program(*other), called(layer, other))
+
+
+@cases([case for case in ONE_OF_EACH if case.layer not in RANDOM])
+def test_func_grad_and_vmap_are_torchs(case, device):
+    results = []
+    for module in (nn, torch.nn):
+        # a transform forbids the writes of training
+        layer = make_layer(module, case, device).eval()
+        input, *others = (tensor.detach() for tensor in make_call(case, device))
+
+        def scalar(input, layer=layer, others=others):
+            return called(layer, (input, *others)).sin().sum()
+
+        mapped = torch.func.vmap(lambda x, of=layer, others=others: called(of, (x, *others)))
+        results.append(
+            (torch.func.grad(scalar)(input), mapped(torch.stack([input, 2 * input / 3])))
+        )
+    assert_close(*results)
+
+
+@cases(ONE_OF_EACH)
+def test_meta_tensors_have_torchs_shapes(case):
+    shapes = []
+    for module in (nn, torch.nn):
+        layer = make_layer(module, case).to("meta")
+        call = [tensor.detach().to("meta") for tensor in make_call(case)]
+        output = called(layer, call)
+        shapes.append((output.shape, output.dtype, output.stride(), output.device.type))
+    assert shapes[0] == shapes[1]
+
+
+@cases([case for case in ONE_OF_EACH if case.layer not in RANDOM])
+def test_checkpoints_compute_the_same_gradient(case, device):
+    from torch.utils.checkpoint import checkpoint
+
+    layer = make_layer(nn, case, device).eval()
+    gradients = []
+    for run in (called, lambda *given: checkpoint(called, *given, use_reentrant=False)):
+        call = make_call(case, device)
+        run(layer, call).sin().sum().backward()
+        gradients.append(call[0].grad)
+    assert_close(*gradients, rtol=0, atol=0)
