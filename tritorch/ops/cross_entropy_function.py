@@ -188,13 +188,15 @@ class CrossEntropyBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
-        target = ctx.saved_tensors[2]
+        # asked for once: checkpoints give them once
+        tensors = ctx.saved_tensors
+        target = tensors[2]
         # the gradient of probabilities has none of them in it
         linear = ctx.constants[-1] == "target"
         found = binding.apply(
             CrossEntropySecondBackward,
             grad,
-            *ctx.saved_tensors,
+            *tensors,
             *ctx.constants,
             needed[1],
             needed[2] and not linear,
@@ -232,12 +234,14 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input = ctx.saved_tensors[0]
+        # asked for once: checkpoints give them once
+        tensors = ctx.saved_tensors
+        input = tensors[0]
         grads = [
             binding.apply(
                 CrossEntropyBackward,
                 grad_output.expand(cross_entropy_rows.first_class(input).shape),
-                *ctx.saved_tensors,
+                *tensors,
                 ctx.ignore_index,
                 ctx.divisor,
                 ctx.label_smoothing,

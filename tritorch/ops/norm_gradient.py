@@ -72,7 +72,9 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        _, _, _, saved, _, _ = ctx.saved_tensors
+        # asked for once: checkpoints give them once
+        tensors = ctx.saved_tensors
+        saved = tensors[3]
         of_input, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
         if not (of_input or of_weight or of_bias):
             if ctx.activation is None:
@@ -83,7 +85,7 @@ class BatchNorm(torch.autograd.Function):
         grads = binding.apply(
             BatchNormBackward,
             grad_output,
-            *ctx.saved_tensors,
+            *tensors,
             (of_input, of_weight, of_bias),
             ctx.training,
             ctx.eps,
