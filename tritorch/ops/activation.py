@@ -64,8 +64,12 @@ def _call(
     declined = f"{input.dim()} dimensions" if input.dim() > strided.RANK else None
     if not backend.runs_triton(op, input, declined=declined):
         return reference(input, *options)
-    output: Tensor = binding.apply(Activation, input, activation or op, slope, inplace)
-    return output
+    # what a Function writes into torch.compile cannot follow, a copy it can
+    copies = inplace and torch.compiler.is_compiling()
+    output: Tensor = binding.apply(
+        Activation, input, activation or op, slope, inplace and not copies
+    )
+    return input.copy_(output) if copies else output
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:

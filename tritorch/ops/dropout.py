@@ -199,8 +199,11 @@ def dropout(
         return dropout_reference(input, p, training, inplace, seed=seed)
     if seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=input.device)
-    output: Tensor = binding.apply(Dropout, input, seed, p, _dense_strides(input), inplace)
-    return output
+    # what a Function writes into torch.compile cannot follow, a copy it can
+    copies = inplace and torch.compiler.is_compiling()
+    strides = _dense_strides(input)
+    output: Tensor = binding.apply(Dropout, input, seed, p, strides, inplace and not copies)
+    return input.copy_(output) if copies else output
 
 
 def _seed(make: Maker) -> Tensor:
