@@ -123,7 +123,8 @@ def _autocast_device(tensors: tuple[Tensor | None, ...]) -> str | None:
     for tensor in tensors:
         if tensor is not None:
             device = tensor.device.type
-            return device if torch.is_autocast_enabled(device) else None
+            # of meta tensors torch cannot be asked
+            return device if device != "meta" and torch.is_autocast_enabled(device) else None
     return None
 
 
