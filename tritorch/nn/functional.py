@@ -29,10 +29,10 @@ from tritorch.ops import conv_transpose2d as conv_transpose2d
 from tritorch.ops import conv_transpose3d as conv_transpose3d
 from tritorch.ops import dropout as dropout
 from tritorch.ops import gelu as gelu
+from tritorch.ops import group_norm as group_norm
 from tritorch.ops import hardsigmoid as hardsigmoid
 from tritorch.ops import hardswish as hardswish
 from tritorch.ops import huber_loss as huber_loss
-from tritorch.ops import group_norm as group_norm
 from tritorch.ops import layer_norm as layer_norm
 from tritorch.ops import leaky_relu as leaky_relu
 from tritorch.ops import linear as linear
