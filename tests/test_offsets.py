@@ -60,12 +60,17 @@ def chosen():
                 yield spec, sample
 
 
+# a random mask lies in the order of memory, which only a stretch of the first dimension leaves
+IN_MEMORY_ORDER = {"dropout"}
+
+
 def arguments():
     return [
         pytest.param(spec, sample.name, name, dim, id=f"{spec.name}-{sample.name}-{name}-{dim}")
         for spec, sample in chosen()
         for name, value in sample.arguments.items()
         for dim in wide_dims(value)
+        if dim == 0 or spec.name not in IN_MEMORY_ORDER
     ]
 
 

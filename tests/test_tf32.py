@@ -13,7 +13,11 @@ pytestmark = pytest.mark.interpret
 FLAGS = {
     "matmul": torch.backends.cuda.matmul,
     "linear": torch.backends.cuda.matmul,
-    "conv2d": torch.backends.cudnn.conv,
+    **{
+        f"conv{transposed}{axes}d": torch.backends.cudnn.conv
+        for transposed in ("", "_transpose")
+        for axes in (1, 2, 3)
+    },
 }
 
 
