@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from tritorch.registry import Maker, OpSpec, Subject
+from tritorch.registry import OpSpec, Subject
 from tritorch.testing import (
     battery,
     battery_gpu,
@@ -446,10 +446,3 @@ class Examination:
 
     def _library(self, one: Case) -> Iterator[Step]:
         yield Step("torch.library", one, partial(battery_torch.library, self.subject, one))
-
-
-def first_arguments(subject: Subject, seed: int = 0) -> dict[str, Any]:
-    """The arguments of the subject's first sample, to call it with."""
-    dtype = subject.dtypes[0]
-    name = next(iter(subject.samples(Maker(dtype, "meta")))).name
-    return Case(name, dtype, seed=seed).arguments(subject)
