@@ -135,3 +135,47 @@ def test_what_a_profiler_compiled_does_not_outlive_it(launches):
     finally:
         triton.knobs.runtime.launch_enter_hook.remove(print)
     assert launch._bound == {}
+
+
+def describe(tensor, block):
+    return launch.descriptor(tensor, tensor.shape, tensor.stride(), block)
+
+
+@pytest.fixture
+def copy_tile():
+    return pytest.importorskip("tests.tiles").copy_tile_kernel
+
+
+def test_a_launch_with_descriptors_is_remembered_by_dtype_and_tile(launches, copy_tile):
+    def bound(shape, block, dtype=torch.float16):
+        x = torch.ones(shape, dtype=dtype)
+        launches.clear()
+        launch.run(copy_tile, (1,), describe(x, block), describe(x, block), 0, on=x)
+        return {id(b.run) for b in launch._bound.values()}, launches[0]
+
+    first, (_, _, _, x, y, row) = bound((64, 32), [16, 32])
+    assert [x.block_shape, y.block_shape, row] == [[16, 32], [16, 32], 0]
+    # sizes and strides are arguments: another tensor of the same kind is the same launch
+    assert bound((128, 64), [16, 32])[0] == first
+    assert len(bound((64, 32), [32, 32])[0]) == 2
+    assert len(bound((64, 32), [16, 32], torch.bfloat16)[0]) == 3
+
+
+def test_what_a_descriptor_takes():
+    half = torch.float16.itemsize
+    assert launch.describable(256, (5, 3, 8), (24, 8, 1), half)
+    assert not launch.describable(264, (5, 3, 8), (24, 8, 1), half)
+    assert not launch.describable(256, (5, 3, 8), (20, 8, 1), half)
+    assert not launch.describable(256, (5, 8), (8, 2), half)
+    assert not launch.describable(256, (0, 8), (8, 1), half)
+    assert not launch.describable(256, (2**32, 8), (8, 1), half)
+    assert not launch.describable(256, (2, 8), (2**39, 1), half)
+    assert not launch.describable(256, (1, 1, 1, 1, 1, 8), (8, 8, 8, 8, 8, 1), half)
+
+
+def test_the_capability_is_that_of_the_target():
+    x = torch.ones(1)
+    assert launch.capability(x) == 0
+    for target, capability in (("sm_80", 80), ("sm_90", 90), ("sm_100", 100), ("gfx942", 0)):
+        with dry.compiling_for(target):
+            assert launch.capability(x) == capability

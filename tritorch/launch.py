@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from tritorch.testing import dry, interpreter
 _overrides: dict[str, Any] = {}
 _recorders: list[list[str]] = []
 _choices: list[list[tuple[str, Any]]] = []
+_pretended = 80
 
 
 class Family:
@@ -112,6 +113,80 @@ def recorded() -> Iterator[list[str]]:
         _recorders.remove(names)
 
 
+def capability(on: Tensor) -> int:
+    """Compute capability that kernels on the device of `on` are chosen for: 80, 90, 100, ...
+
+    That of the GPU, or of the dry driver's target; 0 for AMD.  The interpreter has that of the
+    portable kernels, 80, except inside `pretend`.
+    """
+    if backend.INTERPRETING:
+        return _pretended
+    target = dry.active()
+    if target is not None:
+        return target.arch if isinstance(target.arch, int) else 0
+    return _device_capability(on.get_device()) if on.is_cuda else 0
+
+
+@functools.cache
+def _device_capability(device: int) -> int:
+    if torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@contextlib.contextmanager
+def pretend(capability: int) -> Iterator[None]:
+    """Inside the block the interpreter takes the kernels of GPUs of this compute capability."""
+    global _pretended
+    previous, _pretended = _pretended, capability
+    try:
+        yield
+    finally:
+        _pretended = previous
+
+
+def descriptor(
+    base: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]
+) -> Any:
+    """A `TensorDescriptor` of what begins where `base` does, in elements, outermost first.
+
+    The caller has made sure of what a launch requires (`describable`), because Triton's own checks
+    take longer than the launch.
+    """
+    described = object.__new__(_descriptor_class())
+    described.base = base
+    described.shape = shape
+    described.strides = strides
+    described.block_shape = block
+    described.padding = "zero"
+    return described
+
+
+@functools.cache
+def _descriptor_class() -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor
+
+
+def describable(address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Whether the tensor memory accelerator takes a tensor at this address: 1 to 5 dimensions,
+    none empty and none of 2**32 elements or more, the last one contiguous, everything else on 16
+    bytes and below 2**40.
+    """
+    return (
+        0 < len(shape) <= 5
+        and address % 16 == 0
+        and strides[-1] == 1
+        and all(0 < size < 2**32 for size in shape)
+        and all(
+            stride * itemsize % 16 == 0 and 0 <= stride * itemsize < 2**40
+            for stride in strides[:-1]
+        )
+    )
+
+
 def run(
     kernel: Any,
     grid: tuple[int, ...],
@@ -170,8 +245,9 @@ def _run_on_gpu(
 ) -> None:
     """`kernel[grid](...)`, which takes ten times as long to find out what this finds in one look.
 
-    Triton compiles for dtype and alignment of tensors and for some properties of integers: their
-    values tell all of them.  Of other numbers the type alone matters.
+    Triton compiles for dtype and alignment of tensors, for dtype and tile of descriptors, and for
+    some properties of integers: their values tell all of them.  Of other numbers the type alone
+    matters.
     """
     if device != torch.cuda.current_device():
         # a launch goes to the current device, which need not be the tensor's
@@ -187,6 +263,8 @@ def _run_on_gpu(
             if isinstance(argument, Tensor)
             else float
             if isinstance(argument, float)
+            else _described(argument)
+            if hasattr(argument, "block_shape")
             else argument
             for argument in arguments
         ],
@@ -216,6 +294,10 @@ def _run_on_gpu(
         *arguments,
         *bound.constants,
     )
+
+
+def _described(argument: Any) -> tuple[Any, ...]:
+    return (argument.base.dtype, *argument.block_shape, argument.padding)
 
 
 def _bind(kernel: Any, compiled: Any, given: int, options: dict[str, Any], config: Any) -> _Bound:
