@@ -1,0 +1,185 @@
+"""The gradient of a filter through the tensor memory accelerator of Hopper.
+
+Letters are those of conv.py.  A tile of pixels runs along one axis, images or columns, because only
+a tile without a second axis feeds the tensor cores from shared memory on the side of the rows too.
+"""
+
+import triton
+import triton.language as tl
+from triton import Config
+
+
+def _tile(k, c, pixels, taps, num_warps, num_stages):
+    blocks = {"BLOCK_K": k, "BLOCK_C": c, "BLOCK_PIXELS": pixels, "TAPS": taps}
+    return Config(blocks, num_warps=num_warps, num_stages=num_stages)
+
+
+CONV2D_GRAD_WEIGHT_TMA_CONFIGS = (
+    _tile(128, 256, 64, 1, 8, 4),
+    _tile(128, 128, 64, 3, 8, 3),
+    _tile(128, 128, 64, 1, 8, 3),
+    _tile(64, 64, 64, 3, 4, 3),
+    _tile(64, 64, 64, 1, 4, 4),
+    # half as many images, and a row of small batches
+    _tile(128, 128, 32, 1, 8, 4),
+    _tile(64, 64, 16, 1, 4, 4),
+)
+
+# {(C, K, P, R, stride): configuration} where a GPU has decided
+MEASURED = {}
+
+# what the portable kernel is good enough for
+MIN_CHANNELS = 32
+MIN_PIXELS = 1024
+
+MULTIPROCESSORS = 132
+
+
+def conv2d_grad_weight_tma_config(k, c, taps, along, n, p, q, stride):
+    """What a GPU has measured, else the largest tile that is not mostly empty, of `along` pixels;
+    None where all are.
+    """
+    found = MEASURED.get((c, k, p, taps, stride))
+    if found is not None:
+        return found
+    if min(c, k) < MIN_CHANNELS or n * p * q < MIN_PIXELS:
+        return None
+    for config in CONV2D_GRAD_WEIGHT_TMA_CONFIGS:
+        sizes = config.kwargs
+        full = k > sizes["BLOCK_K"] // 2 and c > sizes["BLOCK_C"] // 2
+        full = full and 4 * along >= 3 * triton.cdiv(along, sizes["BLOCK_PIXELS"]) * sizes[
+            "BLOCK_PIXELS"]
+        if full and taps % sizes["TAPS"] == 0:
+            return config
+    return None
+
+
+def num_splits(config, tiles, steps, weights):
+    """Sums that one over `steps` tiles of pixels is split into, of `tiles` programs each.
+
+    The fewest cycles of a multiprocessor by an estimate: products of 16-bit numbers or traffic of
+    shared memory, whichever takes longer, the start and end of each program, and the traffic of the
+    partial sums, which are `weights` numbers each.
+    """
+    sizes = config.kwargs
+    block_k, block_c = sizes["BLOCK_K"], sizes["BLOCK_C"]
+    reads = triton.cdiv(block_k, 64) * (64 + block_c) * sizes["TAPS"]
+    moved = 2 * (block_k + block_c * sizes["TAPS"] + reads)
+    pixel_cycles = max(block_k * block_c * sizes["TAPS"] / 2048, moved / 128)
+    step_cycles = pixel_cycles * sizes["BLOCK_PIXELS"]
+    best = None
+    for splits in range(1, min(steps, 2 * MULTIPROCESSORS) + 1):
+        waves = triton.cdiv(tiles * splits, MULTIPROCESSORS)
+        # partial sums are written and read back once, 16 bytes a cycle and multiprocessor
+        partial = weights * splits * 8 / (16 * MULTIPROCESSORS)
+        found = (waves * (triton.cdiv(steps, splits) * step_cycles + 5000) + partial, splits)
+        best = found if best is None or found < best else best
+    return best[1]
+
+
+@triton.jit
+def conv2d_grad_weight_tma_kernel(
+    grad_y_desc, x_desc, grad_w_desc,
+    K, C, R, S, P, Q, H, W, TILES, SPLITS,
+    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+    ALONG_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr, TAPS: tl.constexpr,
+):
+    """One program sums BLOCK_K x BLOCK_C weights of TAPS taps in a row over a share of the pixels.
+
+    A tile is BLOCK_PIXELS images at one pixel, of which there are TILES, and the descriptors are
+    (rows, columns, images, channels); or ALONG_Q that many columns of one image, and they are
+    (images, rows, columns, channels).  Pixels whose tap lies outside the image are left out.
+    """
+    num_k = tl.cdiv(K, BLOCK_K)
+    num_c = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    k = pid % num_k * BLOCK_K
+    c = pid // num_k % num_c * BLOCK_C
+    tap = pid // (num_k * num_c) * TAPS
+    split = tl.program_id(1) % SPLITS
+    group = tl.program_id(1) // SPLITS
+    row = tap // S * dilation_h - padding_h
+    column = tap % S * dilation_w - padding_w
+    first_p = tl.maximum(tl.cdiv(-row, stride_h), 0)
+    num_p = tl.minimum(tl.cdiv(H - row, stride_h), P) - first_p
+    if ALONG_Q:
+        first_1 = first_p
+        num_1 = num_p
+        num_0 = TILES
+        num_2 = Q // BLOCK_PIXELS
+    else:
+        first_1 = 0
+        num_1 = Q
+        if TAPS == 1:
+            first_1 = tl.maximum(tl.cdiv(-column, stride_w), 0)
+            num_1 = tl.minimum(tl.cdiv(W - column, stride_w), Q) - first_1
+        num_0 = num_p
+        num_2 = TILES
+    total = num_0 * num_1 * num_2
+    begin = split * total // SPLITS
+    steps = (split + 1) * total // SPLITS - begin
+    # as in conv_tma.py
+    tl.assume(steps > 0)
+    i2 = begin % num_2 * BLOCK_PIXELS
+    i1 = begin // num_2 % num_1 + first_1
+    i0 = begin // num_2 // num_1
+    if not ALONG_Q:
+        i0 += first_p
+    ks = group * K + k
+    cs = group * C + c
+    acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
+    if TAPS == 3:
+        acc_1 = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
+        acc_2 = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
+    for _ in range(steps):
+        grad_y = tl.reshape(grad_y_desc.load([i0, i1, i2, ks]), (BLOCK_PIXELS, BLOCK_K)).T
+        if ALONG_Q:
+            h = i1 + row
+            w = i2 + column
+            x = x_desc.load([i0, h, w, cs])
+        else:
+            h = i0 * stride_h + row
+            w = i1 * stride_w + column
+            x = x_desc.load([h, w, i2, cs])
+        acc = tl.dot(grad_y, tl.reshape(x, (BLOCK_PIXELS, BLOCK_C)), acc)
+        if TAPS == 3:
+            if ALONG_Q:
+                x_1 = x_desc.load([i0, h, w + dilation_w, cs])
+                x_2 = x_desc.load([i0, h, w + 2 * dilation_w, cs])
+            else:
+                x_1 = x_desc.load([h, w + dilation_w, i2, cs])
+                x_2 = x_desc.load([h, w + 2 * dilation_w, i2, cs])
+            acc_1 = tl.dot(grad_y, tl.reshape(x_1, (BLOCK_PIXELS, BLOCK_C)), acc_1)
+            acc_2 = tl.dot(grad_y, tl.reshape(x_2, (BLOCK_PIXELS, BLOCK_C)), acc_2)
+        i2 += BLOCK_PIXELS
+        row_ends = i2 >= num_2 * BLOCK_PIXELS
+        i2 = tl.where(row_ends, 0, i2)
+        i1 += row_ends.to(tl.int32)
+        plane_ends = i1 == first_1 + num_1
+        i1 = tl.where(plane_ends, first_1, i1)
+        i0 += plane_ends.to(tl.int32)
+
+    store_weights(grad_w_desc, split, ks, tap, c, acc, BLOCK_K, BLOCK_C)
+    if TAPS == 3:
+        store_weights(grad_w_desc, split, ks, tap + 1, c, acc_1, BLOCK_K, BLOCK_C)
+        store_weights(grad_w_desc, split, ks, tap + 2, c, acc_2, BLOCK_K, BLOCK_C)
+
+
+@triton.jit
+def store_weights(
+    grad_w_desc, split, k, tap, c, acc, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Weights of one tap, in halves where whole they would take more shared memory than there is
+    beside the tiles, and registers.
+    """
+    if BLOCK_C > 128:
+        halves = tl.permute(tl.reshape(acc, (BLOCK_K, 2, BLOCK_C // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        left = tl.reshape(left.to(grad_w_desc.dtype), (1, BLOCK_K, 1, BLOCK_C // 2))
+        grad_w_desc.store([split, k, tap, c], left)
+        right = tl.reshape(right.to(grad_w_desc.dtype), (1, BLOCK_K, 1, BLOCK_C // 2))
+        grad_w_desc.store([split, k, tap, c + BLOCK_C // 2], right)
+    else:
+        y = tl.reshape(acc.to(grad_w_desc.dtype), (1, BLOCK_K, 1, BLOCK_C))
+        grad_w_desc.store([split, k, tap, c], y)

@@ -1,0 +1,321 @@
+"""Which convolutions run through the tensor memory accelerator of Hopper, and their launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritorch import launch
+from tritorch.ops.geometry import Geometry, oriented, split, strides
+from tritorch.ops.reduce import accumulator_dtype, split_sum
+from tritorch.ops.strided import Layout
+
+kernels = launch.kernels("conv_tma")
+weight_kernels = launch.kernels("conv_weight_tma")
+
+# slices of channels that one program must have before it pays to split a sum
+_MIN_SLICES = 8
+# how many times their pixels tiles may have, before the portable kernel wastes less
+_MAX_WASTE = 1.7
+# a stride of tensors along an axis of one element, which no address uses but the hardware checks
+_ANY_STRIDE = 16
+
+
+class _View(NamedTuple):
+    """A descriptor without its address."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+    def at(self, tensor: Tensor) -> Any:
+        return launch.descriptor(tensor, *self)
+
+    def is_describable(self, itemsize: int) -> bool:
+        return launch.describable(0, self.shape, self.strides, itemsize)
+
+
+class Plan(NamedTuple):
+    """A launch for tensors of known layouts."""
+
+    grid: tuple[int, int]
+    # x, filter and y; of the gradient of a filter those of grad_output, input and it
+    views: tuple[_View, _View, _View]
+    # the kernel's integers up to the stride of the bias, and those after it
+    sizes: tuple[int, ...]
+    steps: tuple[int, ...]
+    splits: int
+    config: Any
+    constants: dict[str, Any]
+
+
+def plan_convolve(
+    x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry, transposed: bool
+) -> Plan | None:
+    """How to write the convolution of x, or the transposed one, into y; None if not here."""
+    if launch.capability(x) != 90 or not _is_aligned(x, weight, y):
+        return None
+    return _plan_convolve(*map(Layout.of, (x, weight, y)), geometry, transposed)
+
+
+def _is_aligned(*tensors: Tensor) -> bool:
+    return tensors[0].itemsize == 2 and not any(tensor.data_ptr() % 16 for tensor in tensors)
+
+
+@launch.planned
+def _plan_convolve(
+    x: Layout, weight: Layout, y: Layout, geometry: Geometry, transposed: bool
+) -> Plan | None:
+    if len(x.shape) != 4 or x.stride(1) != 1 or y.stride(1) != 1 or weight.stride(1) != 1:
+        return None
+    groups, (stride_h, stride_w) = geometry.groups, geometry.stride
+    w = oriented(weight, groups, transposed)
+    r, s = w.taps
+    tap_steps, inverses = geometry.residues(transposed)
+    steps_each = geometry.stride if transposed else (1, 1)
+    # transposed, the fewest taps that reach a residue: some of its pixels would have none at all
+    gcds = [math.gcd(*each) for each in zip(geometry.stride, geometry.dilation, strict=True)]
+    if transposed and (max(gcds) > 1 or r < stride_h or s < stride_w):
+        return None
+    residues = math.prod(steps_each)
+    n, _, *image = y.shape
+    p, q = (math.ceil(size / step) for size, step in zip(image, steps_each, strict=True))
+    taps = math.ceil(r / tap_steps[0]) * math.ceil(s / tap_steps[1])
+    config = launch.config(
+        kernels.conv2d_tma_config, n * residues, p, q, w.written, w.read, taps, stride_h, transposed
+    )
+    if config is None:
+        return None
+    block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
+    # a tile may not reach into the channels of the next group, or of the next pixel of a pair
+    fits = w.read % block_c == 0 and w.written % block_k == 0
+    walked = y if transposed else x
+    is_pair = (stride_h, stride_w) == (2, 2)
+    pairs = is_pair and fits and walked.shape[2] % 2 == 0 and walked.shape[3] % 2 == 0
+    pairs = pairs and walked.stride(3) == walked.shape[1]
+    if groups > 1 and not fits:
+        return None
+    blocks = block_npq, 1, 1
+    if "BLOCK_N" in config.kwargs:
+        blocks = tuple(config.kwargs[f"BLOCK_{axis}"] for axis in "NPQ")
+    elif pairs or (stride_h, stride_w) == (1, 1):
+        blocks = kernels.tile_of_pixels(n, p, q, block_npq)
+    tiles = math.prod(
+        math.ceil(size / block) for size, block in zip((n, p, q), blocks, strict=True)
+    )
+    if tiles * block_npq > _MAX_WASTE * n * p * q:
+        return None
+    tiles *= math.ceil(w.written / block_k) * residues
+    num_steps = math.ceil(w.read / block_c) * taps
+    splits, steps = 1, num_steps
+    # the sums of a split are images after the last one, which a tile must not reach into
+    if residues == 1 and n % blocks[0] == 0:
+        splits, steps = split(2 * tiles * groups, num_steps, _MIN_SLICES)
+    views = (
+        _pixels(x, blocks, block_c, pairs and not transposed),
+        _filters(weight, (block_c, block_k) if transposed else (block_k, block_c)),
+        _pixels(y, blocks, block_k, pairs and transposed, splits),
+    )
+    if not all(view.is_describable(x.itemsize) for view in views):
+        return None
+    return Plan(
+        (tiles, groups * splits),
+        views,
+        (n, w.read, w.written, r, s, *image, steps, splits),
+        (*geometry.scalars(), *tap_steps, *inverses),
+        splits,
+        config,
+        {
+            "TRANSPOSED": transposed,
+            "PAIRS": pairs,
+            "BLOCK_N": blocks[0],
+            "BLOCK_P": blocks[1],
+            "BLOCK_Q": blocks[2],
+        },
+    )
+
+
+def _pixels(
+    image: Layout, blocks: tuple[int, ...], channels: int, pairs: bool, splits: int = 1
+) -> _View:
+    (n, c, h, w), (block_n, block_p, block_q) = image.shape, blocks
+    along_n, _, along_h, along_w = (stride or _ANY_STRIDE for stride in strides(image))
+    if n == 1:
+        along_n = _ANY_STRIDE
+    if pairs:
+        return _View(
+            (n, h // 2, 2, w // 2, 2 * c),
+            (along_n, 2 * along_h, along_h, 2 * along_w, 1),
+            (block_n, block_p, 1, block_q, channels),
+        )
+    return _View(
+        (splits * n, h, w, c),
+        (along_n if splits == 1 else c * h * w, along_h, along_w, 1),
+        (block_n, block_p, block_q, channels),
+    )
+
+
+def _filters(weight: Layout, block: tuple[int, int]) -> _View:
+    """Taps x outputs x inputs: no tile reads into the next tap."""
+    outputs, inputs, r, s = weight.shape
+    along_outputs, _, along_r, along_s = weight.strides
+    if s == 1:
+        along_s = along_r
+    elif r > 1 and along_r != s * along_s:
+        # taps in two dimensions, which no descriptor takes
+        along_s = 1
+    if r * s == 1:
+        along_s = _ANY_STRIDE
+    if outputs == 1:
+        along_outputs = _ANY_STRIDE
+    return _View((r * s, outputs, inputs), (along_s, along_outputs, 1), (1, *block))
+
+
+def convolve(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: str | None,
+    before: Tensor | None,
+) -> None:
+    """Writes the activation of the convolution into y, and the values before it into `before`."""
+    target, is_split = y, plan.splits > 1
+    if is_split:
+        dtype = accumulator_dtype(y.dtype)
+        target = torch.empty((plan.splits, y.numel()), dtype=dtype, device=y.device)
+    of_x, of_w, of_y = plan.views
+    keeps_before = before is not None and not is_split
+    launch.run(
+        kernels.conv2d_tma_kernel,
+        plan.grid,
+        of_x.at(x),
+        of_w.at(weight),
+        bias,
+        of_y.at(target),
+        of_y.at(before) if before is not None and keeps_before else None,
+        *plan.sizes,
+        bias.stride(0) if bias is not None else 1,
+        *plan.steps,
+        on=y,
+        config=plan.config,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=None if is_split else activation,
+        KEEPS_BEFORE=keeps_before,
+        **plan.constants,
+    )
+    if is_split:
+        split_sum(target, y, activation=activation, before=before)
+
+
+def plan_grad_weight(
+    grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
+) -> Plan | None:
+    """How to sum up the gradient of a filter; None if not here."""
+    if launch.capability(input) != 90 or not _is_aligned(grad_output, input, output):
+        return None
+    return _plan_grad_weight(*map(Layout.of, (grad_output, input, output)), geometry)
+
+
+@launch.planned
+def _plan_grad_weight(
+    grad_output: Layout, input: Layout, output: Layout, geometry: Geometry
+) -> Plan | None:
+    if len(input.shape) != 4 or input.stride(1) != 1 or grad_output.stride(1) != 1:
+        return None
+    (outputs, c, r, s), groups = output.shape, geometry.groups
+    k = outputs // groups
+    n, _, p, q = grad_output.shape
+    h, w = input.shape[2:]
+    # along columns a tile must end where the image does: nothing else keeps what is beside it out
+    along_q = n < 24 and geometry.stride == (1, 1) and q % 16 == 0
+    config = launch.config(
+        weight_kernels.conv2d_grad_weight_tma_config,
+        *(k, c, s, q if along_q else n, n, p, q, geometry.stride[0]),
+    )
+    if config is None:
+        return None
+    block_k, block_c, pixels, num_taps = (
+        config.kwargs[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_PIXELS", "TAPS")
+    )
+    if s % num_taps or (along_q and q % pixels) or (groups > 1 and k % block_k):
+        return None
+    tiles = math.ceil(k / block_k) * math.ceil(c / block_c) * (r * s // num_taps)
+    # images or tiles of columns per pixel
+    each = n * (q // pixels) if along_q else math.ceil(n / pixels)
+    rows = [_num_reached(h, p, tap, geometry, 0) for tap in range(r)]
+    columns = [_num_reached(w, q, tap, geometry, 1) for tap in range(s)]
+    along_columns = (1, 1) if along_q else (q, q) if num_taps > 1 else (min(columns), max(columns))
+    fewest, most = min(rows) * along_columns[0] * each, max(rows) * along_columns[1] * each
+    if fewest == 0 or min(columns) == 0:
+        return None
+    weights = math.prod(output.shape)
+    splits = weight_kernels.num_splits(config, tiles * groups, most, weights)
+    splits = min(splits, fewest)
+    if most * splits >= 2**31:
+        return None
+    views = (
+        _tiles(grad_output, along_q, (pixels, block_k)),
+        _tiles(input, along_q, (pixels, block_c)),
+        _View(
+            (splits, outputs, r * s, c),
+            (weights, r * s * c, c, 1),
+            (1, block_k, 1, min(block_c, 128)),
+        ),
+    )
+    if not all(view.is_describable(input.itemsize) for view in views):
+        return None
+    return Plan(
+        (tiles, groups * splits),
+        views,
+        (k, c, r, s, p, q, h, w, n if along_q else each, splits),
+        geometry.scalars(),
+        splits,
+        config,
+        {"ALONG_Q": along_q},
+    )
+
+
+def _num_reached(size: int, positions: int, tap: int, geometry: Geometry, axis: int) -> int:
+    """Positions along an axis of the output from which a tap reads inside the image."""
+    stride = geometry.stride[axis]
+    offset = tap * geometry.dilation[axis] - geometry.padding[axis]
+    first, end = max(math.ceil(-offset / stride), 0), math.ceil((size - offset) / stride)
+    return max(min(end, positions) - first, 0)
+
+
+def _tiles(image: Layout, along_q: bool, block: Sequence[int]) -> _View:
+    """Rows, columns, images and channels, or images first; tiles along the last but one."""
+    n, c, h, w = image.shape
+    along_n, _, along_h, along_w = (stride or _ANY_STRIDE for stride in strides(image))
+    if n == 1:
+        along_n = _ANY_STRIDE
+    if along_q:
+        return _View((n, h, w, c), (along_n, along_h, along_w, 1), (1, 1, *block))
+    return _View((h, w, n, c), (along_h, along_w, along_n, 1), (1, 1, *block))
+
+
+def grad_weight(plan: Plan, grad_output: Tensor, input: Tensor, output: Tensor) -> Tensor:
+    """Partial sums (splits, K, taps, C) of `output`."""
+    outputs, inputs, r, s = output.shape
+    shape, dtype = (plan.splits, outputs, r, s, inputs), accumulator_dtype(input.dtype)
+    partial = input.new_empty(shape, dtype=dtype)
+    of_grad, of_input, of_partial = plan.views
+    launch.run(
+        weight_kernels.conv2d_grad_weight_tma_kernel,
+        plan.grid,
+        of_grad.at(grad_output),
+        of_input.at(input),
+        of_partial.at(partial),
+        *plan.sizes,
+        *plan.steps,
+        on=input,
+        config=plan.config,
+        **plan.constants,
+    )
+    return partial
