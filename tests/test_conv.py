@@ -153,9 +153,11 @@ def test_a_transposed_layer_pads_by_zeros_alone():
 
 def test_an_output_without_pixels_is_an_error(device):
     x, weight = made(1, 2, 3, 3, device=device), made(2, 3, 2, 3, device=device)
-    for function in (ops.conv_transpose2d, F.conv_transpose2d):
-        with pytest.raises(RuntimeError, match=r"no pixels|too small"):
-            function(x, weight, padding=(2, 1))
+    with pytest.raises(RuntimeError, match=r"no pixels"):
+        ops.conv_transpose2d(x, weight, padding=(2, 1))
+    # on a GPU torch leaves it to cuDNN, which may return an empty image
+    with pytest.raises(RuntimeError, match=r"too small"):
+        F.conv_transpose2d(x.cpu(), weight.cpu(), padding=(2, 1))
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

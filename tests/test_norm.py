@@ -132,8 +132,10 @@ def test_norms_keep_no_more_than_torchs(name, device):
 def test_activations_and_both_their_gradients(activation, residual, training, device):
     """Of the batch and of fixed statistics, against plain PyTorch in float64."""
     torch.manual_seed(0)
-    # torch's hardsigmoid divides by 6 in float32 and has no second gradient
-    rtol = 1e-6 if activation == "hardsigmoid" else 1e-10
+    # torch's hardsigmoid divides by 6 in float32 and has no second gradient; on a GPU hardswish
+    # multiplies by the float32 next to 1/6
+    shortened = ("hardsigmoid", "hardswish") if device == "cuda" else ("hardsigmoid",)
+    rtol = 1e-6 if activation in shortened else 1e-10
     given = arguments(device, dtype=torch.float64)
     x, other = torch.randn(2, 4, 3, 5, dtype=torch.float64, device=device) * 2
     leaves = [x, given["weight"], given["bias"], *([other] if residual else [])]
@@ -280,7 +282,8 @@ def test_peer_defect_4_expanded_gradient(device):
     results = [
         trained(x, given, grad, activation="relu") for grad in (expanded, expanded.contiguous())
     ]
-    assert_close(*results, rtol=0, atol=0)
+    # another layout is summed in another order
+    assert_close(*results)
 
 
 def test_peer_defect_5_input_without_running_statistics(device):

@@ -153,8 +153,10 @@ def test_adaptive_windows_of_long_sequences(device):
     # few programs, for the interpreter
     tile = Config({"BLOCK_PIXELS": 4096, "BLOCK_C": 1}, num_warps=4, num_stages=1)
     with launch.override("pool_config", tile):
-        ours, theirs = (results(module.adaptive_avg_pool1d, x, 49999) for module in (ops, F))
-    assert_close(ours, theirs)
+        ours = results(ops.adaptive_avg_pool1d, x, 49999)
+    # torch's own CUDA kernel computes that number in 32 bits
+    theirs = results(F.adaptive_avg_pool1d, x.detach().cpu(), 49999)
+    assert_close([t.cpu() for t in ours], theirs)
 
 
 @pytest.mark.parametrize("function", ["adaptive_avg_pool2d", "adaptive_max_pool2d"])

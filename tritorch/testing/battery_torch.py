@@ -6,7 +6,7 @@ As in `battery.py`, each is a function from a subject and a case to findings, an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,18 +44,14 @@ def layout_of_results(
     actual, findings = outcome(subject, case, arguments)
     if actual is None:
         return findings
-    expected = cases.reference(subject, arguments, case.gradient(subject))
-    for (what, value), (_, other) in zip(actual.named(), expected.named(), strict=True):
+    grad = case.gradient(subject)
+    torchs = [
+        dict(cases.reference(subject, given, grad).named()) for given in _on_devices(arguments)
+    ]
+    for what, value in actual.named():
         # an expanded gradient costs no memory; torch may or may not write it out
-        if 0 in value.stride():
-            continue
-        received, wanted = (
-            tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
-            for t in (value, other)
-        )
-        if received != wanted:
-            message = f"{what} has strides {received}, torch's {wanted}"
-            findings.append(Finding("shape", message, argument=what, case=str(case)))
+        if 0 not in value.stride():
+            findings += _other_strides(what, value, [named[what] for named in torchs], case)
     return findings
 
 
@@ -69,15 +65,34 @@ def format_of_outputs(subject: Subject, case: Case, argument: str) -> list[Findi
     actual, findings = outcome(subject, case, arguments, wanted=())
     if actual is None:
         return findings
-    expected = cases.reference(subject, arguments, wanted=())
-    for number, pair in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
-        received, wanted = (
-            [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in pair
+    torchs = [
+        cases.reference(subject, given, wanted=()).outputs for given in _on_devices(arguments)
+    ]
+    for number, value in enumerate(actual.outputs):
+        findings += _other_strides(
+            f"output {number}", value, [outputs[number] for outputs in torchs], case
         )
-        if received != wanted:
-            message = f"output {number} has strides {received}, torch's {wanted}"
-            findings.append(Finding("shape", message, argument=f"output {number}", case=str(case)))
     return findings
+
+
+def _on_devices(arguments: dict[str, Argument]) -> list[dict[str, Argument]]:
+    """The arguments where they are, and on the CPU: torch's group norm, say, keeps channels_last on
+    one of the two alone.
+    """
+    tensors = [t for value in arguments.values() for t in calls.tensors_of(value)]
+    return [arguments, *([cases.on_cpu(arguments)] if any(t.is_cuda for t in tensors) else [])]
+
+
+def _other_strides(what: str, value: Tensor, torchs: Sequence[Tensor], case: Case) -> list[Finding]:
+    """A finding if `value` has the strides of none of torch's results."""
+    received, *wanted = (
+        tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
+        for t in (value, *torchs)
+    )
+    if received in wanted:
+        return []
+    message = f"{what} has strides {received}, torch's {wanted[0]}"
+    return [Finding("shape", message, argument=what, case=str(case))]
 
 
 def counts_writes(subject: Subject, case: Case) -> list[Finding]:
