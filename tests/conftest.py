@@ -26,6 +26,7 @@ ONLY = {
     "test_detectors_lanes.py": "interpret",
     "test_detectors_programs.py": "interpret",
     "test_hosting.py": "interpret",
+    "test_hints.py": "interpret",
     "test_promises.py": "interpret",
     "test_memory.py": "interpret",
     "test_gpu_limits.py": "compile",

@@ -3,8 +3,14 @@
 An offset computed in 32 bits wraps around, to zeros below the tensor.
 """
 
+import contextlib
+import fcntl
+import gc
 import mmap
+import tempfile
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,17 +26,44 @@ pytestmark = pytest.mark.interpret
 REACH = 2**31
 # of Linux; Python knows it from 3.13 on
 MAP_NORESERVE = 0x4000
+# bytes that one test takes: of indices that end 2^32 elements after their memory begins
+LARGEST = 8 * 2 * REACH
 
 
 def memory(elements, dtype, device):
     """Zeros, of which a page takes memory when it is written to."""
     size = elements * dtype.itemsize
     if device == "cuda":
-        if size > torch.cuda.mem_get_info()[0]:
-            pytest.skip(f"needs {size / 2**30:.0f} GiB of free GPU memory")
         return torch.zeros(elements, dtype=dtype, device=device)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def share(device):
+    """On a GPU, whose memory is really taken, as many of these tests at a time as have room."""
+    if device != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    slots = max(1, total // LARGEST)
+    files = [Path(tempfile.gettempdir(), f"tritorch-offsets-{slot}.lock") for slot in range(slots)]
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(file.open("w")) for file in files]
+        while not any(is_taken(file) for file in opened):
+            time.sleep(0.01)
+        yield
+        # what this process keeps of the memory is no other's
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def is_taken(file):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def far_apart(tensor, dim):
