@@ -3,6 +3,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# the Triton that is installed where torch brings none
+TRITON ?= 3.6.0
+NEWEST_TRITON ?= 3.9.0
 # processes of one test run
 JOBS ?= 2
 # where gpu-test and gpu-train write what they measured
@@ -15,10 +18,10 @@ RUNGS := reference interpret compile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test $(RUNGS:%=test-%) mutation check format gpu-test gpu-train clean
+.PHONY: help demo test $(RUNGS:%=test-%) test-newest mutation check format gpu-test gpu-train clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## install into .venv, then train a model and its torch.nn twin on handwritten digits
 	$(BIN)/tritorch train
@@ -29,6 +32,12 @@ test: $(INSTALLED) ## every rung that needs no GPU; one alone: make test-referen
 # a process either interprets kernels or compiles them, so each rung is a pytest run of its own
 $(RUNGS:%=test-%): test-%: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung $* -n $(JOBS)
+
+test-newest: ## the rungs of the kernels with the newest Triton, in .venv-newest
+	@$(MAKE) --no-print-directory --keep-going VENV=.venv-newest TRITON=$(NEWEST_TRITON) test-interpret test-compile
+
+test-python%: ## the reference rung with another Python, in a .venv of its own: make test-python3.10
+	@$(MAKE) --no-print-directory VENV=.venv-python$* PYTHON=python$* test-reference
 
 mutation: $(INSTALLED) ## which one-line defects of kernels the tests find, and which tritorch check finds
 	$(BIN)/python -m tests.mutation.run
@@ -58,7 +67,7 @@ $(PYTHON) -m $(1) --device cuda --json "$(RESULTS)/$$gpu/$$(date -u +%Y-%m-%dT%H
 endef
 
 clean: ## remove what the targets above made, results excepted
-	rm -rf $(VENV) build dist *.egg-info tritorch-report
+	rm -rf $(VENV) .venv-* build dist *.egg-info tritorch-report
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -66,6 +75,6 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel torch
 	@# a CUDA build of torch has brought its own triton by now, the CPU build none
-	$(BIN)/python -m pip show --quiet triton 2>/dev/null || $(PIP) 'triton==3.6.0; platform_system == "Linux"'
+	$(BIN)/python -m pip show --quiet triton 2>/dev/null || $(PIP) 'triton==$(TRITON); platform_system == "Linux"'
 	$(PIP) --no-build-isolation --editable '.[plot,test]'
 	@touch $@
