@@ -1,0 +1,278 @@
+"""Matrix products for GPUs with a tensor memory accelerator and wgmma (compute capability 9).
+
+Operands and results are descriptors of three dimensions, the first of which is a batch: of
+matrices, of partial sums, or of the columns of an image.  A tile of one entry goes from global to
+shared memory and into wgmma as it is, whichever of its two axes is contiguous.
+"""
+
+import triton
+import triton.language as tl
+from triton import Config
+
+from tritorch.kernels.activation import activate
+from tritorch.kernels.tiles import grouped_programs
+
+
+def _tile(form, m, n, k, num_warps, num_stages, halves=2):
+    # neighbours share a band of rows, of which a product of few columns has enough
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "HALVES": halves}
+    return Config({**blocks, "FORM": form}, num_warps=num_warps, num_stages=num_stages)
+
+
+# by bytes per element
+MATMUL_TMA_CONFIGS = {
+    2: (
+        _tile("persistent", 128, 256, 64, 8, 4),
+        _tile("persistent", 256, 128, 64, 8, 4),
+        _tile("tile", 128, 256, 64, 8, 4),
+        _tile("tile", 256, 128, 64, 8, 4),
+        # two programs on a multiprocessor: one multiplies while the other stores
+        _tile("tile", 128, 128, 64, 8, 3),
+        # long sums over few tiles
+        _tile("tile", 64, 256, 64, 4, 4),
+        _tile("tile", 256, 64, 64, 8, 4),
+        _tile("tile", 64, 128, 64, 4, 4),
+        _tile("tile", 64, 64, 128, 4, 4),
+        # few columns, of which wgmma takes eight and more
+        _tile("tile", 64, 32, 128, 4, 4, 1),
+        _tile("tile", 64, 16, 128, 4, 4, 1),
+        # one slice: memory is the limit, and b stays where it is
+        _tile("stationary", 128, 64, 64, 4, 4),
+        _tile("stationary", 128, 128, 64, 8, 3),
+        _tile("stationary", 128, 256, 64, 8, 3),
+        _tile("stationary", 128, 128, 128, 8, 3),
+    )
+}
+
+# of an H100 SXM and an H200: one constant, so that sums are split alike on every GPU
+MULTIPROCESSORS = 132
+# slices that one program must have before it pays to split a sum
+MIN_SLICES = 8
+
+
+def matmul_tma_config(m, n, k, batch, shared, itemsize):
+    """The configuration that takes fewest cycles by `_cycles`; `shared` where all entries of the
+    batch have one b.
+    """
+    configs = [
+        config
+        for config in MATMUL_TMA_CONFIGS[itemsize]
+        if config.kwargs["FORM"] != "stationary" or (shared and k <= config.kwargs["BLOCK_K"])
+    ]
+    return min(configs, key=lambda config: _cycles(config, m, n, k, batch))
+
+
+def num_splits(config, m, n, k, batch):
+    """Into how many sums each of the result is split, so that most multiprocessors have work."""
+    tiles = num_tiles(config, m, n) * batch
+    if config.kwargs["FORM"] != "tile" or tiles > MULTIPROCESSORS // 2:
+        return 1
+    slices = triton.cdiv(k, config.kwargs["BLOCK_K"])
+    return max(1, min(MULTIPROCESSORS // tiles, slices // MIN_SLICES))
+
+
+def num_tiles(config, m, n):
+    """Tiles of one entry of the batch."""
+    return triton.cdiv(m, config.kwargs["BLOCK_M"]) * triton.cdiv(n, config.kwargs["BLOCK_N"])
+
+
+def residents(config):
+    """Programs that share a multiprocessor: as its registers and its shared memory allow."""
+    form = config.kwargs["FORM"]
+    block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
+    columns = block_m * config.num_stages
+    columns += block_n * (1 if form == "stationary" else config.num_stages)
+    # a program of one tile stores it where its operands were
+    stored = 0 if form == "tile" else block_m * block_n // config.kwargs["HALVES"]
+    threads = 32 * config.num_warps
+    # of the accumulator, and of everything else
+    registers = block_m * block_n // threads + 40
+    return min(232448 // (2 * (columns * block_k + stored) + 1024), 65536 // (registers * threads))
+
+
+def _cycles(config, m, n, k, batch):
+    """A rough count for a multiprocessor of compute capability 9: it multiplies 2048 pairs of
+    16-bit numbers in a cycle, and receives about 40 bytes from L2, which also takes the results.
+    """
+    form = config.kwargs["FORM"]
+    block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
+    splits = num_splits(config, m, n, k, batch)
+    slices = triton.cdiv(triton.cdiv(k, block_k), splits)
+    tiles = num_tiles(config, m, n) * batch * splits
+    loaded = block_m + (0 if form == "stationary" else block_n)
+    multiplied = block_m * max(block_n, 96) * block_k / 2048
+    stored = block_m * block_n * (4 if splits > 1 else 2) / 40
+    loop = slices * max(multiplied, 2 * loaded * block_k / 40)
+    # alone on its multiprocessor, a program waits for its first operands and for its last stores
+    alone = 0 if form != "tile" or residents(config) > 1 else 2000
+    rounds = triton.cdiv(tiles, MULTIPROCESSORS)
+    # the partial sums are written, and read by one more kernel
+    sums = 4000 + splits * m * n * batch * 4 / 40 / MULTIPROCESSORS if splits > 1 else 0
+    return rounds * (loop + stored + alone) + sums
+
+
+@triton.jit
+def matmul_tma_kernel(
+    a_desc, b_desc, bias_ptr, y_desc, before_desc,
+    N, num_m, num_n, TILES, STEPS, BATCH, INNER, a_step, b_step, y_step, y_row, bias_stride,
+    ACTIVATION: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
+    SWAPPED: tl.constexpr, SUMS_BATCH: tl.constexpr, FILLS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    HALVES: tl.constexpr, FORM: tl.constexpr,
+):
+    """One program computes BLOCK_M x BLOCK_N tiles of a @ b.T, each over STEPS slices of BLOCK_K.
+
+    a is (batch, M, K), or TRANSPOSED (batch, K, M); b is (batch, N, K) or (batch, K, N).  Tile t is
+    one of num_m x num_n of entry z of the result: of batch entry z % BATCH, and of its slices those
+    that begin at z // BATCH * STEPS.  SUMS_BATCH: the inner axis runs on through the entries of the
+    batch, each of which has INNER slices.  A step of 0 takes one entry for all, y_step is where the
+    next one is stored.
+
+    FORM: "tile" has one tile a program.  "persistent" goes on to the next tile while the one before
+    is stored, in one loop over all slices, so that loads never pause.  "stationary" has one slice,
+    and keeps its tile of b for all of its tiles of a.
+
+    HALVES of a tile pass through shared memory one after the other.  SWAPPED: the result is stored
+    transposed, N being its columns still.  FILLS: zeros go to the entries after z, after z + y_row
+    and to that one itself.
+    """
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    outputs = (bias_ptr, y_desc, before_desc, N, y_step, y_row, bias_stride)
+    if FORM == "tile":
+        m, n, z = _place(pid, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        # without it no step at all is one more definition of the accumulator, for which ptxas waits
+        # after every wgmma
+        tl.assume(STEPS > 0)
+        for step in range(STEPS):
+            a, b = _operands(a_desc, b_desc, m, n, z, step, STEPS, BATCH, INNER, a_step, b_step,
+                             A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH, BLOCK_M, BLOCK_N, BLOCK_K)
+            acc = tl.dot(a, b.T, acc)
+        _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
+    elif FORM == "persistent":
+        t = pid - programs
+        step = STEPS - 1
+        m, n, z = _place(pid, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        total = tl.cdiv(TILES - pid, programs) * STEPS
+        tl.assume(total > 0)
+        for _ in range(total):
+            step = tl.where(step == STEPS - 1, 0, step + 1)
+            if step == 0:
+                t += programs
+                m, n, z = _place(t, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
+            a, b = _operands(a_desc, b_desc, m, n, z, step, STEPS, BATCH, INNER, a_step, b_step,
+                             A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH, BLOCK_M, BLOCK_N, BLOCK_K)
+            acc = tl.dot(a, b.T, acc)
+            if step == STEPS - 1:
+                _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    else:
+        tl.static_assert(FORM == "stationary", "unknown form")
+        n = pid % num_n * BLOCK_N
+        b = _load(b_desc, 0, n, 0, B_TRANSPOSED, BLOCK_N, BLOCK_K)
+        for t in range(pid // num_n, TILES // num_n, programs // num_n):
+            z = t // num_m
+            m = t % num_m * BLOCK_M
+            a = _load(a_desc, z * a_step, m, 0, A_TRANSPOSED, BLOCK_M, BLOCK_K)
+            acc = tl.dot(a, b.T)
+            _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
+
+
+@triton.jit
+def _place(t, num_m, num_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    pid_m, pid_n = grouped_programs(t % (num_m * num_n), num_m, num_n, GROUP_M)
+    return pid_m * BLOCK_M, pid_n * BLOCK_N, t // (num_m * num_n)
+
+
+@triton.jit
+def _operands(
+    a_desc, b_desc, m, n, z, step, STEPS, BATCH, INNER, a_step, b_step,
+    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, SUMS_BATCH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    step += z // BATCH * STEPS
+    entry = z % BATCH
+    if SUMS_BATCH:
+        entry = step // INNER
+        step = step % INNER
+    k = step * BLOCK_K
+    a = _load(a_desc, entry * a_step, m, k, A_TRANSPOSED, BLOCK_M, BLOCK_K)
+    b = _load(b_desc, entry * b_step, n, k, B_TRANSPOSED, BLOCK_N, BLOCK_K)
+    return a, b
+
+
+@triton.jit
+def _load(desc, entry, row, k, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """ROWS x BLOCK_K, zeros where there is nothing."""
+    if TRANSPOSED:
+        tile = tl.reshape(desc.load([entry, k, row]), (BLOCK_K, ROWS)).T
+    else:
+        tile = tl.reshape(desc.load([entry, row, k]), (ROWS, BLOCK_K))
+    return tile
+
+
+@triton.jit
+def _finish(
+    acc, m, n, z, outputs,
+    ACTIVATION: tl.constexpr, SWAPPED: tl.constexpr, FILLS: tl.constexpr, HALVES: tl.constexpr,
+):
+    if SWAPPED:
+        acc = acc.T
+        m, n = n, m
+    if HALVES == 2:
+        WIDTH: tl.constexpr = acc.shape[1] // 2
+        halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH)), (0, 2, 1))
+        left, right = tl.split(halves)
+        _store(left, m, n, z, outputs, ACTIVATION, FILLS)
+        _store(right, m, n + WIDTH, z, outputs, ACTIVATION, FILLS)
+    else:
+        _store(acc, m, n, z, outputs, ACTIVATION, FILLS)
+
+
+@triton.jit
+def _store(acc, m, n, z, outputs, ACTIVATION: tl.constexpr, FILLS: tl.constexpr):
+    bias_ptr, y_desc, before_desc, N, y_step, y_row, bias_stride = outputs
+    ROWS: tl.constexpr = acc.shape[0]
+    COLUMNS: tl.constexpr = acc.shape[1]
+    z *= y_step
+    if bias_ptr is not None:
+        offs_n = n + tl.arange(0, COLUMNS)
+        bias = tl.load(bias_ptr + offs_n.to(tl.int64) * bias_stride, mask=offs_n < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    if before_desc is not None:
+        before_desc.store([z, m, n], tl.reshape(acc.to(before_desc.dtype), (1, ROWS, COLUMNS)))
+    acc = activate(acc, ACTIVATION)
+    y_desc.store([z, m, n], tl.reshape(acc.to(y_desc.dtype), (1, ROWS, COLUMNS)))
+    if FILLS:
+        zeros = tl.zeros((1, ROWS, COLUMNS), dtype=y_desc.dtype)
+        y_desc.store([z + 1, m, n], zeros)
+        y_desc.store([z + y_row, m, n], zeros)
+        y_desc.store([z + y_row + 1, m, n], zeros)
+
+
+# of `matmul_tma_sum_kernel`: elements of the result, and partial sums that are read at once
+BLOCK = 64
+ROWS = 32
+
+
+@triton.jit
+def matmul_tma_sum_kernel(
+    x_ptr, y_ptr, NUMEL, SPLITS, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program adds BLOCK elements of the SPLITS rows of x, and rounds once.
+
+    Of many rows and few columns: each of ROWS is added up by itself, so that many loads are under
+    way.  The order depends on SPLITS alone.
+    """
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < NUMEL
+    rows = tl.arange(0, ROWS)
+    acc = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for first in range(0, SPLITS, ROWS):
+        offsets = (first + rows).to(tl.int64)[:, None] * NUMEL + columns[None, :]
+        inside = (first + rows < SPLITS)[:, None] & mask[None, :]
+        acc += tl.load(x_ptr + offsets, mask=inside, other=0.0)
+    y = tl.sum(acc, axis=0)
+    tl.store(y_ptr + columns, y.to(y_ptr.dtype.element_ty), mask=mask)

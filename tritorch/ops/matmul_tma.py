@@ -1,0 +1,294 @@
+"""Decides about and launches matrix products of GPUs with a tensor memory accelerator.
+
+Every operand is three-dimensional, (batch, rows, inner axis), the result (batch, rows, columns): so
+the kernel multiplies by the transpose of its second operand.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritorch import launch
+from tritorch.ops.reduce import accumulator_dtype, split_sum
+from tritorch.ops.strided import Layout
+from tritorch.testing import dry
+
+kernels = launch.kernels("matmul_tma")
+
+# below it a product takes no longer than its launch
+_MIN_PRODUCTS = 1 << 22
+# rows that waste half of the smallest tile of wgmma are columns of the transposed problem instead
+_FEW_ROWS = 32
+# sums of which one thread after the other would read one number at a time
+_MANY_SPLITS = 8
+
+
+class Entries(NamedTuple):
+    """A tensor as three dimensions, strides in elements; a batch of one may have any stride."""
+
+    shape: tuple[int, int, int]
+    strides: tuple[int, int, int]
+
+    @property
+    def transposed(self) -> Entries:
+        """The same with the last two exchanged."""
+        (batch, rows, columns), (over_batch, over_rows, over_columns) = self
+        return Entries((batch, columns, rows), (over_batch, over_columns, over_rows))
+
+
+class Fill(NamedTuple):
+    """The result is every `step`-th entry of the first `row` of 2 * row, and zeros are the others:
+    an image of which a convolution with a stride of 2 reaches a quarter.
+    """
+
+    step: int
+    row: int
+
+
+_DENSE = Fill(1, 0)
+
+
+class View(NamedTuple):
+    """What a descriptor says of a tensor, outermost dimension first."""
+
+    shape: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    block: tuple[int, int, int]
+    # whether the last two are not in the kernel's order
+    transposed: bool
+
+
+class Plan(NamedTuple):
+    """A launch for operands of known layouts."""
+
+    grid: tuple[int]
+    a: View
+    b: View
+    y: View
+    # the kernel's integers but the last
+    numbers: tuple[int, ...]
+    splits: int
+    config: Any
+    constants: dict[str, Any]
+
+
+def processors(on: Tensor) -> int:
+    """Multiprocessors of the GPU whose kernels are chosen, or 0 if these are not for it."""
+    if not 90 <= launch.capability(on) < 100:
+        return 0
+    if on.is_cuda:
+        return _device_processors(on.get_device())
+    target = dry.active()
+    return kernels.MULTIPROCESSORS if target is None else target.multiprocessors
+
+
+@functools.cache
+def _device_processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def plan_matmul(a: Tensor, b: Tensor, y: Tensor) -> Plan | None:
+    """For a @ b of matrices, or of equally long batches; None leaves it to the portable kernel."""
+    count = processors(y)
+    if not count or not are_aligned(a, b, y):
+        return None
+    return _plan_matmul(*map(Layout.of, (a, b, y)), count)
+
+
+@launch.planned
+def _plan_matmul(a: Layout, b: Layout, y: Layout, count: int) -> Plan | None:
+    return plan(_entries(a), _entries(b).transposed, _entries(y), y.itemsize, count)
+
+
+def are_aligned(*tensors: Tensor) -> bool:
+    """Whether these are 16-bit numbers of one dtype, on 16 bytes."""
+    dtype = tensors[0].dtype
+    return dtype in (torch.float16, torch.bfloat16) and all(
+        tensor.dtype == dtype and tensor.data_ptr() % 16 == 0 for tensor in tensors
+    )
+
+
+def _entries(matrix: Layout) -> Entries:
+    batch, over_batch = (1, 0) if len(matrix.shape) == 2 else (matrix.shape[0], matrix.strides[0])
+    (rows, columns), (over_rows, over_columns) = matrix.shape[-2:], matrix.strides[-2:]
+    return Entries((batch, rows, columns), (over_batch, over_rows, over_columns))
+
+
+def plan(
+    a: Entries,
+    b: Entries,
+    y: Entries,
+    itemsize: int,
+    count: int,
+    sums_batch: bool = False,
+    fill: Fill = _DENSE,
+) -> Plan | None:
+    """How to multiply on `count` multiprocessors, or None if the kernel does not take it.
+
+    b may have one entry for all of a.  `sums_batch`: the products of all entries are added.
+    """
+    entries, m, inner = a.shape
+    n = b.shape[1]
+    if entries * m * n * inner < _MIN_PRODUCTS:
+        return None
+    swapped = m <= _FEW_ROWS < n
+    if swapped:
+        a, b, m, n = b, a, n, m
+    batch, k = (1, entries * inner) if sums_batch else (entries, inner)
+    config = launch.config(kernels.matmul_tma_config, m, n, k, batch, b.shape[0] == 1, itemsize)
+    block_m, block_n, block_k, halves, form = (
+        config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "HALVES", "FORM")
+    )
+    # a slice does not reach from one entry into the next
+    slices_each = math.ceil(inner / block_k)
+    slices = slices_each * (entries if sums_batch else 1)
+    if form == "stationary" and (slices > 1 or b.shape[0] > 1):
+        return None
+    splits, steps = 1, slices
+    if _is_contiguous(y):
+        splits = kernels.num_splits(config, m, n, k, batch)
+        steps = math.ceil(slices / splits)
+        splits = math.ceil(slices / steps)
+    if splits > 1:
+        # one whole result after the other
+        _, rows, columns = y.shape
+        y = Entries((splits * batch, rows, columns), (rows * columns, columns, 1))
+    stored = (block_n, block_m // halves) if swapped else (block_m, block_n // halves)
+    a_view = _view(a, block_m, block_k, itemsize) or _view(a, block_m, block_k, itemsize, True)
+    b_view = _view(b, block_n, block_k, itemsize) or _view(b, block_n, block_k, itemsize, True)
+    y_view = _view(y, *stored, 4 if splits > 1 else itemsize)
+    if a_view is None or b_view is None or y_view is None:
+        return None
+    tiles = kernels.num_tiles(config, m, n) * batch * splits
+    columns = math.ceil(n / block_n)
+    grid = tiles if form == "tile" else min(tiles, count * kernels.residents(config))
+    if form == "stationary":
+        # the same number of programs for every tile of b
+        grid = max(grid // columns, 1) * columns
+    return Plan(
+        (grid,),
+        a_view,
+        b_view,
+        y_view,
+        (
+            m if swapped else n,
+            math.ceil(m / block_m),
+            columns,
+            tiles,
+            steps,
+            batch,
+            slices_each,
+            0 if a.shape[0] == 1 else 1,
+            0 if b.shape[0] == 1 else 1,
+            *fill,
+        ),
+        splits,
+        config,
+        {
+            "A_TRANSPOSED": a_view.transposed,
+            "B_TRANSPOSED": b_view.transposed,
+            "SWAPPED": swapped,
+            "SUMS_BATCH": sums_batch,
+            "FILLS": fill != _DENSE,
+        },
+    )
+
+
+def _view(
+    entries: Entries, rows: int, columns: int, itemsize: int, transposed: bool = False
+) -> View | None:
+    """Tiles of rows x columns of one entry, or None if there is no descriptor of them."""
+    block = 1, rows, columns
+    if transposed:
+        entries, block = entries.transposed, (1, columns, rows)
+    # along a dimension of one element torch's stride may be anything
+    strides = tuple(
+        stride if size > 1 else last
+        for size, stride, last in zip(entries.shape, entries.strides, (16, 16, 1), strict=True)
+    )
+    if 0 in strides or not launch.describable(0, entries.shape, strides, itemsize):
+        return None
+    return View(entries.shape, strides, block, transposed)  # type: ignore[arg-type]
+
+
+def _is_contiguous(y: Entries) -> bool:
+    batch, rows, columns = y.shape
+    return y.strides[1:] == (columns, 1) and (batch == 1 or y.strides[0] == rows * columns)
+
+
+def run(
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    y: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    before: Tensor | None = None,
+) -> None:
+    """Writes activation(a @ b.T + bias) into y, and the values before it into `before`, which has
+    the strides of y.
+    """
+    if plan.constants["SWAPPED"]:
+        a, b = b, a
+    single = plan.splits == 1
+    target = y
+    if not single:
+        target = y.new_empty((plan.splits, y.numel()), dtype=accumulator_dtype(y.dtype))
+    launch.run(
+        kernels.matmul_tma_kernel,
+        plan.grid,
+        _descriptor(a, plan.a),
+        _descriptor(b, plan.b),
+        bias if single else None,
+        _descriptor(target, plan.y),
+        _descriptor(before, plan.y) if before is not None and single else None,
+        *plan.numbers,
+        bias.stride(0) if bias is not None else 1,
+        on=y,
+        config=plan.config,
+        ACTIVATION=activation if single else None,
+        **plan.constants,
+    )
+    if not single:
+        _add_up(plan, target, y, bias, activation, before)
+
+
+def _add_up(
+    plan: Plan,
+    partial: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    before: Tensor | None,
+) -> None:
+    if plan.splits >= _MANY_SPLITS and bias is None and activation is None:
+        launch.run(
+            kernels.matmul_tma_sum_kernel,
+            (math.ceil(y.numel() / kernels.BLOCK),),
+            partial,
+            y,
+            y.numel(),
+            plan.splits,
+            on=y,
+            ROWS=kernels.ROWS,
+            BLOCK=kernels.BLOCK,
+        )
+        return
+    # rows of y as they lie in memory, whatever torch calls its dimensions: a bias runs along them
+    columns = plan.numbers[0]
+    split_sum(
+        partial,
+        y.as_strided((y.numel() // columns, columns), (columns, 1)),
+        bias,
+        activation,
+        before,
+    )
+
+
+def _descriptor(tensor: Tensor, view: View) -> Any:
+    return launch.descriptor(tensor, view.shape, view.strides, view.block)

@@ -1,0 +1,142 @@
+"""Convolutions with filters of one pixel as matrix products: of a pixel's channels with the filter.
+
+With a stride of 2 the pixels of every column of the output are an entry of a batch: along a column
+one step of the output is two rows of the image, all of whose columns lie between them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tritorch import launch
+from tritorch.ops import matmul_tma
+from tritorch.ops.geometry import Geometry
+from tritorch.ops.matmul_tma import Entries, Fill, Plan
+from tritorch.ops.strided import Layout
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    geometry: Geometry,
+    transposed: bool,
+    activation: str | None = None,
+    before: Tensor | None = None,
+) -> bool:
+    """`implicit_gemm.convolve` of filters of one pixel; False if it is none for the kernel."""
+    count = _processors(weight, geometry, x, weight, y)
+    if not count:
+        return False
+    layouts = map(Layout.of, (x, weight, y))
+    plan = _plan_convolve(*layouts, geometry, transposed, bias is not None, count)
+    if plan is None:
+        return False
+    matmul_tma.run(plan, x, weight, y, bias, activation, before)
+    return True
+
+
+def grad_weight(grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry) -> bool:
+    """Writes the gradient of the filter into `output`; False if it is none for the kernel."""
+    count = _processors(output, geometry, grad_output, input, output)
+    if not count:
+        return False
+    plan = _plan_grad_weight(*map(Layout.of, (grad_output, input, output)), geometry, count)
+    if plan is None:
+        return False
+    matmul_tma.run(plan, grad_output, input, output)
+    return True
+
+
+def _processors(weight: Tensor, geometry: Geometry, *tensors: Tensor) -> int:
+    """Multiprocessors, or 0 where the tensors are not for the kernel."""
+    if weight.shape[2:] != (1, 1) or geometry.groups != 1 or any(geometry.padding):
+        return 0
+    count = matmul_tma.processors(weight)
+    return count if count and matmul_tma.are_aligned(*tensors) else 0
+
+
+@launch.planned
+def _plan_convolve(
+    x: Layout,
+    weight: Layout,
+    y: Layout,
+    geometry: Geometry,
+    transposed: bool,
+    has_bias: bool,
+    count: int,
+) -> Plan | None:
+    w = _filter(weight)
+    image, pixels = (y, x) if transposed else (x, y)
+    seen = _pixels(image, pixels, geometry.stride)
+    if seen is None:
+        return None
+    image_entries, entries, fill = seen
+    if not transposed:
+        return matmul_tma.plan(image_entries, w, entries, x.itemsize, count)
+    # zeros are what the other pixels get
+    if has_bias and fill is not None:
+        return None
+    if fill is None:
+        return matmul_tma.plan(entries, w.transposed, image_entries, x.itemsize, count)
+    (_, rows, channels), (over_columns, over_rows, over_channels) = image_entries
+    whole = Entries(
+        (2 * image.shape[3], rows, channels), (over_columns // 2, over_rows, over_channels)
+    )
+    return matmul_tma.plan(entries, w.transposed, whole, x.itemsize, count, fill=fill)
+
+
+@launch.planned
+def _plan_grad_weight(
+    grad_output: Layout, input: Layout, output: Layout, geometry: Geometry, count: int
+) -> Plan | None:
+    seen = _pixels(input, grad_output, geometry.stride)
+    if seen is None:
+        return None
+    image, pixels, _ = seen
+    w = _filter(output)
+    a, b = pixels.transposed, image.transposed
+    return matmul_tma.plan(a, b, w, input.itemsize, count, sums_batch=True)
+
+
+def _filter(weight: Layout) -> Entries:
+    outputs, inputs, *_ = weight.shape
+    return Entries((1, outputs, inputs), (0, weight.stride(0), weight.stride(1)))
+
+
+def _pixels(
+    image: Layout, pixels: Layout, stride: tuple[int, ...]
+) -> tuple[Entries, Entries, Fill | None] | None:
+    """Entries of the image's pixels that the filter sees and of their results, both in
+    channels_last, and with a stride of 2 how they lie in the image; or None.
+    """
+    n, channels, h, w = image.shape
+    _, results, p, q = pixels.shape
+    if not (_is_channels_last(image) and _is_channels_last(pixels)):
+        return None
+    if stride == (1, 1):
+        rows = n * h * w
+        return (
+            Entries((1, rows, channels), (0, channels, 1)),
+            Entries((1, rows, results), (0, results, 1)),
+            None,
+        )
+    # rows of the image come in pairs, or those of the next one would not be two rows away
+    if stride != (2, 2) or h != 2 * p:
+        return None
+    return (
+        Entries((q, n * p, channels), (2 * channels, 2 * w * channels, 1)),
+        Entries((q, n * p, results), (results, q * results, 1)),
+        Fill(2, w),
+    )
+
+
+def _is_channels_last(images: Layout) -> bool:
+    """Whether the pixels are dense, each with all of its channels."""
+    _, channels, h, w = images.shape
+    dense = h * w * channels, 1, w * channels, channels
+    return all(
+        size == 1 or stride == expected
+        for size, stride, expected in zip(images.shape, images.strides, dense, strict=True)
+    )
