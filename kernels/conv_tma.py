@@ -20,12 +20,14 @@ def _tile(k, npq, c, num_warps, num_stages):
 
 
 # wide filters, of which two programs share a multiprocessor or one has it, then 64 channels
-CONV2D_TMA_CONFIGS = (
-    _tile(128, 128, 64, 8, 3),
-    _tile(128, 256, 64, 8, 4),
-    _tile(64, 256, 64, 4, 2),
-    _tile(64, 128, 64, 4, 3),
-)
+CONV2D_TMA_CONFIGS = {
+    2: (
+        _tile(128, 128, 64, 8, 3),
+        _tile(128, 256, 64, 8, 4),
+        _tile(64, 256, 64, 4, 2),
+        _tile(64, 128, 64, 4, 3),
+    ),
+}
 
 # what the portable kernels are good enough for
 MIN_CHANNELS = 32
@@ -49,7 +51,7 @@ def conv2d_tma_config(n, p, q, k, c, taps, strided, transposed):
     if min(c, k) < MIN_CHANNELS or n * p * q < MIN_PIXELS:
         return None
     narrow = k <= 64
-    configs = [each for each in CONV2D_TMA_CONFIGS if narrow == (each.kwargs["BLOCK_K"] == 64)]
+    configs = [each for each in CONV2D_TMA_CONFIGS[2] if narrow == (each.kwargs["BLOCK_K"] == 64)]
     return min(configs, key=lambda config: cycles(config, n, p, q, k, c, taps))
 
 

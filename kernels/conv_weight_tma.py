@@ -14,16 +14,18 @@ def _tile(k, c, pixels, taps, num_warps, num_stages):
     return Config(blocks, num_warps=num_warps, num_stages=num_stages)
 
 
-CONV2D_GRAD_WEIGHT_TMA_CONFIGS = (
-    _tile(128, 256, 64, 1, 8, 4),
-    _tile(128, 128, 64, 3, 8, 3),
-    _tile(128, 128, 64, 1, 8, 3),
-    _tile(64, 64, 64, 3, 4, 3),
-    _tile(64, 64, 64, 1, 4, 4),
-    # half as many images, and a row of small batches
-    _tile(128, 128, 32, 1, 8, 4),
-    _tile(64, 64, 16, 1, 4, 4),
-)
+CONV2D_GRAD_WEIGHT_TMA_CONFIGS = {
+    2: (
+        _tile(128, 256, 64, 1, 8, 4),
+        _tile(128, 128, 64, 3, 8, 3),
+        _tile(128, 128, 64, 1, 8, 3),
+        _tile(64, 64, 64, 3, 4, 3),
+        _tile(64, 64, 64, 1, 4, 4),
+        # half as many images, and a row of small batches
+        _tile(128, 128, 32, 1, 8, 4),
+        _tile(64, 64, 16, 1, 4, 4),
+    ),
+}
 
 # {(C, K, P, R, stride): configuration} where a GPU has decided
 MEASURED = {}
@@ -44,7 +46,7 @@ def conv2d_grad_weight_tma_config(k, c, taps, along, n, p, q, stride):
         return found
     if min(c, k) < MIN_CHANNELS or n * p * q < MIN_PIXELS:
         return None
-    for config in CONV2D_GRAD_WEIGHT_TMA_CONFIGS:
+    for config in CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2]:
         sizes = config.kwargs
         full = k > sizes["BLOCK_K"] // 2 and c > sizes["BLOCK_C"] // 2
         full = full and 4 * along >= 3 * triton.cdiv(along, sizes["BLOCK_PIXELS"]) * sizes[

@@ -51,12 +51,13 @@ def config(choose: Callable[..., Any], *sizes: int) -> Any:
     """The configuration for these sizes: the forced one inside `override`, else what `choose` says.
 
     `choose` is a kernel module's plain function `<kernel>_config`, from integers to a
-    `triton.Config`.
+    `triton.Config`, or to None where its kernel is not the one to launch.
     """
     name = choose.__name__
     chosen = _overrides[name] if name in _overrides else choose(*sizes)
-    for record in _choices:
-        record.append((name, chosen))
+    if chosen is not None:
+        for record in _choices:
+            record.append((name, chosen))
     return chosen
 
 

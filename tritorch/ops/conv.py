@@ -268,8 +268,10 @@ register(
         kernels=(
             "activation.activation_backward_kernel",
             "conv.conv2d_kernel",
+            "conv_tma.conv2d_tma_kernel",
             "conv_weight.conv2d_grad_weight_kernel",
             "conv_weight.conv2d_sum_weight_kernel",
+            "conv_weight_tma.conv2d_grad_weight_tma_kernel",
             "depthwise.depthwise_conv2d_kernel",
             "depthwise.depthwise_conv2d_grad_weight_kernel",
             "reduce.channel_sum_kernel",

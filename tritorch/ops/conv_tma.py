@@ -84,9 +84,9 @@ def _plan_convolve(
     residues = math.prod(steps_each)
     n, _, *image = y.shape
     p, q = (math.ceil(size / step) for size, step in zip(image, steps_each, strict=True))
-    taps = math.ceil(r / tap_steps[0]) * math.ceil(s / tap_steps[1])
     config = launch.config(
-        kernels.conv2d_tma_config, n * residues, p, q, w.written, w.read, taps, stride_h, transposed
+        kernels.conv2d_tma_config,
+        *(n * residues, p, q, w.written, w.read, max(r * s // residues, 1), stride_h, transposed),
     )
     if config is None:
         return None
@@ -110,6 +110,7 @@ def _plan_convolve(
     if tiles * block_npq > _MAX_WASTE * n * p * q:
         return None
     tiles *= math.ceil(w.written / block_k) * residues
+    taps = math.ceil(r / tap_steps[0]) * math.ceil(s / tap_steps[1])
     num_steps = math.ceil(w.read / block_c) * taps
     splits, steps = 1, num_steps
     # the sums of a split are images after the last one, which a tile must not reach into
@@ -181,8 +182,8 @@ def convolve(
     weight: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    activation: str | None,
-    before: Tensor | None,
+    activation: str | None = None,
+    before: Tensor | None = None,
 ) -> None:
     """Writes the activation of the convolution into y, and the values before it into `before`."""
     target, is_split = y, plan.splits > 1

@@ -374,6 +374,7 @@ _DEPTHWISE = (
     "depthwise.depthwise_conv2d_kernel",
     "depthwise.depthwise_conv2d_grad_weight_kernel",
 )
+_TMA = ("conv_tma.conv2d_tma_kernel", "conv_weight_tma.conv2d_grad_weight_tma_kernel")
 
 for _axes, _op, _reference, _samples in (
     (1, conv_transpose1d, conv_transpose1d_reference, _samples_1d),
@@ -385,7 +386,7 @@ for _axes, _op, _reference, _samples in (
             name=_op.__name__,
             op=_op,
             reference=_reference,
-            kernels=_KERNELS + (_DEPTHWISE if _axes < 3 else ()),
+            kernels=_KERNELS + (_DEPTHWISE if _axes < 3 else ()) + (_TMA if _axes == 2 else ()),
             gradients=("input", "weight", "bias"),
             samples=_samples,
             workloads=_workloads(_axes),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tritorch import launch
+from tritorch.ops import conv_tma
 from tritorch.ops.geometry import (
     Geometry,
     is_wide,
@@ -58,6 +59,8 @@ def convolve(
     if weight.stride(1) != 1 and weight.shape[1] % 8 == 0:
         # channels along memory: one copy of the small operand, where every tile would gather it
         weight = weight.contiguous(memory_format=memory_format(True, weight.dim() - 2))
+    if (tma := conv_tma.plan_convolve(x, weight, y, geometry, transposed)) is not None:
+        return conv_tma.convolve(tma, x, weight, bias, y, activation, before)
     precision = launch.input_precision(x.dtype, "conv")
     full = x.dtype == torch.float32 and precision == "ieee"
     plan = _plan_convolve(*map(Layout.of, (x, weight, y)), geometry, transposed, full)
@@ -181,6 +184,8 @@ def grad_weight(
     grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
 ) -> Tensor | None:
     """Partial sums (splits, K, taps, C) of `output`, or None if it has been written itself."""
+    if (tma := conv_tma.plan_grad_weight(grad_output, input, output, geometry)) is not None:
+        return conv_tma.grad_weight(tma, grad_output, input, output)
     plan = _plan_grad_weight(*map(Layout.of, (grad_output, input, output)), geometry)
     partial, target = None, output[None]
     if plan.splits > 1:

@@ -311,6 +311,16 @@ class Resources:
         return sum(n for opcode, n in self.opcodes.items() if _TENSOR_CORE.match(opcode))
 
     @property
+    def serialized(self) -> bool:
+        """Hopper: every product is waited for before the next one is issued.
+
+        The compiler does so, and says it where Triton does not show it, if other instructions write
+        the sums between the first product and the last: those of a loop that may not run at all.
+        """
+        products = "" if isinstance(self._code, str) else _products(self._code)
+        return products.count("p") > 1 and products == "pw" * products.count("p")
+
+    @property
     def wide_loads(self) -> int:
         """Global loads of 128 bits or more per thread, asynchronous copies included."""
         return sum(n for opcode, n in self.opcodes.items() if _WIDE_LOAD.match(opcode))
@@ -390,8 +400,20 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 def _opcodes(code: bytes | str) -> Counter[str]:
     if isinstance(code, str):
         return Counter(re.findall(r"^\t([a-z]\w*_\w+)", code, re.MULTILINE))
-    text = _cuobjdump(code, "-sass")
+    text = _disassembly(code)
     return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text))
+
+
+@functools.cache
+def _products(cubin: bytes) -> str:
+    """The machine code's products of warp groups, p, and its waits until none is left, w."""
+    found = re.findall(r"(HGMMA)|WARPGROUP\.DEPBAR\.LE gsb0, 0x0", _disassembly(cubin))
+    return "".join("p" if product else "w" for product in found)
+
+
+@functools.cache
+def _disassembly(cubin: bytes) -> str:
+    return _cuobjdump(cubin, "-sass")
 
 
 def _cuobjdump(cubin: bytes, *flags: str) -> str:

@@ -1,0 +1,268 @@
+"""Convolutions on Hopper: which ones take descriptors, what they compute, what they compile to."""
+
+import contextlib
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tritorch import backend, launch, ops
+from tritorch.ops import conv_tma
+from tritorch.testing import dry
+from tritorch.testing.detectors import detecting
+
+last = torch.channels_last
+FORWARD, WEIGHT, PORTABLE = "conv2d_tma_kernel", "conv2d_grad_weight_tma_kernel", "conv2d_kernel"
+
+
+class Case(NamedTuple):
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: int = 1
+    padding: int | tuple[int, int] = 1
+    dilation: int = 1
+    groups: int = 1
+    activation: str | None = None
+    # channels written, pixels, channels read; of a filter's gradient channels, channels, pixels and
+    # taps
+    tile: tuple[int, ...] = (16, 16, 16)
+    weight_tile: tuple[int, ...] = (16, 16, 16, 1)
+    dtype: torch.dtype = torch.float16
+
+    def make(self, device="cpu"):
+        """Image, filters, bias and the gradient of the output."""
+        generator = torch.Generator().manual_seed(3)
+
+        def made(*shape):
+            values = torch.randn(shape, generator=generator, dtype=torch.float64)
+            order = last if len(shape) == 4 else torch.contiguous_format
+            return values.to(device, self.dtype).contiguous(memory_format=order)
+
+        x, w = made(*self.input), made(*self.weight)
+        y = self.reference(x, w, None)
+        return x, w, made(self.weight[0]), made(*y.shape)
+
+    def geometry(self):
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def reference(self, x, w, bias):
+        y = F.conv2d(x, w, bias, *self.geometry())
+        return y.relu() if self.activation == "relu" else y
+
+    def run(self, x, w, bias):
+        return ops.conv2d(x, w, bias, *self.geometry(), activation=self.activation)
+
+
+@contextlib.contextmanager
+def tiles(case):
+    kernels, weights = conv_tma.kernels, conv_tma.weight_kernels
+    with (
+        launch.pretend(90),
+        launch.override("conv2d_tma_config", kernels._tile(*case.tile, 4, 2)),
+        launch.override("conv2d_grad_weight_tma_config", weights._tile(*case.weight_tile, 4, 2)),
+        backend.use("triton"),
+        backend.strict(),
+        launch.recorded() as names,
+    ):
+        yield names
+
+
+def gradients(run, operands, grad):
+    leaves = [operand.detach().clone().requires_grad_() for operand in operands]
+    y = run(*leaves)
+    return (y, *torch.autograd.grad(y, leaves, grad))
+
+
+CASES = {
+    # every axis has a tile that ends past it, rows of one tile and channels of the next
+    "3x3": Case((4, 24, 3, 5), (24, 24, 3, 3)),
+    "bfloat16": Case((2, 16, 4, 4), (16, 16, 3, 3), dtype=torch.bfloat16),
+    "relu": Case((2, 16, 4, 4), (32, 16, 3, 3), activation="relu"),
+    "pairs": Case((2, 16, 6, 8), (16, 16, 3, 3), stride=2),
+    "odd-stride-2": Case((16, 16, 3, 5), (16, 16, 3, 3), stride=2, weight_tile=(16, 16, 16, 3)),
+    "dilation": Case((16, 16, 3, 4), (16, 16, 3, 3), padding=2, dilation=2),
+    "groups": Case((2, 32, 4, 4), (32, 16, 3, 3), groups=2),
+    "groups-pairs": Case((4, 32, 4, 4), (32, 16, 3, 3), stride=2, groups=2),
+    "three-taps": Case((16, 16, 4, 3), (16, 16, 3, 3), weight_tile=(16, 16, 16, 3)),
+    "columns": Case((1, 16, 3, 16), (16, 16, 3, 3), weight_tile=(16, 16, 16, 3)),
+    "split": Case((1, 144, 4, 4), (16, 144, 3, 1), padding=(1, 0)),
+    "1x1-stride-2": Case((16, 16, 3, 3), (16, 16, 1, 1), stride=2, padding=0),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name):
+    case = CASES[name]
+    *operands, grad = case.make()
+    with tiles(case) as names, detecting() as detector:
+        found = gradients(case.run, operands, grad)
+    assert detector.findings == []
+    assert FORWARD in names
+    assert WEIGHT in names
+    # the gradient of a strided 1x1 leaves pixels without any tap, which the portable kernel writes
+    assert (PORTABLE in names) == (name == "1x1-stride-2")
+    exact = gradients(case.reference, [o.double() for o in operands], grad.double())
+    for one, other in zip(found, exact, strict=True):
+        # sums are kept in float32: what is lost is the rounding of the result
+        error = (one.double() - other).abs().max()
+        assert error <= torch.finfo(case.dtype).eps * other.abs().max()
+
+
+@pytest.mark.interpret
+def test_values_before_the_activation():
+    """Those that the gradient of an activation needs are stored by the same launch."""
+    case = CASES["pairs"]._replace(stride=1, input=(1, 16, 4, 4), activation="silu")
+    x, w, bias, grad = case.make()
+    with tiles(case) as names:
+        y, *found = gradients(case.run, (x, w, bias), grad)
+    assert names.count(FORWARD) == 2
+
+    def reference(*operands):
+        return F.silu(F.conv2d(*operands, padding=1))
+
+    exact = gradients(reference, [o.double() for o in (x, w, bias)], grad.double())
+    for one, other in zip((y, *found), exact, strict=True):
+        # the values before it are rounded too
+        assert (one.double() - other).abs().max() <= 4e-3 * other.abs().max()
+
+
+@pytest.mark.interpret
+def test_second_gradients_and_their_repetition():
+    case = CASES["bfloat16"]._replace(input=(1, 16, 4, 4))
+    *operands, grad = case.make()
+
+    def twice(run, operands, grad):
+        leaves = [o.detach().clone().requires_grad_() for o in (*operands, grad)]
+        y = run(*leaves[:-1])
+        first = torch.autograd.grad(y, leaves[:2], leaves[-1], create_graph=True)
+        return torch.autograd.grad(first, leaves[:2] + leaves[-1:], operands[:2])
+
+    with tiles(case) as names:
+        found, again = (twice(case.run, operands, grad) for _ in range(2))
+    assert {FORWARD, WEIGHT} <= set(names)
+    assert PORTABLE not in names
+    exact = twice(case.reference, [o.double() for o in operands], grad.double())
+    for one, same, other in zip(found, again, exact, strict=True):
+        assert torch.equal(one, same)
+        # sums of two rounded terms
+        assert (one.double() - other).abs().max() <= 2**-6 * other.abs().max()
+
+
+def compiled(target, x, w, **options):
+    """What a convolution and its gradients launch on a GPU of this kind."""
+    x, w = (operand.contiguous(memory_format=last).requires_grad_() for operand in (x, w))
+    with backend.use("triton"), backend.strict(), dry.compiling_for(target) as recorder:
+        y = ops.conv2d(x, w, **options)
+        y.backward(torch.empty_like(y, memory_format=last))
+    return recorder.kernels
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype)
+
+
+# every entry in every direction
+VARIANTS = {
+    "": (empty(64, 256, 14, 14), {"padding": 1}),
+    "-pairs": (empty(64, 256, 28, 28), {"padding": 1, "stride": 2}),
+    "-single-pixels": (empty(256, 256, 7, 7), {"padding": 1, "stride": 2}),
+}
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("entry", range(4))
+def test_configurations_overlap_their_products(entry, variant):
+    """From shared memory to the tensor cores without a stop: nothing is loaded by the threads, and
+    no product is waited for before the next.
+    """
+    x, options = VARIANTS[variant]
+    config = conv_tma.kernels.CONV2D_TMA_CONFIGS[2][entry]
+    with launch.override("conv2d_tma_config", config):
+        kernels = compiled("sm_90", x, empty(256, 256, 3, 3), **options)
+    check([kernel for kernel in kernels if kernel.kernel == FORWARD], 2)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("entry", range(7))
+def test_configurations_of_the_gradient_overlap_their_products(entry):
+    config = conv_tma.weight_kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]
+    # a row of an image, or images
+    batch, size = (1, 32) if config.kwargs["BLOCK_PIXELS"] == 16 else (64, 14)
+    x = empty(batch, 256, size, size)
+    with launch.override("conv2d_grad_weight_tma_config", config):
+        kernels = compiled("sm_90", x, empty(256, 256, 3, 3), padding=1)
+    check([kernel for kernel in kernels if kernel.kernel == WEIGHT], 1)
+
+
+def check(kernels, number):
+    assert len(kernels) == number
+    for kernel in kernels:
+        assert dry.problems(kernel, "sm_90") == []
+        used = dry.resources(kernel)
+        assert used.count("HGMMA") > 0
+        assert not used.serialized
+        assert used.count("LDS", "LDSM") == 0
+        assert used.count("UTMALDG") > 0
+        assert used.count("UTMASTG") > 0
+
+
+@pytest.mark.compile
+def test_a_loop_that_may_not_run_is_reported_as_serialized():
+    """The check itself, on the kernel without what the compiler is told."""
+    from tests.tiles import product_kernel
+
+    found = []
+    for told in (False, True):
+        with dry.compiling_for("sm_90") as recorder:
+            x, y = empty(256, 256), empty(256, 128)
+            launch.run(
+                product_kernel,
+                (1,),
+                launch.descriptor(x, x.shape, x.stride(), (128, 64)),
+                launch.descriptor(y, y.shape, y.stride(), (128, 128)),
+                *(256, 3),
+                on=x,
+                TOLD=told,
+                num_warps=8,
+            )
+        found.append(dry.resources(recorder.kernels[0]).serialized)
+    assert found == [True, False]
+
+
+def launched(target, *operands, **options):
+    return {kernel.kernel for kernel in compiled(target, *operands, **options)}
+
+
+@pytest.mark.compile
+def test_other_gpus_and_what_descriptors_do_not_take(monkeypatch):
+    """Everything else has the portable kernels."""
+    monkeypatch.setattr(launch, "run", lambda kernel, *_, **__: names.append(kernel.__name__))
+
+    def takes(target, x, w, **options):
+        names.clear()
+        compiled(target, x, w, **options)
+        return FORWARD in names, WEIGHT in names
+
+    names = []
+    x, w = empty(64, 64, 28, 28), empty(64, 64, 3, 3)
+    assert takes("sm_90", x, w, padding=1) == (True, True)
+    assert takes("sm_90", x.half(), w.half(), padding=1) == (True, True)
+    for target in ("sm_80", "sm_100", "gfx942"):
+        assert takes(target, x, w, padding=1) == (False, False), target
+    for images, filters, options in (
+        (x.float(), w.float(), {}),
+        (empty(64, 60, 28, 28), empty(64, 60, 3, 3), {}),
+        (empty(64, 16, 28, 28), empty(16, 16, 3, 3), {}),
+        (empty(2, 64, 8, 8), w, {}),
+        (empty(64, 256, 28, 28), empty(256, 8, 3, 3), {"groups": 32}),
+    ):
+        assert takes("sm_90", images, filters, padding=1, **options) == (False, False), options
+    x = empty(64 * 64 * 28 * 28 + 4)[4:].view(64, 28, 28, 64).movedim(-1, 1)
+    # of all three the gradient of the image alone, which does not read it
+    assert takes("sm_90", x, w, padding=1) == (True, False)
+    assert names.count(FORWARD) == names.count(PORTABLE) == 1
+    # odd sizes have no parity views, and a batch of 24 does not fill a tile of single pixels
+    assert takes("sm_90", empty(24, 64, 27, 27), empty(64, 64, 3, 3), stride=2) == (False, True)
