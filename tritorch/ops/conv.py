@@ -274,6 +274,8 @@ register(
             "conv_weight_tma.conv2d_grad_weight_tma_kernel",
             "depthwise.depthwise_conv2d_kernel",
             "depthwise.depthwise_conv2d_grad_weight_kernel",
+            "matmul_tma.matmul_tma_kernel",
+            "matmul_tma.matmul_tma_sum_kernel",
             "reduce.channel_sum_kernel",
             "reduce.split_sum_kernel",
         ),

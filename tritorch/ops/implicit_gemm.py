@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops import conv_tma
+from tritorch.ops import conv_tma, pointwise
 from tritorch.ops.geometry import (
     Geometry,
     is_wide,
@@ -56,6 +56,8 @@ def convolve(
     activation: str | None = None,
 ) -> None:
     """Writes the activation of the convolution of x, or of the transposed one, into y."""
+    if pointwise.convolve(x, weight, bias, y, geometry, transposed, activation):
+        return
     if weight.stride(1) != 1 and weight.shape[1] % 8 == 0:
         # channels along memory: one copy of the small operand, where every tile would gather it
         weight = weight.contiguous(memory_format=memory_format(True, weight.dim() - 2))
@@ -184,6 +186,8 @@ def grad_weight(
     grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
 ) -> Tensor | None:
     """Partial sums (splits, K, taps, C) of `output`, or None if it has been written itself."""
+    if pointwise.grad_weight(grad_output, input, output, geometry):
+        return None
     if (tma := conv_tma.plan_grad_weight(grad_output, input, output, geometry)) is not None:
         return conv_tma.grad_weight(tma, grad_output, input, output)
     plan = _plan_grad_weight(*map(Layout.of, (grad_output, input, output)), geometry)

@@ -277,7 +277,12 @@ register(
         name="matmul",
         op=matmul,
         reference=matmul_reference,
-        kernels=("matmul.matmul_kernel", "reduce.split_sum_kernel"),
+        kernels=(
+            "matmul.matmul_kernel",
+            "matmul_tma.matmul_tma_kernel",
+            "matmul_tma.matmul_tma_sum_kernel",
+            "reduce.split_sum_kernel",
+        ),
         gradients=("input", "other"),
         samples=_matmul_samples,
         workloads=_matmul_workloads,
@@ -296,6 +301,7 @@ register(
         reference=linear_reference,
         kernels=(
             "matmul.matmul_kernel",
+            "matmul_tma.matmul_tma_kernel",
             "reduce.split_sum_kernel",
             "reduce.channel_sum_kernel",
             "activation.activation_backward_kernel",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tritorch import binding, launch
-from tritorch.ops import strided
+from tritorch.ops import matmul_tma, strided
 from tritorch.ops.activation_function import ActivationBackward, needs_output
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype, split_sum
 
@@ -78,6 +78,8 @@ def _launch(
     y: Tensor,
     before: Tensor | None = None,
 ) -> None:
+    if (tma := matmul_tma.plan_matmul(a, b, y)) is not None:
+        return matmul_tma.run(tma, a, b, y, bias, activation, before)
     batch = a.shape[0] if a.dim() == 3 else 1
     (m, k), n = a.shape[-2:], b.shape[-1]
     computes = activation not in (None, "relu", "relu6", "leaky_relu")
