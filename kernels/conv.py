@@ -37,12 +37,32 @@ CONV2D_CONFIGS = {
     8: (_tile(64, 32, 16, 4, 2),),
 }
 
+# an epilogue that computes takes registers, of which the largest tile has none to spare
+CONV2D_EPILOGUE_CONFIGS = {
+    2: (
+        _tile(128, 128, 64, 8, 3, 255),
+        _tile(128, 64, 64, 4, 3, 255),
+        _tile(64, 64, 64, 4, 4, 255),
+        _tile(128, 32, 64, 4, 3, 255),
+    ),
+    4: CONV2D_CONFIGS[4],
+    8: (_tile(64, 32, 16, 4, 2, 255),),
+}
+
 # float32 that is not TF32: products are FMA, whose operands take the registers of the deeper tiles
 CONV2D_FULL_CONFIGS = {
     4: (
         _tile(128, 128, 16, 8, 3, 255),
         _tile(128, 64, 32, 8, 3, 255),
         _tile(64, 64, 16, 4, 3, 255),
+        _tile(128, 32, 16, 8, 3, 255),
+    ),
+}
+
+CONV2D_FULL_EPILOGUE_CONFIGS = {
+    4: (
+        _tile(128, 64, 16, 8, 3, 255),
+        _tile(64, 64, 16, 8, 3, 255),
         _tile(128, 32, 16, 8, 3, 255),
     ),
 }
@@ -70,9 +90,20 @@ def conv2d_config(npq, k, groups, itemsize):
     return configs[-1] if itemsize == 8 else _largest(configs, npq, k, groups)
 
 
+def conv2d_epilogue_config(npq, k, groups, itemsize):
+    """The same where the epilogue computes."""
+    configs = CONV2D_EPILOGUE_CONFIGS[itemsize]
+    return configs[-1] if itemsize == 8 else _largest(configs, npq, k, groups)
+
+
 def conv2d_full_config(npq, k, groups, itemsize):
     """The same of float32 in full precision."""
     return _largest(CONV2D_FULL_CONFIGS[itemsize], npq, k, groups)
+
+
+def conv2d_full_epilogue_config(npq, k, groups, itemsize):
+    """The same where the epilogue computes, of volumes too."""
+    return _largest(CONV2D_FULL_EPILOGUE_CONFIGS[itemsize], npq, k, groups)
 
 
 def conv3d_full_config(npq, k, groups, itemsize):
@@ -103,7 +134,7 @@ def conv3d_gather_config(npq, k, itemsize):
 
 @triton.jit
 def conv2d_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, before_ptr,
     N, C, H, W, K, R, S, P, Q, STEPS, SPLITS, bias_stride,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     w_stride_group, w_stride_k, w_stride_c, w_stride_r, w_stride_s,
@@ -113,7 +144,7 @@ def conv2d_kernel(
     depth,
     TRANSPOSED: tl.constexpr, FLAT_C: tl.constexpr, UNIT: tl.constexpr,
     X_CHANNELS_LAST: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, INDEX_64: tl.constexpr,
     BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CRS: tl.constexpr,
 ):
@@ -124,6 +155,7 @@ def conv2d_kernel(
     modulo the stride: a convolution of unit stride over the taps that reach the residue.
     Numbers of channels, and strides along all else, come in units of UNIT.  `depth` is None for
     images; for volumes it holds along the depth what the arguments before it hold along the rows.
+    KEEPS_BEFORE stores the values before the activation too, laid out as y.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     C *= UNIT
@@ -151,7 +183,10 @@ def conv2d_kernel(
     group = (tl.program_id(1) // SPLITS).to(tl.int64)
     x_ptr += group * C * x_stride_c
     w_ptr += group * w_stride_group
-    y_ptr += split.to(tl.int64) * y_stride_split + group * K * y_stride_k
+    y_corner = split.to(tl.int64) * y_stride_split + group * K * y_stride_k
+    y_ptr += y_corner
+    if KEEPS_BEFORE:
+        before_ptr += y_corner
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     slice_crs = tl.arange(0, BLOCK_CRS)
     offs_npq = tl.arange(0, BLOCK_NPQ)
@@ -313,7 +348,6 @@ def conv2d_kernel(
         bias_ptrs = bias_ptr + (group * K + offs_k) * bias_stride
         bias = tl.load(bias_ptrs, mask=mask_k & (split == 0), other=0.0)
         acc += bias.to(ACC)[None, :]
-    acc = activate(acc, ACTIVATION)
     if not Y_CHANNELS_LAST:
         acc = tl.trans(acc)
     y_rows = n * y_stride_n + p * y_stride_p + q * y_stride_q
@@ -321,5 +355,8 @@ def conv2d_kernel(
         y_rows += z * y_stride_z
     rows, columns = tile_axes(y_rows, offs_k * y_stride_k, Y_CHANNELS_LAST)
     pixels, channels = tile_axes(mask_npq, mask_k, Y_CHANNELS_LAST)
-    y = acc.to(y_ptr.dtype.element_ty)
+    if KEEPS_BEFORE:
+        before = acc.to(before_ptr.dtype.element_ty)
+        tl.store(before_ptr + (rows + columns), before, mask=pixels & channels)
+    y = activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + (rows + columns), y, mask=pixels & channels)

@@ -76,7 +76,7 @@ def depthwise_conv2d_grad_weight_gather_config(channels_last):
 
 @triton.jit
 def depthwise_conv2d_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, before_ptr,
     N, C, H, W, GROUPS, K, R, S, P, Q, BLOCK_P, BLOCK_Q, bias_stride,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     w_stride_group, w_stride_k, w_stride_c, w_stride_r, w_stride_s,
@@ -84,13 +84,14 @@ def depthwise_conv2d_kernel(
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     tap_step_h, tap_step_w, inverse_h, inverse_w,
     TRANSPOSED: tl.constexpr, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr,
-    BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
+    INDEX_64: tl.constexpr, BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """One program computes BLOCK_NPQ pixels x BLOCK_K channels of y, each from C channels of x.
 
     Its pixels are BLOCK_P x BLOCK_Q of BLOCK_NPQ / (BLOCK_P * BLOCK_Q) images, so that taps of
     neighbours meet in the cache; transposed, they share their residue, as in `conv2d_kernel`.
+    KEEPS_BEFORE stores the values before the activation too, laid out as y.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     GROUPS *= UNIT
@@ -169,10 +170,12 @@ def depthwise_conv2d_kernel(
                 acc += x.to(ACC) * w.to(ACC)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + bias_offsets, mask=channels, other=0.0).to(ACC)
-    acc = activate(acc, ACTIVATION)
     y_rows = n * y_stride_n + p * y_stride_p + q * y_stride_q
     rows, columns = tile_axes(y_rows, offs_k * y_stride_k, CHANNELS_LAST)
-    y = acc.to(y_ptr.dtype.element_ty)
+    if KEEPS_BEFORE:
+        before = acc.to(before_ptr.dtype.element_ty)
+        tl.store(before_ptr + (rows + columns), before, mask=pixels & channels)
+    y = activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + (rows + columns), y, mask=pixels & channels)
 
 

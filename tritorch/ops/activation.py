@@ -48,6 +48,18 @@ REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def check_epilogue(op: str, activation: str | None) -> None:
+    """Fails unless `activation` is None or a name that the kernels know."""
+    if activation is not None and activation not in REFERENCES:
+        rule = f"activation must be None or one of {', '.join(REFERENCES)}"
+        checks.fail(ValueError, op, rule, received=activation)
+
+
+def epilogue_reference(y: Tensor, activation: str | None) -> Tensor:
+    """What the kernels of other ops compute from their result before they store it."""
+    return y if activation is None else REFERENCES[activation](y)
+
+
 def _call(
     op: str,
     reference: Callable[..., Tensor],

@@ -20,6 +20,8 @@ _FROM_OUTPUT = frozenset(("relu", "relu6", "leaky_relu", "sigmoid", "tanh"))
 _KEEPS_INPUT = frozenset(("relu6", "leaky_relu"))
 # whose gradient torch lays out as what is saved; the others' is as grad_output
 _LAID_OUT_AS_SAVED = frozenset(("relu", "leaky_relu"))
+# that select among values at hand
+_SELECTING = frozenset(("relu", "relu6", "leaky_relu"))
 # whose second derivative is not zero
 _CURVED = frozenset(("silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "hardswish"))
 
@@ -28,6 +30,11 @@ def needs_output(activation: str, slope: float = 0.01) -> bool:
     """Whether `ActivationBackward` takes the activation's output, and not its input."""
     # a negative slope gives one output to two inputs
     return activation in _FROM_OUTPUT and slope >= 0
+
+
+def computes(activation: str | None) -> bool:
+    """Whether an epilogue takes registers of its own."""
+    return activation is not None and activation not in _SELECTING
 
 
 @binding.library_op(

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch.ops import conv_call
@@ -27,8 +26,8 @@ def conv2d_reference(
     activation: str | None = None,
 ) -> Tensor:
     """activation(cross-correlation of images with filters + bias)."""
-    y = conv_call.reference(2, input, weight, bias, stride, padding, dilation, groups)
-    return F.relu(y) if activation == "relu" else y
+    given = stride, padding, dilation, groups, activation
+    return conv_call.reference(2, input, weight, bias, *given)
 
 
 def conv2d(
@@ -55,8 +54,10 @@ def conv2d(
         dilation: pixels between taps of the filter.
         groups: the output channels of a group see the input channels of that group alone; as many
             groups as channels make a depthwise convolution.
-        activation: None or "relu", applied before the result is rounded and stored; autograd keeps
-            the result alone, not what went into it.
+        activation: None, "relu", "relu6", "leaky_relu" of slope 0.01, "silu", "gelu", "gelu_tanh",
+            "sigmoid", "tanh", "hardswish" or "hardsigmoid", applied before the result is rounded
+            and stored; autograd keeps the result, or what went into the activation where the
+            result does not tell the derivative.
 
     Returns:
         (N, K, P, Q) or (K, P, Q), P = (H + padding - dilation * (R - 1) - 1) // stride + 1 and Q
@@ -166,24 +167,28 @@ def _samples(make: Maker) -> Iterator[Sample]:
     )
 
 
-# name, batch, channels in and out, image, kernel, stride, groups; half of the kernel is padding
+# name, batch, channels in and out, image, kernel, stride, groups, activation; half of the kernel is
+# padding
 _LAYERS = (
-    ("resnet50-s1-3x3", 64, 64, 64, 56, 3, 1, 1),
-    ("resnet50-stem", 64, 3, 64, 224, 7, 2, 1),
-    ("resnet50-s1-1x1", 64, 64, 256, 56, 1, 1, 1),
-    ("resnet50-s2-3x3-stride-2", 64, 128, 128, 56, 3, 2, 1),
-    ("resnet50-s3-3x3", 64, 256, 256, 14, 3, 1, 1),
-    ("resnet50-s4-3x3", 64, 512, 512, 7, 3, 1, 1),
-    ("resnet50-s4-1x1-stride-2", 64, 1024, 2048, 14, 1, 2, 1),
-    ("resnet50-s4-3x3-batch-1", 1, 512, 512, 7, 3, 1, 1),
-    ("mobilenet-96-stride-2", 64, 96, 96, 112, 3, 2, 96),
-    ("mobilenet-144", 64, 144, 144, 56, 3, 1, 144),
-    ("resnext50-32x4d", 64, 128, 128, 56, 3, 1, 32),
+    ("resnet50-s1-3x3", 64, 64, 64, 56, 3, 1, 1, None),
+    ("resnet50-stem", 64, 3, 64, 224, 7, 2, 1, None),
+    ("resnet50-s1-1x1", 64, 64, 256, 56, 1, 1, 1, None),
+    ("resnet50-s2-3x3-stride-2", 64, 128, 128, 56, 3, 2, 1, None),
+    ("resnet50-s3-3x3", 64, 256, 256, 14, 3, 1, 1, None),
+    ("resnet50-s4-3x3", 64, 512, 512, 7, 3, 1, 1, None),
+    ("resnet50-s4-1x1-stride-2", 64, 1024, 2048, 14, 1, 2, 1, None),
+    ("resnet50-s4-3x3-batch-1", 1, 512, 512, 7, 3, 1, 1, None),
+    ("mobilenet-96-stride-2", 64, 96, 96, 112, 3, 2, 96, None),
+    ("mobilenet-144", 64, 144, 144, 56, 3, 1, 144, None),
+    ("resnext50-32x4d", 64, 128, 128, 56, 3, 1, 32, None),
+    # what computes in its epilogue takes another tile where the largest would be taken
+    ("convnext-s1-1x1-gelu", 64, 96, 384, 56, 1, 1, 1, "gelu"),
+    ("efficientnet-144-silu", 64, 144, 144, 56, 3, 1, 144, "silu"),
 )
 
 
 def _workloads(make: Maker) -> Iterator[Sample]:
-    for name, n, c, k, size, kernel, stride, groups in _LAYERS:
+    for name, n, c, k, size, kernel, stride, groups, activation in _LAYERS:
         for order in (torch.channels_last, torch.contiguous_format):
             nchw = order == torch.contiguous_format
             if nchw and name not in ("resnet50-s2-3x3-stride-2", "mobilenet-144"):
@@ -197,7 +202,7 @@ def _workloads(make: Maker) -> Iterator[Sample]:
                 padding=kernel // 2,
                 dilation=1,
                 groups=groups,
-                activation=None,
+                activation=activation,
             )
 
 
@@ -233,9 +238,9 @@ def _rejects(make: Maker) -> Iterator[Reject]:
     yield reject("bias-dim", r"bias must have 6 elements.*\(6, 1\)", bias=make(6, 1))
     yield reject(
         "activation",
-        "activation must be None or 'relu'.*'tanh'",
+        r"activation must be None or one of relu, .*'softplus'",
         raises=ValueError,
-        activation="tanh",
+        activation="softplus",
     )
     # on the reference path the message is torch's
     dtype = "conv2d: expected weight of the input's dtype|should be the same"

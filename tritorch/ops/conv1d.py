@@ -23,9 +23,11 @@ def conv1d_reference(
     padding: Single | str = 0,
     dilation: Single = 1,
     groups: int = 1,
+    activation: str | None = None,
 ) -> Tensor:
-    """Cross-correlation of signals with filters, plus the bias."""
-    return conv_call.reference(1, input, weight, bias, stride, padding, dilation, groups)
+    """activation(cross-correlation of signals with filters + bias)."""
+    given = stride, padding, dilation, groups, activation
+    return conv_call.reference(1, input, weight, bias, *given)
 
 
 def conv1d(
@@ -36,6 +38,7 @@ def conv1d(
     padding: Single | str = 0,
     dilation: Single = 1,
     groups: int = 1,
+    activation: str | None = None,
 ) -> Tensor:
     """Cross-correlation of signals with filters: the kernels of `conv2d` on views of one row.
 
@@ -48,6 +51,7 @@ def conv1d(
             with a stride of 1 and any odd zero at the end.
         dilation: steps between taps of the filter.
         groups: the output channels of a group see the input channels of that group alone.
+        activation: that of `conv2d`.
 
     Returns:
         (N, K, Q) or (K, Q), Q = (L + padding - dilation * (S - 1) - 1) // stride + 1; contiguous
@@ -56,12 +60,12 @@ def conv1d(
     Raises:
         RuntimeError: as `conv2d`.
         TypeError: `input` or `weight` is not a tensor.
+        ValueError: an unknown activation.
 
     Source: `torch.nn.functional.conv1d`.
     """
-    return conv_call.convolution(
-        1, conv1d_reference, input, weight, bias, stride, padding, dilation, groups
-    )
+    given = stride, padding, dilation, groups, activation
+    return conv_call.convolution(1, conv1d_reference, input, weight, bias, *given)
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
@@ -75,7 +79,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
         gradcheck: bool = False,
         **given: Any,
     ) -> Sample:
-        steps = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **given}
+        steps = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "activation": None, **given}
         return Sample(
             name,
             layouts=layouts,
@@ -91,6 +95,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("same-even", (2, 3, 7), (4, 3, 4), padding="same", dilation=3, bias=False)
     yield sample("groups", (2, 6, 9), (4, 3, 2), padding="valid", groups=2)
     yield sample("depthwise", (2, 5, 11), (5, 1, 3), stride=2, padding=2, groups=5)
+    yield sample("relu", (2, 5, 9), (6, 5, 3), activation="relu")
     yield sample("unbatched", (4, 8), (3, 4, 3), padding=(2,))
     yield sample("empty-batch", (0, 4, 8), (3, 4, 3))
     yield sample("tiny", (1, 1, 3), (2, 1, 2), stride=2, padding=1, gradcheck=True)
@@ -139,6 +144,7 @@ def _cost(
     padding: Single | str = 0,
     dilation: Single = 1,
     groups: int = 1,
+    activation: str | None = None,
 ) -> dict[str, Cost]:
     x, w = (torch.empty(t.shape, device="meta") for t in (input, weight))
     y = conv1d_reference(x, w, None, stride, padding, dilation, groups)
@@ -153,6 +159,7 @@ register(
         op=conv1d,
         reference=conv1d_reference,
         kernels=(
+            "activation.activation_backward_kernel",
             "conv.conv2d_kernel",
             "conv_weight.conv2d_grad_weight_kernel",
             "conv_weight.conv2d_sum_weight_kernel",

@@ -23,9 +23,11 @@ def conv3d_reference(
     padding: Triple | str = 0,
     dilation: Triple = 1,
     groups: int = 1,
+    activation: str | None = None,
 ) -> Tensor:
-    """Cross-correlation of volumes with filters, plus the bias."""
-    return conv_call.reference(3, input, weight, bias, stride, padding, dilation, groups)
+    """activation(cross-correlation of volumes with filters + bias)."""
+    given = stride, padding, dilation, groups, activation
+    return conv_call.reference(3, input, weight, bias, *given)
 
 
 def conv3d(
@@ -36,6 +38,7 @@ def conv3d(
     padding: Triple | str = 0,
     dilation: Triple = 1,
     groups: int = 1,
+    activation: str | None = None,
 ) -> Tensor:
     """Cross-correlation of volumes with filters.
 
@@ -50,6 +53,7 @@ def conv3d(
             with a stride of 1 and any odd slice of zeros at the end.
         dilation: voxels between taps of the filter.
         groups: the output channels of a group see the input channels of that group alone.
+        activation: that of `conv2d`.
 
     Returns:
         (N, K, Z, P, Q) or (K, Z, P, Q), each axis (its size + padding - dilation * (taps - 1) - 1)
@@ -59,12 +63,12 @@ def conv3d(
     Raises:
         RuntimeError: as `conv2d`.
         TypeError: `input` or `weight` is not a tensor.
+        ValueError: an unknown activation.
 
     Source: `torch.nn.functional.conv3d`.
     """
-    return conv_call.convolution(
-        3, conv3d_reference, input, weight, bias, stride, padding, dilation, groups
-    )
+    given = stride, padding, dilation, groups, activation
+    return conv_call.convolution(3, conv3d_reference, input, weight, bias, *given)
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
@@ -82,7 +86,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
         x, w = make(*input), make(*weight)
         if channels_last:
             x, w = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, w))
-        steps = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **given}
+        steps = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "activation": None, **given}
         return Sample(
             name,
             layouts=layouts,
@@ -108,6 +112,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("same-even", (1, 2, 3, 2, 3), (3, 2, 2, 4, 1), padding="same")
     yield sample("groups", (2, 4, 3, 2, 3), (6, 2, 2, 1, 2), padding="valid", groups=2)
     yield sample("depthwise", (1, 2, 3, 2, 2), (4, 1, 2, 2, 1), padding=1, groups=2)
+    yield sample("relu", (1, 2, 3, 2, 3), (3, 2, 2, 1, 2), activation="relu")
     yield sample("unbatched", (3, 4, 2, 3), (2, 3, 2, 2, 2))
     yield sample("empty-batch", (0, 3, 4, 2, 3), (2, 3, 2, 2, 2))
     # channels along memory, sums over several splits
@@ -157,6 +162,7 @@ def _cost(
     padding: Triple | str = 0,
     dilation: Triple = 1,
     groups: int = 1,
+    activation: str | None = None,
 ) -> dict[str, Cost]:
     x, w = (torch.empty(t.shape, device="meta") for t in (input, weight))
     y = conv3d_reference(x, w, None, stride, padding, dilation, groups)
@@ -171,6 +177,7 @@ register(
         op=conv3d,
         reference=conv3d_reference,
         kernels=(
+            "activation.activation_backward_kernel",
             "conv.conv2d_kernel",
             "conv_weight.conv2d_grad_weight_kernel",
             "conv_weight.conv2d_sum_weight_kernel",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, binding, checks
+from tritorch.ops.activation import check_epilogue, epilogue_reference
 from tritorch.ops.conv_function import Convolution, ConvolutionGradInput
 from tritorch.ops.geometry import is_channels_last
 
@@ -30,8 +31,11 @@ def reference(
     padding: Ints | str,
     dilation: Ints,
     groups: int,
+    activation: str | None,
 ) -> Tensor:
-    """torch's convolution, without its warning of the copy that an odd "same" makes."""
+    """torch's convolution, without its warning of the copy that an odd "same" makes, and the
+    activation of it.
+    """
     if padding == "same" and weight.dim() == axes + 2:
         op = f"conv{axes}d"
         sides = _same_padding(weight.shape[2:], checks.ints(op, "dilation", dilation, axes))
@@ -41,7 +45,8 @@ def reference(
         ):
             last_first = [zeros for side in reversed(sides) for zeros in side]
             input, padding = F.pad(input, last_first), 0
-    return _TORCHS[axes](input, weight, bias, stride, padding, dilation, groups)
+    y = _TORCHS[axes](input, weight, bias, stride, padding, dilation, groups)
+    return epilogue_reference(y, activation)
 
 
 def convolution(
@@ -54,7 +59,7 @@ def convolution(
     padding: Ints | str,
     dilation: Ints,
     groups: int,
-    *activation: str | None,
+    activation: str | None,
 ) -> Tensor:
     """conv1d, conv2d or conv3d by the number of axes."""
     op = f"conv{axes}d"
@@ -64,8 +69,7 @@ def convolution(
     _check_shapes(op, axes, input, weight, groups)
     _check_channels(op, input, weight, bias, groups, transposed=False)
     sides = _check_padding(op, input, weight, strides, padding, dilations)
-    if not set(activation) <= {None, "relu"}:
-        checks.fail(ValueError, op, "activation must be None or 'relu'", activation=activation[0])
+    check_epilogue(op, activation)
     size = tuple(
         (n + sum(side) - d * (k - 1) - 1) // s + 1
         for n, k, side, s, d in zip(
@@ -78,7 +82,7 @@ def convolution(
         )
     )
     if not backend.runs_triton(op, input, weight, bias, declined=_declined(input, weight, size)):
-        return of_reference(input, weight, bias, stride, padding, dilation, groups, *activation)
+        return of_reference(input, weight, bias, stride, padding, dilation, groups, activation)
     x, w, b = _operands(op, input, weight, bias)
     images, filters = _images(axes, x, w)
     geometry = size, strides, tuple(side[0] for side in sides), dilations
@@ -87,7 +91,7 @@ def convolution(
         geometry = (1, *size), (1, *strides), (0, *geometry[2]), (1, *dilations)
     channels_last = _writes_channels_last(axes, images, filters)
     output: Tensor = binding.apply(
-        Convolution, images, filters, b, *geometry, groups, channels_last, *activation
+        Convolution, images, filters, b, *geometry, groups, channels_last, activation
     )
     return _like(x, axes, output)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import depthwise, implicit_gemm
-from tritorch.ops.activation_function import ActivationBackward
+from tritorch.ops.activation_function import ActivationBackward, needs_output
 from tritorch.ops.geometry import Geometry, is_channels_last, memory_format
 from tritorch.ops.reduce import ChannelSum
 
@@ -69,6 +69,28 @@ def _convolution(
     convolve = _convolve(weight, geometry.groups)
     convolve(input, weight, bias, y, geometry, transposed=False, activation=activation)
     return y
+
+
+def _outputs(input: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    return _output(input, weight, *given), _output(input, weight, *given)
+
+
+@binding.library_op(
+    "convolution_keeping(Tensor input, Tensor weight, Tensor? bias, SymInt[] size, int[] stride, "
+    "int[] padding, int[] dilation, int groups, bool channels_last, str activation)"
+    " -> (Tensor, Tensor)",
+    fake=_outputs,
+    flops=_flops,
+)
+def _convolution_keeping(
+    input: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], *given: Any
+) -> tuple[Tensor, Tensor]:
+    """The same, and what the activation was applied to, which the gradient of some needs."""
+    y, before = _outputs(input, weight, bias, size, *given)
+    geometry, activation = Geometry.of(*given[:4]), given[-1]
+    convolve = _convolve(weight, geometry.groups)
+    convolve(input, weight, bias, y, geometry, False, activation, before)
+    return y, before
 
 
 def _grad_input(
@@ -174,7 +196,11 @@ def _convolution_grad_weight(
 
 
 class Convolution(torch.autograd.Function):
-    """Linear in image and filter: its gradients, and theirs, are the functions of this file."""
+    """Linear in image and filter: its gradients, and theirs, are the functions of this file.
+
+    Of an activation the output is kept, and what went into it only where the output does not tell
+    the derivative.
+    """
 
     @staticmethod
     def forward(
@@ -191,25 +217,37 @@ class Convolution(torch.autograd.Function):
         activation: str | None = None,
     ) -> Tensor:
         geometry = stride, padding, dilation, groups
-        output: Tensor = _convolution(
-            input, weight, bias, size, *geometry, channels_last, activation
-        )
-        # an activation is undone from its output: what went into it is not kept
+        arguments = input, weight, bias, size, *geometry, channels_last, activation
+        before: Tensor | None = None
+        if activation is None or needs_output(activation) or not any(ctx.needs_input_grad):
+            output: Tensor = _convolution(*arguments)
+        else:
+            output, before = _convolution_keeping(*arguments)
+        keeps_before = before is not None
+        # the value before, which is no result, is known to autograd by what it is computed from
         ctx.save_for_backward(
-            input if ctx.needs_input_grad[1] else None,
-            weight if ctx.needs_input_grad[0] else None,
-            output if activation is not None else None,
+            input if keeps_before or ctx.needs_input_grad[1] else None,
+            weight if keeps_before or ctx.needs_input_grad[0] else None,
+            bias if keeps_before else None,
+            output if activation is not None and not keeps_before else before,
         )
-        ctx.geometry, ctx.activation = geometry, activation
+        ctx.geometry, ctx.channels_last = geometry, channels_last
+        ctx.activation, ctx.keeps_before = activation, keeps_before
         ctx.input_size, ctx.input_format = input.shape[2:], is_channels_last(input)
         ctx.kernel_size, ctx.weight_format = weight.shape[2:], is_channels_last(weight)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, output = ctx.saved_tensors
+        input, weight, bias, saved = ctx.saved_tensors
         if ctx.activation is not None:
-            grad_output = binding.apply(ActivationBackward, grad_output, output, ctx.activation)
+            if ctx.keeps_before and torch.is_grad_enabled():
+                # a second gradient goes through it
+                size = saved.shape[2:]
+                saved = binding.apply(
+                    Convolution, input, weight, bias, size, *ctx.geometry, ctx.channels_last, None
+                )
+            grad_output = binding.apply(ActivationBackward, grad_output, saved, ctx.activation)
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = binding.apply(

@@ -42,8 +42,11 @@ def convolve(
     geometry: Geometry,
     transposed: bool,
     activation: str | None = None,
+    before: Tensor | None = None,
 ) -> None:
-    """Writes the activation of the convolution of x, or of the transposed one, into y."""
+    """Writes the activation of the convolution of x, or of the transposed one, into y; and the
+    values before it into `before`, which has the strides of y.
+    """
     channels_last = y.stride(1) == 1
     if channels_last and weight.stride(0) != 1:
         # channels along memory, as in x and y: one small copy, where every tap would gather weights
@@ -71,6 +74,7 @@ def convolve(
         weight,
         bias,
         y,
+        before,
         n,
         w.read,
         *x.shape[2:],
@@ -96,6 +100,7 @@ def convolve(
         CHANNELS_LAST=channels_last,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
+        KEEPS_BEFORE=before is not None,
         INDEX_64=is_wide(x_layout, weight_layout, y_layout),
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tritorch import launch
 from tritorch.ops import conv_tma, pointwise
+from tritorch.ops.activation_function import computes
 from tritorch.ops.geometry import (
     Geometry,
     is_wide,
@@ -54,9 +55,12 @@ def convolve(
     geometry: Geometry,
     transposed: bool,
     activation: str | None = None,
+    before: Tensor | None = None,
 ) -> None:
-    """Writes the activation of the convolution of x, or of the transposed one, into y."""
-    if pointwise.convolve(x, weight, bias, y, geometry, transposed, activation):
+    """Writes the activation of the convolution of x, or of the transposed one, into y; and the
+    values before it into `before`, which has the strides of y.
+    """
+    if pointwise.convolve(x, weight, bias, y, geometry, transposed, activation, before):
         return
     if weight.stride(1) != 1 and weight.shape[1] % 8 == 0:
         # channels along memory: one copy of the small operand, where every tile would gather it
@@ -65,12 +69,14 @@ def convolve(
         return conv_tma.convolve(tma, x, weight, bias, y, activation, before)
     precision = launch.input_precision(x.dtype, "conv")
     full = x.dtype == torch.float32 and precision == "ieee"
-    plan = _plan_convolve(*map(Layout.of, (x, weight, y)), geometry, transposed, full)
+    layouts = map(Layout.of, (x, weight, y))
+    plan = _plan_convolve(*layouts, geometry, transposed, full, computes(activation))
     target = y
     if plan.splits > 1:
         shape, order = (plan.splits, *y.shape), (y.numel(), *y.stride())
         dtype = accumulator_dtype(y.dtype)
         target = torch.empty_strided(shape, order, dtype=dtype, device=y.device)
+    keeps_before = before is not None and plan.splits == 1
     launch.run(
         kernels.conv2d_kernel,
         plan.grid,
@@ -78,6 +84,7 @@ def convolve(
         weight,
         bias,
         target,
+        before if keeps_before else None,
         *plan.sizes,
         bias.stride(0) if bias is not None else 1,
         *plan.strides,
@@ -86,16 +93,23 @@ def convolve(
         config=plan.config,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation if plan.splits == 1 else None,
+        KEEPS_BEFORE=keeps_before,
         INPUT_PRECISION=precision,
         **plan.constants,
     )
     if plan.splits > 1:
-        split_sum(target, y, activation=activation)
+        split_sum(target, y, activation=activation, before=before)
 
 
 @launch.planned
 def _plan_convolve(
-    x: Layout, weight: Layout, y: Layout, geometry: Geometry, transposed: bool, full: bool
+    x: Layout,
+    weight: Layout,
+    y: Layout,
+    geometry: Geometry,
+    transposed: bool,
+    full: bool,
+    computes: bool,
 ) -> _Plan:
     groups = geometry.groups
     w = oriented(weight, groups, transposed)
@@ -110,8 +124,10 @@ def _plan_convolve(
     volume = len(w.taps) == 3
     if unit > 1:
         tiles = groups * residues
-        choose = kernels.conv2d_config
-        if full:
+        choose = kernels.conv2d_epilogue_config if computes else kernels.conv2d_config
+        if full and computes:
+            choose = kernels.conv2d_full_epilogue_config
+        elif full:
             choose = kernels.conv3d_full_config if volume else kernels.conv2d_full_config
         config = launch.config(choose, pixels, w.written, tiles, x.itemsize)
     else:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, binding, checks
-from tritorch.ops.activation import REFERENCES
+from tritorch.ops.activation import check_epilogue, epilogue_reference
 from tritorch.ops.matmul_function import Linear, Matmul, rows_of
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -23,8 +23,7 @@ def linear_reference(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
     """activation(input @ weight.T + bias)."""
-    y = F.linear(input, weight, bias)
-    return y if activation is None else REFERENCES[activation](y)
+    return epilogue_reference(F.linear(input, weight, bias), activation)
 
 
 def matmul(input: Tensor, other: Tensor) -> Tensor:
@@ -127,9 +126,7 @@ def linear(
 def _check_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> None:
-    if activation is not None and activation not in REFERENCES:
-        rule = f"activation must be None or one of {', '.join(REFERENCES)}"
-        checks.fail(ValueError, "linear", rule, received=activation)
+    check_epilogue("linear", activation)
     if weight.dim() not in (1, 2):
         checks.fail(RuntimeError, "linear", "weight must have 1 or 2 dimensions", weight=weight)
     if input.dim() == 0 or input.shape[-1] != weight.shape[-1]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import matmul_tma, strided
-from tritorch.ops.activation_function import ActivationBackward, needs_output
+from tritorch.ops.activation_function import ActivationBackward, computes, needs_output
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype, split_sum
 
 kernels = launch.kernels("matmul")
@@ -82,9 +82,8 @@ def _launch(
         return matmul_tma.run(tma, a, b, y, bias, activation, before)
     batch = a.shape[0] if a.dim() == 3 else 1
     (m, k), n = a.shape[-2:], b.shape[-1]
-    computes = activation not in (None, "relu", "relu6", "leaky_relu")
     sizes = m, n, k, batch, a.element_size()
-    config = launch.config(kernels.matmul_config, *sizes, computes)
+    config = launch.config(kernels.matmul_config, *sizes, computes(activation))
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
     tiles = math.ceil(m / block_m) * math.ceil(n / block_n)
     steps = math.ceil(k / block_k)

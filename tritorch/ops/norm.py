@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks
 from tritorch.ops import strided
-from tritorch.ops.activation import REFERENCES
+from tritorch.ops.activation import check_epilogue, epilogue_reference
 from tritorch.ops.norm_gradient import BatchNorm
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
@@ -35,7 +35,7 @@ def batch_norm_reference(
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         y = y + residual
-    return y if activation is None else REFERENCES[activation](y)
+    return epilogue_reference(y, activation)
 
 
 def batch_norm(
@@ -178,9 +178,7 @@ def _check_shapes(
     residual: Tensor | None,
 ) -> None:
     op = "batch_norm"
-    if activation is not None and activation not in REFERENCES:
-        rule = f"activation must be None or one of {', '.join(REFERENCES)}"
-        checks.fail(ValueError, op, rule, activation=activation)
+    check_epilogue(op, activation)
     channels = input.shape[1] if input.dim() > 1 else 0
     for name, vector in {
         "running_mean": running_mean,
