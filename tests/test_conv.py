@@ -42,6 +42,9 @@ def test_padding_of_a_layer_stays_the_word_it_was():
     layer = nn.Conv2d(2, 2, (3, 2), padding="same", dilation=(1, 2))
     assert layer.padding == "same"
     assert layer._reversed_padding_repeated_twice == [1, 1, 1, 1]
+    # the last axis first, an odd one more at its end
+    other = nn.Conv2d(2, 2, (4, 1), padding="same")
+    assert other._reversed_padding_repeated_twice == [0, 0, 1, 2]
     with pytest.raises(ValueError, match="strided"):
         nn.Conv2d(2, 2, 3, padding="same", stride=2)
 
@@ -184,6 +187,22 @@ def test_a_signal_is_not_copied(layer, device):
     assert_close(y, theirs(x))
     assert y.stride() == theirs(x).stride()
     assert x.untyped_storage().data_ptr() in saved
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_few_channels_are_not_padded_in_memory(groups, device, monkeypatch):
+    """The kernels read the image itself, though a product takes 16 of its channels at least."""
+    x = made(2, 3, 9, 7, device=device)
+    read, run = [], launch.run
+
+    def watched(kernel, grid, *arguments, **options):
+        read.extend(t.data_ptr() for t in arguments if isinstance(t, torch.Tensor))
+        assert all(t.numel() <= 2 * x.numel() for t in arguments if isinstance(t, torch.Tensor))
+        return run(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(launch, "run", watched)
+    ops.conv2d(x, made(6, 3 // groups, 3, 3, device=device), padding=1, groups=groups)
+    assert x.data_ptr() in read
 
 
 def test_peer_defect_11_gradient_of_a_filter_of_any_strides(device):

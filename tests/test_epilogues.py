@@ -77,6 +77,14 @@ def test_value_and_both_gradients(name, activation, device):
     assert_close(*results, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.parametrize("name", [name for name in CALLS if "splits" in name])
+def test_long_sums_are_split(name, device):
+    ours, _, leaves, given = made(name, device)
+    with torch.no_grad(), launch.recorded() as launches:
+        ours(*leaves, **given, activation="gelu")
+    assert launches[-1] == "split_sum_kernel"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d-splits", "depthwise"])
 def test_the_result_is_rounded_once(name, dtype, device):

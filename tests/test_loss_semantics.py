@@ -121,6 +121,20 @@ def test_memory_does_not_grow_with_the_classes(classes, device):
     assert_close(x.grad, expected)
 
 
+DISTANCES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distances_of_nothing_and_of_equal_values(name, device):
+    """The mean of nothing is NaN, its sum zero; where two values meet the gradient is zero."""
+    op, nothing = getattr(ops, name), torch.ones(0, 3, device=device)
+    assert math.isnan(op(nothing, nothing).item())
+    assert op(nothing, nothing, reduction="sum").item() == 0
+    leaf = torch.tensor([1.0, -2.0, 0.0, -0.0], device=device).requires_grad_()
+    op(leaf, leaf.detach().abs() * leaf.detach().sign(), reduction="sum").backward()
+    assert leaf.grad.tolist() == [0.0] * 4
+
+
 def test_binary_cross_entropy_stops_at_a_hundred(device):
     x = torch.tensor([0.0, 1.0, 0.0, 1.0], device=device, requires_grad=True)
     y = torch.tensor([1.0, 0.0, 0.0, 1.0], device=device)
@@ -143,7 +157,7 @@ EXPANDED = [lambda ones: ones.expand(4, 4).flatten(), lambda ones: ones.expand(1
 
 
 @pytest.mark.parametrize("expand", EXPANDED, ids=["flattened", "expanded"])
-@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"])
+@pytest.mark.parametrize("name", DISTANCES)
 def test_peer_defect_4_a_gradient_without_strides_is_read_in_line(name, expand, device):
     x, y = logits(16, device=device), logits(16, device=device, seed=1)
     grads = []

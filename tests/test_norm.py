@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import tritorch
+import tritorch.nn as nn
 from tritorch import ops
 from tritorch.ops import norm_stages, strided
 from tritorch.ops.activation import REFERENCES
@@ -221,7 +222,7 @@ def test_far_from_zero(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_autocast_keeps_batch_norms_dtype(dtype, device):
+def test_peer_defect_16_autocast_keeps_batch_norms_dtype(dtype, device):
     given = arguments(device)
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
         y = ops.batch_norm(torch.randn(4, 3, device=device).to(dtype), **given, training=True)
@@ -243,7 +244,24 @@ def evaluated(x, given, grad):
     return torch.autograd.grad(y, [x, given["weight"], given["bias"]], grad)
 
 
-def test_peer_defect_1_and_2_gradient_of_evaluation(device):
+def test_peer_defect_1_fine_tuning_with_frozen_statistics(device):
+    """A layer in evaluation keeps nothing of the batch that its gradient could be made of."""
+    layers = []
+    for module in (nn, torch.nn):
+        layer = module.BatchNorm2d(3).to(device).eval()
+        layer.running_mean.copy_(torch.tensor([0.5, -1.0, 2.0]))
+        layer.running_var.copy_(torch.tensor([0.25, 4.0, 1.0]))
+        layers.append(layer)
+    x, grad = torch.randn(2, 4, 3, 2, 5, device=device)
+    results = []
+    for layer in layers:
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        results.append((y, *torch.autograd.grad(y, [leaf, layer.weight, layer.bias], grad)))
+    assert_close(*results)
+
+
+def test_peer_defect_2_gradient_of_evaluation(device):
     """Only weight / sqrt(var + eps) of the running variance, nothing of the batch."""
     given = arguments(device)
     x, grad = torch.randn(2, 4, 3, device=device)
@@ -324,12 +342,39 @@ def test_peer_defect_8_statistics_of_float16(device):
     )
 
 
+@pytest.mark.parametrize("layer", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+def test_peer_defect_14_no_parameter_is_left_without_gradient(layer, device):
+    """A warning would be an error here."""
+    one = getattr(nn, layer)(2).to(device)
+    one(torch.randn(3, 2, *(2,) * int(layer[-2]), device=device)).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in one.parameters())
+
+
 def test_peer_defect_15_one_value_per_channel(device):
     given = arguments(device)
     kept = {name: value.clone() for name, value in given.items()}
     with pytest.raises(ValueError, match="more than one value per channel"):
         ops.batch_norm(torch.ones(1, 3, 1, device=device), **given, training=True)
     assert_close(given, kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(4, 5, 3, 7), (3, 6, 1, 1), (2, 1, 9, 2)])
+def test_peer_defect_18_training_by_default_is_not_evaluation(shape, training, device):
+    """Forward, both modes, odd shapes, channels_last, and statistics that are not the batch's."""
+    x = (torch.randn(shape) * 3 + 2).to(memory_format=torch.channels_last)
+    grad, results = torch.randn(shape), []
+    for function, place in ((ops.batch_norm, device), (F.batch_norm, "cpu")):
+        given = {name: value.to(place) for name, value in arguments("cpu", shape[1]).items()}
+        leaves = [x.to(place), given["weight"], given["bias"]]
+        leaves[0] = leaves[0].detach()
+        for leaf in leaves:
+            leaf.requires_grad_()
+        y = function(leaves[0], given["running_mean"], given["running_var"], *leaves[1:], training)
+        grads = torch.autograd.grad(y, leaves, grad.to(place))
+        found = [y.detach(), *grads, given["running_mean"], given["running_var"]]
+        results.append([one.cpu() for one in found])
+    assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_peer_defect_17_no_load_without_other():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from tritorch import launch, ops
+from tritorch import backend, launch, ops
 
 pytestmark = pytest.mark.interpret
 
@@ -174,6 +174,24 @@ def test_gradient_of_a_global_mean_is_a_view(device):
     assert grad.untyped_storage().nbytes() < x.untyped_storage().nbytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool], ids=str)
+@AXES
+def test_maxima_of_other_dtypes_are_torchs(axes, dtype, device):
+    """Of integers torch has some on a CPU, of booleans none: an error of its class."""
+    x = torch.arange(120).remainder(7).view(2, 3, *{1: (20,), 2: (4, 5), 3: (1, 4, 5)}[axes])
+    x = x.to(device, dtype)
+    window = (1, 2, 2)[-axes:]
+    functions = pair("max_pool", axes)
+    with backend.strict(False):
+        try:
+            expected = functions[1](x, window, return_indices=True)
+        except (RuntimeError, NotImplementedError) as error:
+            with pytest.raises(type(error)):
+                functions[0](x, window, return_indices=True)
+        else:
+            assert_close(functions[0](x, window, return_indices=True), expected)
+
+
 def saved_bytes(function):
     """Bytes that autograd keeps of a call."""
     kept = []
@@ -254,6 +272,9 @@ def test_peer_defect_10_channels_last_is_kept(name, axes, device):
     output = ours(x, 2)
     assert_close(output, theirs(x, 2))
     assert output.is_contiguous(memory_format=memory_format)
+    if name == "max_pool":
+        _, indices = ours(x, 2, return_indices=True)
+        assert indices.is_contiguous(memory_format=memory_format)
 
 
 @AXES

@@ -1,0 +1,92 @@
+"""What torch's dispatcher knows of the library: classes of autocast, and none of torch's ops."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tritorch.ops  # noqa: F401  declares the specs
+from tritorch import ops
+from tritorch.registry import specs
+
+# by torch's documentation of autocast on a GPU; what is in neither keeps the dtypes of its input
+LOWER = [
+    "linear",
+    "matmul",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+]
+FLOAT32 = [
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "nll_loss",
+    "cross_entropy",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "layer_norm",
+    "group_norm",
+]
+# float32 on a GPU alone, where the tests of a GPU see it
+FLOAT32_ON_A_GPU = ("softmax", "log_softmax")
+
+
+@pytest.mark.reference
+def test_classes_of_autocast_are_torchs():
+    classes = {spec.name: spec.autocast for spec in specs()}
+    assert {name for name, kind in classes.items() if kind == "lower"} == set(LOWER)
+    assert {name for name, kind in classes.items() if kind == "float32"} == set(FLOAT32)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", FLOAT32_ON_A_GPU)
+def test_softmax_is_float32_under_autocast_of_a_gpu(name):
+    x = torch.randn(3, 5, device="cuda", dtype=torch.float16)
+    with torch.autocast("cuda"):
+        ours, theirs = getattr(ops, name)(x, 1), getattr(F, name)(x, 1)
+    assert ours.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs)
+
+
+CALLS = {
+    "linear": ((3, 4), (5, 4)),
+    "matmul": ((3, 4), (4, 5)),
+    "conv2d": ((2, 3, 5, 4), (4, 3, 3, 2)),
+    "conv_transpose2d": ((2, 3, 4, 3), (3, 4, 2, 2)),
+    "mse_loss": ((3, 4), (3, 4)),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", CALLS)
+def test_a_gradient_is_computed_in_the_state_of_its_forward_pass(name, device):
+    """Whatever autocast is on when it runs: none, or that of another dtype."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator).to(device) for shape in CALLS[name]]
+    found = []
+    for enabled in (False, True):
+        one = [leaf.clone().requires_grad_() for leaf in leaves]
+        with torch.autocast(device, dtype=torch.bfloat16):
+            y = getattr(ops, name)(*one)
+        grad = torch.ones_like(y) / 3
+        with torch.autocast(device, dtype=torch.float16, enabled=enabled):
+            first = torch.autograd.grad(y, one, grad, create_graph=True)
+            second = torch.autograd.grad(sum(g.float().square().sum() for g in first), one)
+        found.append([*first, *second])
+    assert [g.dtype for g in found[0]] == [torch.float32] * 4
+    for without, within in zip(*found, strict=True):
+        assert torch.equal(without, within)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "AutogradCUDA"])
+def test_peer_defect_14_no_op_of_torchs_is_overridden(key):
+    """A composite that is, without a gradient of its own, leaves parameters without theirs."""
+    names = "linear conv2d conv_transpose2d.input batch_norm cross_entropy_loss layer_norm"
+    for name in names.split():
+        # a composite is registered for all keys at once
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
