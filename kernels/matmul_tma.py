@@ -247,7 +247,9 @@ def _store(acc, m, n, z, outputs, ACTIVATION: tl.constexpr, FILLS: tl.constexpr)
     y_desc.store([z, m, n], tl.reshape(acc.to(y_desc.dtype), (1, ROWS, COLUMNS)))
     if FILLS:
         zeros = tl.zeros((1, ROWS, COLUMNS), dtype=y_desc.dtype)
-        y_desc.store([z + 1, m, n], zeros)
+        # past an odd row begins the next one, which has its own zeros
+        if z + 1 < y_row:
+            y_desc.store([z + 1, m, n], zeros)
         y_desc.store([z + y_row, m, n], zeros)
         y_desc.store([z + y_row + 1, m, n], zeros)
 

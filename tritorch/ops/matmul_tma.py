@@ -183,8 +183,9 @@ def plan(
             steps,
             batch,
             slices_each,
-            0 if a.shape[0] == 1 else 1,
-            0 if b.shape[0] == 1 else 1,
+            # past the last slice of a sum is an entry that neither has, which reads as zeros
+            1 if sums_batch else min(a.shape[0] - 1, 1),
+            1 if sums_batch else min(b.shape[0] - 1, 1),
             *fill,
         ),
         splits,

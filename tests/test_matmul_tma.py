@@ -1,0 +1,315 @@
+"""Matrix products on Hopper: which take descriptors, what they compute, what they compile to."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tritorch import backend, launch, ops
+from tritorch.ops import matmul_tma
+from tritorch.testing import dry
+from tritorch.testing.detectors import detecting
+
+kernels = matmul_tma.kernels
+last = torch.channels_last
+KERNEL, SUM = "matmul_tma_kernel", "matmul_tma_sum_kernel"
+
+
+@contextlib.contextmanager
+def tiles(form, *blocks, halves=2):
+    """Everything of 16 bits through this tile, in strict mode; the kernels launched."""
+    config = kernels._tile(form, *blocks, 4, 2, halves)
+    with (
+        launch.pretend(90),
+        launch.override("matmul_tma_config", config),
+        backend.use("triton"),
+        backend.strict(),
+        launch.recorded() as names,
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        patched.setattr(matmul_tma, "_MIN_PRODUCTS", 0)
+        # few programs, so that one has several tiles
+        patched.setattr(matmul_tma, "processors", lambda on: 1)
+        yield names
+
+
+def made(*shape, dtype=torch.float16, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return values.contiguous(memory_format=last) if len(shape) == 4 else values
+
+
+def assert_close(found, exact, terms=1):
+    """Sums are kept in float32: what is lost is the rounding of each of the terms."""
+    assert found.isfinite().all()
+    limit = terms * torch.finfo(found.dtype).eps * exact.abs().max()
+    assert (found.double() - exact).abs().max() <= limit
+
+
+def along(matrix, columns):
+    """The same values with the other axis along memory."""
+    return matrix.mT.contiguous().mT if columns else matrix
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("form", ["tile", "persistent"])
+@pytest.mark.parametrize("layouts", ["NN", "NT", "TN", "TT"])
+def test_operands_of_either_order(form, layouts):
+    a, b = made(2, 40, 72), made(2, 72, 24)
+    a, b = (along(x, order == "T") for x, order in zip((a, b), layouts, strict=True))
+    with tiles(form, 32, 16, 32) as names, detecting() as detector:
+        y = ops.matmul(a, b)
+    assert detector.findings == []
+    assert names == [KERNEL]
+    assert_close(y, a.double() @ b.double())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("halves", [1, 2])
+def test_one_program_of_many_tiles(halves):
+    """Of three slices each, of which a tile keeps its own place while the next one is loaded."""
+    a, b = made(104, 80, dtype=torch.bfloat16), made(80, 56, dtype=torch.bfloat16)
+    with tiles("persistent", 16, 16, 32, halves=halves) as names, pytest.MonkeyPatch.context() as m:
+        m.setattr(kernels, "residents", lambda config: 2)
+        y = ops.matmul(a, b)
+    assert names == [KERNEL]
+    assert_close(y, a.double() @ b.double())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("k", [24, 32])
+def test_one_tile_of_b_for_all_of_a(k):
+    a, b = made(104, k), made(k, 24)
+    with tiles("stationary", 16, 16, 32) as names, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kernels, "residents", lambda config: 3)
+        y = ops.matmul(a, b)
+    assert names == [KERNEL]
+    assert_close(y, a.double() @ b.double())
+
+
+@pytest.mark.interpret
+def test_a_tile_of_b_is_kept_for_short_sums_alone():
+    """Of a longer sum, or of a batch of its own, it is another tile with every step."""
+    for a, b in ((made(40, 64), made(64, 24)), (made(2, 40, 32), made(2, 32, 24))):
+        with tiles("stationary", 16, 16, 32) as names:
+            y = ops.matmul(a, b)
+        assert names == ["matmul_kernel"]
+        assert_close(y, a.double() @ b.double())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize(
+    "size", [(40, 24, 40), (8, 48, 40), (8, 48, 528)], ids=["rows", "few-rows", "split"]
+)
+def test_linear_and_its_gradients(activation, size):
+    """With bias and activation, and the values before it where the gradient needs them."""
+    m, n, k = size
+    operands = made(m, k), made(n, k) / k**0.5, made(n)
+    with tiles("tile", 32, 16, 32) as names, detecting() as detector:
+        found = gradients(lambda *o: ops.linear(*o, activation), operands)
+    assert detector.findings == []
+    assert names.count(KERNEL) == 3
+    assert ("split_sum_kernel" in names) == (k == 528)
+    function = getattr(F, activation)
+    exact = gradients(lambda *o: function(F.linear(*o)), [o.double() for o in operands])
+    for one, other in zip(found, exact, strict=True):
+        assert_close(one, other, terms=4)
+
+
+def gradients(run, operands):
+    leaves = [o.detach().clone().requires_grad_() for o in operands]
+    y = run(*leaves)
+    grad = made(*y.shape, seed=1).to(y.dtype)
+    return (y, *torch.autograd.grad(y, leaves, grad))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("form", ["tile", "persistent"])
+@pytest.mark.parametrize(
+    ("size", "stride"), [((4, 5), 1), ((6, 4), 2), ((4, 5), 2)], ids=["1", "2", "2-odd"]
+)
+def test_pointwise_convolution_and_its_gradients(form, size, stride):
+    x, w, bias = made(3, 24, *size), made(40, 24, 1, 1), made(40)
+    with tiles(form, 32, 16, 16) as names, detecting() as detector:
+        found = gradients(lambda *o: ops.conv2d(*o, stride), (x, w, bias))
+    assert detector.findings == []
+    assert [name for name in names if name != "channel_sum_kernel"] == [KERNEL] * 3
+    exact = gradients(lambda *o: F.conv2d(*o, stride), [o.double() for o in (x, w, bias)])
+    for one, other in zip(found, exact, strict=True):
+        assert_close(one, other)
+    assert found[0].is_contiguous(memory_format=last)
+    assert found[1].is_contiguous(memory_format=last)
+
+
+@pytest.mark.interpret
+def test_many_sums_of_a_filter_are_added_up_in_one_order():
+    # more slices than all sums of nine have
+    x, w = made(5, 16, 16, 20), made(72, 16, 1, 1)
+    with tiles("tile", 64, 16, 16) as names:
+        found, again = (gradients(ops.conv2d, (x, w)) for _ in range(2))
+    assert names.count(SUM) == 2
+    for one, same in zip(found, again, strict=True):
+        assert torch.equal(one, same)
+    exact = gradients(F.conv2d, (x.double(), w.double()))
+    for one, other in zip(found, exact, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.interpret
+def test_second_gradients_of_a_pointwise_convolution():
+    x, w, grad = made(2, 16, 4, 3), made(24, 16, 1, 1), made(2, 24, 2, 2)
+
+    def twice(run, *operands):
+        leaves = [o.detach().clone().requires_grad_() for o in operands]
+        y = run(*leaves[:2], None, 2)
+        first = torch.autograd.grad(y, leaves[:2], leaves[2], create_graph=True)
+        return torch.autograd.grad(first, leaves, operands[:2])
+
+    with tiles("tile", 16, 16, 16) as names:
+        found = twice(ops.conv2d, x, w, grad)
+    assert set(names) == {KERNEL}
+    exact = twice(F.conv2d, x.double(), w.double(), grad.double())
+    for one, other in zip(found, exact, strict=True):
+        # sums of two rounded terms
+        assert_close(one, other, terms=3)
+
+
+@pytest.mark.interpret
+def test_a_transposed_convolution_with_a_bias_has_it_everywhere():
+    """Zeros between its pixels would be wrong."""
+    x, w, bias = made(2, 16, 2, 2), made(16, 24, 1, 1), made(24)
+    options = {"stride": 2, "output_padding": 1}
+    with tiles("tile", 16, 16, 16) as names:
+        plain = ops.conv_transpose2d(x, w, None, **options)
+        shifted = ops.conv_transpose2d(x, w, bias, **options)
+    assert names[0] == KERNEL
+    assert KERNEL not in names[1:]
+    exact = F.conv_transpose2d(x.double(), w.double(), None, **options)
+    assert_close(plain, exact)
+    assert_close(shifted, exact + bias.double()[:, None, None])
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    values = torch.empty(shape, dtype=dtype)
+    return values.contiguous(memory_format=last) if len(shape) == 4 else values
+
+
+def products():
+    """A product that each form takes, in every order of its operands."""
+    for a, b in ((empty(9000, 64), empty(64, 512)), (empty(512, 512), empty(512, 512))):
+        for a_columns in (False, True):
+            for b_columns in (False, True):
+                yield along(a, a_columns), along(b, b_columns)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("entry", range(15))
+def test_configurations_overlap_their_products(entry):
+    """From shared memory to the tensor cores without a stop: nothing is loaded by the threads, and
+    no product is waited for before the next.
+    """
+    config = kernels.MATMUL_TMA_CONFIGS[2][entry]
+    stationary = config.kwargs["FORM"] == "stationary"
+    found = []
+    for a, b in products():
+        if (a.shape[1] == 64) != stationary:
+            continue
+        with launch.override("matmul_tma_config", config):
+            found += compiled(ops.matmul, a, b)
+    with launch.override("matmul_tma_config", config):
+        x, w, bias = empty(9000, 64), empty(512, 64), empty(512)
+        found += compiled(ops.linear, x.requires_grad_(), w, bias, "gelu")
+    assert len(found) == 5
+    for kernel in found:
+        assert kernel.kernel == KERNEL
+        assert dry.problems(kernel, "sm_90") == []
+        used = dry.resources(kernel)
+        # one slice has nothing to overlap with
+        assert stationary or not used.serialized
+        assert used.count("LDS", "LDSM") == 0
+        assert min(used.count("HGMMA"), used.count("UTMALDG"), used.count("UTMASTG")) > 0
+        assert used.registers * 32 * kernel.num_warps * kernels.residents(config) <= 65536
+        assert (used.shared + 1024) * kernels.residents(config) <= 228 * 1024
+
+
+def compiled(op, *operands):
+    """The matrix products that the op launches."""
+    with backend.use("triton"), backend.strict(), dry.compiling_for("sm_90") as recorder:
+        op(*operands)
+    return [kernel for kernel in recorder.kernels if kernel.kernel == KERNEL]
+
+
+@pytest.mark.compile
+def test_a_strided_gradient_writes_its_zeros_without_a_spill():
+    x, w = empty(32, 256, 28, 28).requires_grad_(), empty(512, 256, 1, 1).requires_grad_()
+
+    def run():
+        y = ops.conv2d(x, w, stride=2)
+        y.backward(torch.empty_like(y))
+
+    found = compiled(run)
+    assert [kernel.constexprs["FILLS"] for kernel in found] == [False, True, False]
+    assert [kernel.constexprs["SUMS_BATCH"] for kernel in found] == [False, False, True]
+    for kernel in found:
+        assert dry.problems(kernel, "sm_90") == []
+        assert not dry.resources(kernel).serialized
+
+
+@pytest.mark.compile
+def test_what_descriptors_do_not_take(monkeypatch):
+    """Everything else has the portable kernels."""
+    names = []
+    monkeypatch.setattr(launch, "run", lambda kernel, *_, **__: names.append(kernel.__name__))
+
+    def takes(op, *operands, target="sm_90"):
+        names.clear()
+        with backend.use("triton"), backend.strict(), dry.compiling_for(target):
+            op(*operands)
+        return names[0] == KERNEL
+
+    a, b = empty(256, 512), empty(512, 384)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert takes(ops.matmul, a.to(dtype), b.to(dtype))
+    for target in ("sm_80", "sm_100", "gfx942"):
+        assert not takes(ops.matmul, a, b, target=target), target
+    assert not takes(ops.matmul, a.float(), b.float())
+    assert not takes(ops.matmul, empty(64, 64), empty(64, 64))
+    # rows that do not begin on 16 bytes, an address that does not, no axis along memory, one row
+    # that is all rows
+    assert not takes(ops.matmul, empty(256, 500), empty(500, 384))
+    assert not takes(ops.matmul, a, empty(512, 380))
+    assert not takes(ops.matmul, empty(256 * 512 + 4)[4:].view(256, 512), b)
+    assert not takes(ops.matmul, empty(256, 1024)[:, ::2], b)
+    assert not takes(ops.matmul, empty(1, 512).expand(256, 512), b)
+    # but a row within a longer one, and batches
+    assert takes(ops.matmul, empty(256, 1024)[:, :512], b)
+    assert takes(ops.matmul, empty(3, 256, 512), empty(3, 512, 384).mT.contiguous().mT)
+
+    x, w = empty(8, 64, 28, 28), empty(128, 64, 1, 1)
+    for options, taken in (
+        ((), True),
+        ((2,), True),
+        ((3,), False),
+        ((1, 1), False),
+        ((1, 0, 1, 2), False),
+    ):
+        groups = options[3] if len(options) == 4 else 1
+        filters = empty(128, 64 // groups, 1, 1)
+        assert takes(ops.conv2d, x, filters, None, *options) == taken, options
+    assert not takes(ops.conv2d, x.contiguous(), w)
+    assert not takes(ops.conv2d, empty(8, 64, 27, 28), w, None, 2)
+    assert not takes(ops.conv2d, x, empty(128, 64, 3, 3), None, 1, 1)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("k", "batch", "shared"), [(64, 1, True), (65, 1, True), (64, 4, False)])
+def test_a_chosen_configuration_fits_its_product(k, batch, shared):
+    """For any sizes: a tile of b is kept where one slice is the whole sum, and b one matrix."""
+    for m in (1, 33, 3000, 900000):
+        for n in (8, 64, 1000):
+            config = kernels.matmul_tma_config(m, n, k, batch, shared, 2)
+            if config.kwargs["FORM"] == "stationary":
+                assert shared
+                assert k <= config.kwargs["BLOCK_K"]
