@@ -194,14 +194,22 @@ def conv2d_sum_weight_kernel(
     grad_w_stride_0, grad_w_stride_1, grad_w_stride_2, grad_w_stride_3, grad_w_stride_4,
     BLOCK: tl.constexpr,
 ):
-    """One program adds BLOCK elements of SPLITS sums (K, taps, C), in order, and rounds once."""
+    """One program adds BLOCK elements of SPLITS sums (K, taps, C), and rounds once.
+
+    Each of ROWS rows is added up by itself, so that many loads are under way: the order depends on
+    SPLITS alone.
+    """
+    ROWS: tl.constexpr = 8
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < NUMEL
-    acc = tl.zeros((BLOCK,), dtype=partial_ptr.dtype.element_ty)
-    for _ in range(SPLITS):
-        acc += tl.load(partial_ptr + index, mask=mask, other=0.0)
-        partial_ptr += NUMEL
+    rows = tl.arange(0, ROWS)
+    acc = tl.zeros((ROWS, BLOCK), dtype=partial_ptr.dtype.element_ty)
+    for first in range(0, SPLITS, ROWS):
+        inside = (first + rows < SPLITS)[:, None] & mask[None, :]
+        partial_rows = (first + rows).to(tl.int64)[:, None] * NUMEL
+        acc += tl.load(partial_ptr + partial_rows + index[None, :], mask=inside, other=0.0)
+    grad_w = tl.sum(acc, axis=0)
     offsets = strided_offsets(
         index.to(tl.int64), size_1, size_2, size_3, size_4,
         grad_w_stride_0, grad_w_stride_1, grad_w_stride_2, grad_w_stride_3, grad_w_stride_4)
-    tl.store(grad_w_ptr + offsets, acc.to(grad_w_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_w_ptr + offsets, grad_w.to(grad_w_ptr.dtype.element_ty), mask=mask)
