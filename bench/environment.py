@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SCHEMA", "environment", "gpu_slug", "write_result"]
+__all__ = ["SCHEMA", "environment", "gpu_slug", "write_result", "write_whole"]
 
 # raised when a reader of older files would misread a newer one
 SCHEMA = 1
@@ -84,8 +84,16 @@ def write_result(
     `overwrite` is false (the same result, taken at another time, is left as it is), and ValueError
     for a NaN or an infinity, which JSON cannot hold.
     """
+    where = environment()
+    result = {"schema": SCHEMA, "kind": kind, "environment": where, "rows": rows, **more}
+    write_whole(path, result, overwrite=overwrite)
+
+
+def write_whole(
+    path: str | os.PathLike[str], result: Mapping[str, Json], *, overwrite: bool = False
+) -> None:
+    """The same of a result that says itself where it comes from."""
     path = Path(path)
-    result = {"schema": SCHEMA, "kind": kind, "environment": environment(), "rows": rows, **more}
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if not overwrite and path.exists():
         if _undated(path.read_text(encoding="utf-8")) == _undated(text):

@@ -1,0 +1,350 @@
+"""Everything that a GPU can tell, by one command, in sections that can be run one by one.
+
+    python -m tritorch.bench.gpu --out DIR [--sections conv,matmul] [--seconds 200]
+
+Rows go to DIR/gpu.json as they are measured; a second run in the same folder goes on where the
+first one stopped.  Kernels are compiled by many processes while the first sections run.  What
+measures runs in a process of its own: after an error of the GPU, or when it hangs, it is started
+again behind the row where that happened.  Needs torch, Triton and numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritorch.bench import precompile, rows
+from tritorch.bench.baselines import use_fast_algorithms, use_full_float32
+from tritorch.bench.environment import environment
+from tritorch.bench.sections import LIMIT, WEIGHTS, Runner, Setting, planned
+from tritorch.bench.store import OtherResults, Store
+
+SECTIONS = (*WEIGHTS, "correctness")
+# seconds without a word after which what measures is taken to hang
+_PATIENCE = 90.0
+# seconds after its end that a budget is overdrawn by, at most
+_GRACE = 10.0
+# seconds that a section waits for its kernels to be compiled
+_COMPILING = 90.0
+
+# threads of the parent are of no use to its children
+_processes: Any = multiprocessing.get_context("fork")
+
+
+@dataclass
+class Waiting:
+    """How many kernels of each section are still to be compiled, as children see it."""
+
+    left: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sections: tuple[str, ...]) -> Waiting:
+        # -1 until the jobs are known
+        return cls({section: _processes.Value("i", -1) for section in sections})
+
+    def wait(self, section: str, until: float) -> None:
+        """What is not compiled by then is compiled when it is called."""
+        until = min(until, time.time() + _COMPILING)
+        while self.left[section].value != 0 and time.time() < until:
+            time.sleep(0.05)
+
+
+def _measure(
+    connection: Any,
+    sections: tuple[str, ...],
+    setting: Setting,
+    waiting: Waiting,
+    deadline: float | None,
+) -> None:
+    """The child that measures."""
+
+    def tell(event: str, **fields: Any) -> None:
+        connection.send((event, fields))
+
+    torch.manual_seed(0)
+    use_fast_algorithms()
+    use_full_float32()
+    tell("environment", environment=environment())
+    done, earlier, ended = connection.recv()
+    runner = Runner(setting, tell, done, waiting.wait)
+    runner.know(earlier)
+    for number, section in enumerate(sections):
+        if section in ended:
+            continue
+        start = time.time()
+        until = start + LIMIT
+        if deadline is not None:
+            rest = sum(WEIGHTS[name] for name in sections[number:])
+            until = min(until, start + (deadline - start) * WEIGHTS[section] / rest)
+        tell("section", section=section)
+        try:
+            runner.run(section, until)
+        except Exception as error:
+            rows.reraise_fatal(error)
+            tell("skip", section=section, what="the rest", why=f"{error!r}"[:500])
+        tell("ended", section=section, seconds=time.time() - start)
+    tell("finished")
+
+
+class Run:
+    """The parent: starts what compiles and what measures, and keeps what they find."""
+
+    def __init__(
+        self, store: Store, sections: tuple[str, ...], setting: Setting, deadline: float | None
+    ) -> None:
+        self.store, self.sections, self.setting = store, sections, setting
+        self.deadline = deadline
+        self.waiting = Waiting.of(sections)
+        self.done: set[tuple[str, ...]] = set()
+        self.ended: set[str] = set()
+        self.doing: dict[str, Any] = {}
+        self.pool: Any = None
+
+    def run(self, workers: int, target: str | None) -> None:
+        """Until everything is measured, skipped or has failed."""
+        pool = _processes.Pool(workers, _lower) if workers else None
+        try:
+            while not self._attempt(pool, target):
+                pass
+        finally:
+            if pool is not None:
+                pool.terminate()
+        self.store.write()
+
+    def _attempt(self, pool: Any, target: str | None) -> bool:
+        """Runs a child until it has finished; False if it must be started again."""
+        ours, theirs = _processes.Pipe()
+        arguments = (theirs, self.sections, self.setting, self.waiting, self.deadline)
+        child = _processes.Process(target=_measure, args=arguments)
+        child.start()
+        theirs.close()
+        try:
+            return self._listen(ours, pool, target)
+        except TimeoutError:
+            if self._is_over():
+                self._failed("no time left")
+                return True
+            self._failed("nothing was heard of it any more")
+            return False
+        except (EOFError, OSError):
+            self._failed("the process ended")
+            return False
+        finally:
+            child.kill()
+            # a GPU that hangs may keep it
+            child.join(10)
+
+    def _is_over(self) -> bool:
+        return self.deadline is not None and time.time() > self.deadline + _GRACE
+
+    def _listen(self, connection: Any, pool: Any, target: str | None) -> bool:
+        patience = _PATIENCE
+        while True:
+            if self.deadline is not None:
+                patience = max(0.0, min(patience, self.deadline + _GRACE - time.time()))
+            if not connection.poll(patience):
+                raise TimeoutError
+            event, fields = connection.recv()
+            if event == "finished":
+                return True
+            if event == "environment":
+                self.store.go_on(fields["environment"])
+                self.done |= {rows.key(row) for row in self.store.rows}
+                connection.send((self.done, self.store.rows, self.ended))
+                self._compile(pool, target or precompile.target_of(
+                    fields["environment"]["capability"]))  # fmt: skip
+            elif event == "row":
+                self._keep(fields["row"])
+            elif event == "skip":
+                self.store.skip(**fields)
+                print(f"skipped: {fields['section']}: {fields['what']}: {fields['why']}")
+            elif event == "ended":
+                self.ended.add(fields["section"])
+                self.store.write()
+                print(f"{fields['section']}: {fields['seconds']:.1f} s", flush=True)
+            patience = fields.get("patience", _PATIENCE + (_COMPILING if event == "section" else 0))
+            if event == "doing":
+                self.doing = fields
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.done.add(rows.key(row))
+        self.store.add(row)
+        if row["implementation"] != "torch":
+            print(_line(row), flush=True)
+
+    def _failed(self, why: str) -> None:
+        """The row that was being measured is not tried again, or its section if it has none."""
+        doing, self.doing = self.doing, {}
+        section = doing.get("section", "the start")
+        self.store.skip(section, doing.get("what", ""), why)
+        self.store.write()
+        print(f"failed: {section}: {doing.get('what', '')}: {why}", flush=True)
+        if doing.get("key"):
+            self.done.add(tuple(doing["key"]))
+        elif doing:
+            self.ended.add(section)
+        else:
+            raise RuntimeError(f"what measures does not start: {why}")
+
+    def _compile(self, pool: Any, target: str | None) -> None:
+        """Hands out the kernels of all sections, once."""
+        if any(left.value >= 0 for left in self.waiting.left.values()):
+            return
+        for section in self.sections:
+            jobs = planned(section, self.setting) if pool is not None and target else ()
+            left = self.waiting.left[section]
+            left.value = len(jobs)
+            for number in range(len(jobs)):
+                pool.apply_async(
+                    _compiled,
+                    (section, self.setting, number, target),
+                    callback=_counting(section, left),
+                    error_callback=_counting(section, left),
+                )
+
+
+def _counting(section: str, left: Any) -> Callable[[Any], None]:
+    def count(result: Any) -> None:
+        if result:
+            print(f"not compiled: {section}: {result}", flush=True)
+        with left.get_lock():
+            left.value -= 1
+
+    return count
+
+
+def _lower() -> None:
+    os.nice(5)
+    torch.set_num_threads(1)
+
+
+def _compiled(section: str, setting: Setting, number: int, target: str) -> str:
+    return precompile.compile_case(planned(section, setting)[number], target)
+
+
+def _line(row: dict[str, Any]) -> str:
+    def number(name: str) -> str:
+        value = row.get(name)
+        return "-" if value is None else f"{value:.4g}"
+
+    what = f"{row['op']} {row['name']} {row['shape']} {row['pass']} {row['implementation']}"
+    times = f"{number('median_us')} us, torch {number('baseline_us')}, {number('speedup')}x"
+    wrong = "" if row["verified"] else f" NOT VERIFIED: {row.get('failure')}"
+    return f"{what}: {times}, roofline {number('roofline')}{wrong}"
+
+
+def _correctness(out: Path, python: str, limit: float) -> None:
+    """The whole suite on the GPU, as `make gpu-test` runs it."""
+    results = out / "tests.json"
+    if results.exists():
+        print(f"correctness: {results} exists")
+        return
+    command = [python, "-m", "pytest", "tests", "-q", "--device", "cuda", "--json", str(results)]
+    start = time.time()
+    try:
+        done = subprocess.run(command, timeout=limit, check=False)
+        print(f"correctness: exit status {done.returncode}, {time.time() - start:.0f} s")
+    except subprocess.TimeoutExpired:
+        print(f"correctness: stopped after {limit:.0f} s, before its end")
+
+
+def _summary(store: Store) -> None:
+    measured = Counter(row.get("section", "") for row in store.rows)
+    wrong = Counter(row.get("section", "") for row in store.rows if not row["verified"])
+    skipped = Counter(one["section"] for one in store.skipped)
+    for section in [*measured, *(set(skipped) - set(measured))]:
+        print(
+            f"{section or '-'}: {measured[section]} rows, {wrong[section]} not verified, "
+            f"{skipped[section]} skipped"
+        )
+    for line in totals(store.rows):
+        print(line)
+    print(f"rows: {store.path}")
+
+
+def totals(found: list[dict[str, Any]]) -> list[str]:
+    """For each op and pass: torch's time over ours, all shapes as often as they occur."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in found:
+        if row.get("speedup"):
+            which = ("section", "op", "pass", "implementation")
+            groups.setdefault(tuple(str(row.get(name)) for name in which), []).append(row)
+    lines = []
+    for names, group in groups.items():
+        if names[0] == "layers":
+            # one shape each, which has had its line
+            continue
+        ours, torchs = (
+            sum(row.get("count", 1) * row[key] for row in group)
+            for key in ("median_us", "baseline_us")
+        )
+        weakest = min(group, key=lambda row: row["speedup"])
+        lines.append(
+            f"{' '.join(names)}: {len(group)} shapes, {torchs / ours:.3f}x of torch, weakest "
+            f"{weakest['speedup']:.3f}x {weakest['name']} {weakest['shape']}"
+        )
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder of gpu.json")
+    parser.add_argument(
+        "--sections", default=",".join(WEIGHTS), help=f"some of {', '.join(SECTIONS)}"
+    )
+    parser.add_argument("--seconds", type=float, help="share that much time among the sections")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--shrink", type=int, default=1, help="divide sizes by that, for a machine without a GPU"
+    )
+    parser.add_argument("--target", help="compile for this GPU, sm_90 say, where there is none")
+    options = parser.parse_args(arguments)
+    start = time.time()
+    chosen = options.sections.split(",")
+    unknown = set(chosen) - set(SECTIONS)
+    if unknown:
+        parser.error(f"--sections: unknown {', '.join(sorted(unknown))}: {', '.join(SECTIONS)}")
+    setting = Setting(
+        batch=options.batch,
+        shrink=options.shrink,
+        small=options.shrink > 1,
+        seconds=0.2 if options.seconds else 0.5,
+        device=options.device,
+    )
+    sections = tuple(section for section in WEIGHTS if section in chosen)
+    deadline = start + options.seconds if options.seconds else None
+    store = Store(options.out / "gpu.json")
+    compiles = options.device == "cuda" or options.target
+    if compiles:
+        # once, for all processes
+        importlib.import_module("triton")
+    try:
+        Run(store, sections, setting, deadline).run(
+            options.workers if compiles else 0, options.target
+        )
+    except OtherResults as error:
+        parser.error(str(error))
+    if "correctness" in chosen:
+        _correctness(options.out, sys.executable, LIMIT)
+    _summary(store)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""Measures one pass of a case: verified, timed in turns with its baselines, verified again.
+
+A row of a result file for each implementation: its times, its baseline's, the speed-up, and what
+the guards say.  There is no speed-up where a guard spoke or a value was wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tritorch.bench import guards, intervals, timing
+from tritorch.bench.cases import TORCH, Case, Slot
+from tritorch.bench.ceilings import Ceilings
+from tritorch.bench.passes import Prepared, ring
+from tritorch.testing import cases as running
+from tritorch.testing import tolerances
+
+Row = dict[str, Any]
+
+# of a GPU's memory that a ring may take
+_MEMORY = 0.5
+_NEW_NUMBERS = 1_000_003
+
+
+@dataclass
+class Bench:
+    """Where and how cases are measured.
+
+    `extras`: of "host", "graph" and "memory" what is measured besides the time on the device.
+    """
+
+    device: torch.device
+    plan: timing.Plan = field(default_factory=timing.Plan)
+    ceilings: Ceilings | None = None
+    extras: frozenset[str] = frozenset()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.clock = timing.clock(self.device)
+
+    def memory(self) -> int:
+        if self.device.type != "cuda":
+            return 1 << 30
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return int(_MEMORY * free)
+
+    def case(self, case: Case) -> Iterator[Row]:
+        """The rows of all passes of a case."""
+        slots = self.slots(case)
+        for which in case.passes:
+            yield from self.rows(case, which, slots)
+
+    def slots(self, case: Case) -> list[Slot]:
+        count = ring(case, self.clock.cache(), self.memory())
+        return [Slot.of(case, self.device, self.seed + number) for number in range(count)]
+
+    def rows(self, case: Case, which: str, slots: list[Slot]) -> list[Row]:
+        """The rows of one pass, the first implementation's first."""
+        prepared = Prepared(case, which, slots)
+        judge = guards.Judge(prepared)
+        failures, verdicts = self._prepare(prepared, judge)
+        timed, kept = self._timed(prepared, failures)
+        # while what was differentiated is still what lies in memory
+        extras = {name: self._extras(prepared, name) for name in timed}
+        self._judge(judge, timed, kept, failures, verdicts)
+        baseline = timed.get(TORCH)
+        found = []
+        for name in case.implementations:
+            row = _head(case, which, name)
+            if name in timed:
+                row |= self._times(case, which, timed[name])
+                row |= extras[name]
+            verdict = verdicts.get(name)
+            row["verified"] = not failures.get(name) and (verdict is None or verdict.accepted)
+            row["failure"] = failures.get(name, "")
+            row["headroom"] = None if verdict is None else min(verdict.headroom, 1e9)
+            if name != TORCH and name in timed and baseline is not None:
+                row |= _beside(row, timed[name], baseline)
+            found.append(row)
+        return found
+
+    def _prepare(
+        self, prepared: Prepared, judge: guards.Judge
+    ) -> tuple[dict[str, str], dict[str, tolerances.Verdict]]:
+        """Makes the calls of every implementation and verifies them, the reference's last."""
+        failures: dict[str, str] = {}
+        verdicts: dict[str, tolerances.Verdict] = {}
+        for name in prepared.case.implementations:
+            if name == TORCH:
+                prepared.prepare(name)
+                continue
+            try:
+                prepared.prepare(name)
+                failures[name], results = _first_results(prepared, name)
+            except Exception as error:
+                reraise_fatal(error)
+                failures[name] = f"raises {type(error).__name__}: {error}"[:500]
+                prepared.calls[name].clear()
+                continue
+            if not failures[name]:
+                verdicts[name] = judge.verdict(results, 0)
+                failures[name] = verdicts[name].failure
+            del results
+        return failures, verdicts
+
+    def _timed(
+        self, prepared: Prepared, failures: dict[str, str]
+    ) -> tuple[dict[str, timing.Timing], _Kept]:
+        """Times what could be called; keeps some of what it returned meanwhile."""
+        sides = {
+            name: calls
+            for name, calls in prepared.calls.items()
+            # what is wrong is timed all the same, so that its row says how long it takes
+            if calls
+        }
+        before, kept = guards.fingerprints(prepared.slots), _Kept()
+        flush = len(prepared.slots) * prepared.case.size < 2 * self.clock.cache()
+        with _quiet(), torch.set_grad_enabled(bool(prepared.wanted)):
+            timed = timing.measure(
+                sides, self.clock, self.plan, flush=flush, witness=kept.see, seed=self.seed
+            )
+        kept.caught = guards.mutated(before, prepared.slots) or guards.patched()
+        return timed, kept
+
+    def _judge(
+        self,
+        judge: guards.Judge,
+        timed: Mapping[str, timing.Timing],
+        kept: _Kept,
+        failures: dict[str, str],
+        verdicts: dict[str, tolerances.Verdict],
+    ) -> None:
+        """What was returned while timed, and what is returned afterwards."""
+        prepared = judge.prepared
+        candidates = [name for name in timed if name != TORCH and not failures.get(name)]
+        for name in candidates:
+            failures[name] = kept.caught or kept.judged(name, prepared, judge)
+        # other numbers in the same memory
+        prepared.refill(0, self.seed + _NEW_NUMBERS)
+        judge.forget()
+        for name in candidates:
+            if not failures[name]:
+                failures[name] = self._afterwards(prepared, name, judge, verdicts)
+            if not failures[name]:
+                floor = self.floor(prepared.case, prepared.which)
+                failures[name] = guards.impossible(timed[name].median.value, floor)
+
+    def _afterwards(
+        self,
+        prepared: Prepared,
+        name: str,
+        judge: guards.Judge,
+        verdicts: dict[str, tolerances.Verdict],
+    ) -> str:
+        """Whether it is still right."""
+        results = _results(prepared, name, prepared.call(name, 0))
+        verdict = judge.verdict(results, 0)
+        if verdict.headroom > verdicts[name].headroom:
+            verdicts[name] = verdict
+        return f"after timing: {verdict.failure}" if verdict.failure else ""
+
+    def floor(self, case: Case, which: str) -> float | None:
+        """The least time of the pass by this run's ceilings, in microseconds."""
+        if self.ceilings is None:
+            return None
+        return self.ceilings.floor_us(case.cost.get(which), case.dtype)
+
+    def _times(self, case: Case, which: str, timed: timing.Timing) -> Row:
+        us, cost = timed.median.value, case.cost.get(which)
+        low, high = intervals.quartiles(timed.samples)
+        floor = self.floor(case, which)
+        return {
+            "median_us": us,
+            "interval_us": list(timed.median[1:]),
+            "quartiles_us": [low, high],
+            "samples_us": [[round(sample, 3) for sample in one] for one in timed.rounds],
+            "host_bound": timed.host_bound,
+            "tflops": cost.flops / us / 1e6 if cost else None,
+            "gbps": cost.bytes / us / 1e3 if cost else None,
+            "roofline": floor / us if floor else None,
+        }
+
+    def _extras(self, prepared: Prepared, name: str) -> Row:
+        calls, found = prepared.calls[name], dict[str, Any]()
+        with torch.set_grad_enabled(bool(prepared.wanted)):
+            if "host" in self.extras:
+                found["host_us"] = timing.host_time(calls[0], self.clock, calls=100).value
+            if self.device.type == "cuda" and "graph" in self.extras:
+                try:
+                    found["graph_us"] = timing.graph_time(calls, self.plan).value
+                except RuntimeError:
+                    # some calls cannot be captured: they wait for the GPU
+                    found["graph_us"] = None
+            if self.device.type == "cuda" and "memory" in self.extras:
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
+                calls[0]()
+                found["peak_bytes"] = torch.cuda.max_memory_allocated() - held
+        return found
+
+
+class _Kept:
+    """What one timed call of each side returned: the last that was seen on the first slot.
+
+    `caught`: what was wrong with inputs or clocks afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.caught = ""
+        self._seen: dict[str, tuple[int, object]] = {}
+
+    def see(self, side: str, slot: int, result: object) -> None:
+        if side != TORCH and (slot == 0 or side not in self._seen):
+            self._seen[side] = slot, result
+
+    def judged(self, name: str, prepared: Prepared, judge: guards.Judge) -> str:
+        if name not in self._seen or prepared.case.mutates:
+            return ""
+        slot, result = self._seen.pop(name)
+        results = prepared.named(result)
+        said = guards.lazy(results) or judge.verdict(results, slot).failure
+        return f"while timed: {said}" if said else ""
+
+
+def _first_results(prepared: Prepared, name: str) -> tuple[str, dict[str, Any]]:
+    """What a side gives for the first slot, looked at after a call on the second one.
+
+    It runs before its reference does, in memory that holds NaN: it cannot find its result there.
+    """
+    calls = prepared.calls[name]
+    grad = bool(prepared.wanted)
+    before = [(n, t.detach().clone()) for n, t in prepared.slots[0].tensors()]
+    with torch.set_grad_enabled(grad), running.poisoned_memory():
+        results = _results(prepared, name, calls[0])
+        calls[1]()
+    failure = guards.lazy(results)
+    for (argument, then), (_, now) in zip(before, prepared.slots[0].tensors(), strict=True):
+        if not failure and not running.bitwise_equal(now, then):
+            failure = f"mutated input: {argument} has changed"
+    return failure, results
+
+
+def _results(prepared: Prepared, name: str, call: Callable[[], Any]) -> dict[str, Any]:
+    if prepared.case.mutates:
+        # what it writes must be compared with what it was
+        return prepared.outcome(prepared.case.implementations[name], 0)
+    with torch.set_grad_enabled(bool(prepared.wanted)):
+        return prepared.named(call())
+
+
+# of the driver, after which every later call fails too
+_FATAL = (
+    "CUDA error",
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "launch failure",
+    "device-side assert",
+)
+
+
+def reraise_fatal(error: Exception) -> None:
+    """Raises an error of the device again: nothing more can be measured by this process."""
+    text = str(error)
+    if "out of memory" not in text and any(fatal in text for fatal in _FATAL):
+        raise error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No collection of garbage in the middle of a call."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _head(case: Case, which: str, implementation: str) -> Row:
+    return {
+        "op": case.op,
+        "name": case.name,
+        "count": case.count,
+        "shape": case.shape,
+        "arguments": case.text(),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "layout": case.layout,
+        "pass": which,
+        "implementation": implementation,
+        "baseline": "" if implementation == TORCH else TORCH,
+        "median_us": None,
+        "speedup": None,
+        "verified": False,
+    }
+
+
+def _beside(row: Row, timed: timing.Timing, baseline: timing.Timing) -> Row:
+    found: Row = {
+        "baseline_us": baseline.median.value,
+        "baseline_interval_us": list(baseline.median[1:]),
+    }
+    if row["verified"]:
+        found["speedup"] = baseline.median.value / timed.median.value
+        # cautious: both at the wrong end
+        found["speedup_interval"] = [
+            baseline.median.low / timed.median.high,
+            baseline.median.high / timed.median.low,
+        ]
+    return found
+
+
+def key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a row is of: the same in two results, if it is to be compared."""
+    names = ("op", "name", "shape", "dtype", "layout", "pass", "implementation")
+    return tuple(str(row.get(name)) for name in names)

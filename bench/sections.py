@@ -1,0 +1,261 @@
+"""The sections of `tritorch.bench.gpu`: what each measures, the most valuable first.
+
+They run in a process of their own, which says of every row what it is about to measure and what it
+found, so that an error of the GPU costs one row.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tritorch.bench import baselines, ceilings, rows, timing
+from tritorch.bench.cases import BOTH, FORWARD, OURS, TORCH, Case, workloads
+from tritorch.bench.resnet50 import Shapes
+from tritorch.bench.train_steps import COMPILED, Trainer
+
+# in the order in which they run; the numbers share out a budget of seconds
+WEIGHTS = {
+    "ceilings": 4,
+    "conv": 40,
+    "matmul": 20,
+    "train": 20,
+    "pointwise": 20,
+    "host": 8,
+    "layers": 24,
+    "compiled": 30,
+    "baselines": 20,
+}
+# what any section may take
+LIMIT = 8 * 60.0
+_BATCHES = (256, 32)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the sections run: `shrink` and `small` are for machines without a GPU."""
+
+    batch: int = 256
+    shrink: int = 1
+    small: bool = False
+    seconds: float = 0.3
+    device: str = "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+
+@functools.cache
+def planned(section: str, setting: Setting) -> tuple[Case, ...]:
+    """The cases of a section, whose kernels are compiled before it begins; few of "train"."""
+    shapes = Shapes(setting.batch, setting.dtype, setting.shrink)
+    made: dict[str, Callable[[], Iterator[Case]]] = {
+        "conv": shapes.convolutions,
+        "matmul": shapes.products,
+        "pointwise": lambda: _forward_and_backward(shapes),
+        "host": shapes.host,
+        "layers": lambda: _layers(setting),
+        "train": lambda: _trained(setting),
+    }
+    found = list(made[section]()) if section in made else []
+    if section == "conv":
+        found.sort(key=lambda case: -case.count * _work(case))
+    return tuple(found)
+
+
+def _work(case: Case) -> float:
+    cost = case.cost[FORWARD]
+    return max(cost.flops / 200, cost.bytes)
+
+
+def _forward_and_backward(shapes: Shapes) -> Iterator[Case]:
+    for cases in (shapes.batch_norms(), shapes.pools(), shapes.elementwise()):
+        yield from map(_without_both, cases)
+
+
+def _without_both(case: Case) -> Case:
+    return replace(case, passes={n: w for n, w in case.passes.items() if n != BOTH})
+
+
+def _layers(setting: Setting) -> Iterator[Case]:
+    """Every op on the first of its workloads."""
+    seen: set[str] = set()
+    for case in workloads(dtype=setting.dtype, small=setting.small):
+        if case.op not in seen:
+            seen.add(case.op)
+            yield _without_both(case)
+
+
+def _trained(setting: Setting) -> Iterator[Case]:
+    for batch in _BATCHES if setting.shrink == 1 else (setting.batch,):
+        yield from Shapes(batch, setting.dtype, setting.shrink).network()
+    if setting.shrink == 1:
+        yield next(workloads(["sgd_step"], torch.float32))
+
+
+class Runner:
+    """Runs sections; `tell(event, **fields)` hears "doing", "row" and "skip"."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        tell: Callable[..., None],
+        done: set[tuple[str, ...]],
+        wait: Callable[[str, float], None] = lambda section, until: None,
+    ) -> None:
+        self.setting, self.tell, self.done, self.wait = setting, tell, done, wait
+        self.bench = rows.Bench(
+            torch.device(setting.device), timing.Plan(setting.seconds, least=30)
+        )
+        self.found: list[rows.Row] = []
+
+    def run(self, section: str, until: float) -> None:
+        """One section, until a moment of `time.time`; what there is no time for is skipped."""
+        special: dict[str, Callable[[float], None]] = {
+            "ceilings": lambda until: self._ceilings(),
+            "train": lambda until: self._train(section, (OURS, TORCH), until),
+            "compiled": lambda until: self._train(section, (COMPILED, TORCH), until),
+            "baselines": self._baselines,
+        }
+        if section not in ("ceilings", "compiled", "baselines"):
+            self.tell("doing", section=section, what="waiting for its kernels", key=())
+            now = time.time()
+            self.wait(section, now + (until - now) / 2)
+        if section in special:
+            special[section](until)
+        else:
+            self._cases(section, planned(section, self.setting), until)
+
+    def know(self, earlier: Sequence[rows.Row]) -> None:
+        """Takes the ceilings of an earlier part of this run."""
+        self.found = [row for row in earlier if row.get("name") == "ceiling"]
+        self.bench.ceilings = ceilings.of_rows(self.found)
+
+    def _row(self, section: str, row: rows.Row) -> None:
+        self.tell("row", row={"section": section, **row})
+
+    def _ceilings(self) -> None:
+        if self.found:
+            return
+        self.tell("doing", section="ceilings", what="copy and products", key=())
+        names = ("bfloat16", "tf32", "float32", "float16")
+        for row in ceilings.measure(self.bench.device, names, self.setting.seconds):
+            self.found.append(row)
+            self._row("ceilings", row)
+        self.bench.ceilings = ceilings.of_rows(self.found)
+
+    def _cases(self, section: str, cases: Sequence[Case], until: float) -> None:
+        for case in cases:
+            wanted = [which for which in case.passes if self._key(case, which) not in self.done]
+            if not wanted:
+                continue
+            what = f"{case.op} {case.name} {case.shape}"
+            if time.time() > until:
+                self.tell("skip", section=section, what=what, why="no time left")
+                continue
+            self.tell("doing", section=section, what=what, key=())
+            try:
+                self._passes(section, case, wanted)
+            except Exception as error:
+                rows.reraise_fatal(error)
+                why = f"{type(error).__name__}: {error}"[:500]
+                self.tell("skip", section=section, what=what, why=why)
+            self._free()
+
+    def _free(self) -> None:
+        """Gives memory back that the next case may need in other pieces."""
+        if self.bench.device.type == "cuda":
+            _, total = torch.cuda.mem_get_info()
+            if torch.cuda.memory_reserved() > total // 2:
+                torch.cuda.empty_cache()
+
+    def _passes(self, section: str, case: Case, wanted: Sequence[str]) -> None:
+        slots = self.bench.slots(case)
+        for which in wanted:
+            key = self._key(case, which)
+            self.tell("doing", section=section, what=f"{case.op} {case.name} {which}", key=key)
+            if section == "host":
+                for row in self._host(case, which):
+                    self._row(section, row)
+                continue
+            for row in self.bench.rows(case, which, slots):
+                self._row(section, row)
+
+    def _host(self, case: Case, which: str) -> Iterator[rows.Row]:
+        """The host's time in place of the device's."""
+        plan = timing.Plan(0.05, least=5)
+        bench = rows.Bench(self.bench.device, plan, extras=frozenset({"host"}))
+        found = bench.rows(case, which, bench.slots(case))
+        torchs = next(row for row in found if row["implementation"] == TORCH)
+        for row in found:
+            name = "host" if which == FORWARD else f"host_{which}"
+            kept = ("samples_us", "interval_us", "quartiles_us", "baseline_interval_us", "gbps")
+            row = {k: v for k, v in row.items() if k not in (*kept, "speedup_interval", "tflops")}
+            row |= {"pass": name, "device_us": row["median_us"], "median_us": row.get("host_us")}
+            if row["implementation"] != TORCH and row["median_us"]:
+                row["baseline_us"] = torchs["host_us"]
+                row["speedup"] = torchs["host_us"] / row["median_us"] if row["verified"] else None
+            yield row
+
+    def _key(self, case: Case, which: str) -> tuple[str, ...]:
+        name = next(iter(case.implementations))
+        return rows.key(
+            {
+                "op": case.op,
+                "name": case.name,
+                "shape": case.shape,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "layout": case.layout,
+                "pass": which,
+                "implementation": name,
+            }
+        )
+
+    def _train(self, section: str, names: tuple[str, ...], until: float) -> None:
+        small: Any = {} if self.setting.shrink == 1 else {"blocks": (1, 1), "size": 32}
+        for batch in _BATCHES if self.setting.shrink == 1 else (self.setting.batch,):
+            trainer = Trainer(self.bench.device, batch, **small)
+            shape = list(trainer.images.shape)
+            what = f"{names[0]}, batch {batch}"
+            if any(key[0] == "resnet50" and key[2:3] == (str(shape),) and key[-1] == names[0]
+                   for key in self.done):  # fmt: skip
+                continue
+            if time.time() > until:
+                self.tell("skip", section=section, what=what, why="no time left")
+                continue
+            self.tell("doing", section=section, what=what, key=(), patience=240.0)
+            plan = timing.Plan(10 * self.setting.seconds, least=10, ahead=False)
+            try:
+                for row in trainer.rows(names, plan, self.bench.clock):
+                    self._row(section, row)
+            except Exception as error:
+                rows.reraise_fatal(error)
+                why = f"{type(error).__name__}: {error}"[:500]
+                self.tell("skip", section=section, what=what, why=why)
+            self._free()
+
+    def _baselines(self, until: float) -> None:
+        """torch alone, on what no other section has measured, and torch.compile beside it."""
+        for section in ("conv", "matmul"):
+            alone = [
+                replace(case, implementations={TORCH: case.implementations[TORCH]})
+                for case in planned(section, self.setting)
+            ]
+            self._cases("baselines", alone, until)
+        compiled = [
+            replace(
+                case,
+                implementations={
+                    COMPILED: baselines.compiled(case.reference),
+                    TORCH: case.implementations[TORCH],
+                },
+            )
+            for case in planned("pointwise", self.setting)
+        ]
+        self._cases("baselines", compiled, until)

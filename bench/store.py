@@ -1,0 +1,72 @@
+"""A result file that grows row by row, and that a later run goes on with."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tritorch.bench.environment import SCHEMA, environment, write_whole
+
+# seconds between two writes of a growing file
+_EVERY = 2.0
+
+
+class OtherResults(ValueError):
+    """The file holds what another commit or another GPU gave."""
+
+
+class Store:
+    """Rows of one run, and what was skipped and why, in a file that is always whole."""
+
+    def __init__(self, path: Path, kind: str = "bench") -> None:
+        self.path, self.kind = path, kind
+        self.rows: list[dict[str, Any]] = []
+        self.skipped: list[dict[str, str]] = []
+        self.environment: Mapping[str, Any] | None = None
+        self._written = 0.0
+
+    def go_on(self, environment: Mapping[str, Any]) -> None:
+        """Takes the environment of a run, and the rows that an earlier run in it left.
+
+        Raises OtherResults where the file is of another environment.
+        """
+        self.environment = environment
+        if self.rows or not self.path.exists():
+            return
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise OtherResults(f"{self.path} holds no result: {error}") from error
+        if found.get("schema") != SCHEMA:
+            raise OtherResults(f"{self.path} has schema {found.get('schema')}, not {SCHEMA}")
+        for name in ("gpu", "commit", "torch", "triton"):
+            then = found["environment"].get(name)
+            if then != environment.get(name):
+                raise OtherResults(
+                    f"{self.path} holds results of {name} {then}, this is "
+                    f"{environment.get(name)}: name another folder"
+                )
+        self.rows = found["rows"]
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if time.monotonic() - self._written > _EVERY:
+            self.write()
+
+    def skip(self, section: str, what: str, why: str) -> None:
+        self.skipped.append({"section": section, "what": what, "why": why})
+
+    def write(self) -> None:
+        """Raises OSError where the disk is full: what was written before is left as it is."""
+        result: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "environment": self.environment or environment(),
+            "rows": self.rows,
+            "skipped": self.skipped,
+        }
+        write_whole(self.path, result, overwrite=True)
+        self._written = time.monotonic()
