@@ -14,16 +14,18 @@ from tritorch.kernels.activation import activate
 from tritorch.kernels.pixels import residue_taps
 
 
-def _tile(k, npq, c, num_warps, num_stages):
-    blocks = {"BLOCK_K": k, "BLOCK_NPQ": npq, "BLOCK_C": c}
+def _tile(k, npq, c, num_warps, num_stages, persistent=False):
+    blocks = {"BLOCK_K": k, "BLOCK_NPQ": npq, "BLOCK_C": c, "PERSISTENT": persistent}
     return Config(blocks, num_warps=num_warps, num_stages=num_stages)
 
 
-# wide filters, of which two programs share a multiprocessor or one has it, then 64 channels
+# by bytes per element; wide filters, of which two programs share a multiprocessor or one has it,
+# then 64 channels
 CONV2D_TMA_CONFIGS = {
     2: (
         _tile(128, 128, 64, 8, 3),
         _tile(128, 256, 64, 8, 4),
+        _tile(128, 256, 64, 8, 4, persistent=True),
         _tile(64, 256, 64, 4, 2),
         _tile(64, 128, 64, 4, 3),
     ),
@@ -33,7 +35,7 @@ CONV2D_TMA_CONFIGS = {
 MIN_CHANNELS = 32
 MIN_PIXELS = 1024
 
-# {(C, K, P, taps, strided, transposed): configuration} where a GPU has decided
+# {(C, K, P, taps, stride, transposed): configuration} where a GPU has decided
 MEASURED = {}
 
 # of the GPUs that these kernels are for
@@ -41,17 +43,22 @@ MULTIPROCESSORS = 132
 SHARED_MEMORY = 227 * 1024
 
 
-def conv2d_tma_config(n, p, q, k, c, taps, strided, transposed):
+def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed):
     """What a GPU has measured, else what the estimate takes for the fastest; None where most of a
     tile or of the GPU would be idle.
     """
-    found = MEASURED.get((c, k, p, taps, strided, transposed))
+    found = MEASURED.get((c, k, p, taps, stride, transposed))
     if found is not None:
         return found
     if min(c, k) < MIN_CHANNELS or n * p * q < MIN_PIXELS:
         return None
-    narrow = k <= 64
-    configs = [each for each in CONV2D_TMA_CONFIGS[2] if narrow == (each.kwargs["BLOCK_K"] == 64)]
+    narrow, has_residues = k <= 64, transposed and stride > 1
+    configs = [
+        each
+        for each in CONV2D_TMA_CONFIGS[2]
+        if narrow == (each.kwargs["BLOCK_K"] == 64)
+        and not (has_residues and each.kwargs["PERSISTENT"])
+    ]
     return min(configs, key=lambda config: cycles(config, n, p, q, k, c, taps))
 
 
@@ -67,10 +74,30 @@ def cycles(config, n, p, q, k, c, taps):
     # a warp group reads 64 channels and all pixels of the tile
     reads = triton.cdiv(block_k, 64) * (64 + block_npq)
     step = max(products, 2 * block_c * (block_k + block_npq + reads) / 128)
-    stage = 2 * block_c * (block_k + block_npq)
-    together = min(SHARED_MEMORY // (stage * config.num_stages), 16 // config.num_warps)
-    ends = 6000 * triton.cdiv(tiles, together)
-    return tiles * triton.cdiv(c, block_c) * taps * step + ends
+    # the first operands and the last stores of a program, or the stores of a tile alone
+    ends = 3000 if config.kwargs["PERSISTENT"] else 6000
+    alone = triton.cdiv(tiles, residents(config))
+    return tiles * triton.cdiv(c, block_c) * taps * step + alone * ends
+
+
+def residents(config):
+    """Programs that share a multiprocessor."""
+    return max(1, min(SHARED_MEMORY // _shared_memory(config), 16 // config.num_warps))
+
+
+def halves(config, images):
+    """In how many parts a tile of so many images is stored: what is persistent may have no room for
+    the whole beside the operands of the next.
+    """
+    return 2 if images > 1 and _shared_memory(config) > SHARED_MEMORY else 1
+
+
+def _shared_memory(config):
+    sizes = config.kwargs
+    block_k, block_npq = sizes["BLOCK_K"], sizes["BLOCK_NPQ"]
+    operands = config.num_stages * sizes["BLOCK_C"] * (block_k + block_npq)
+    # elements, and barriers
+    return 2 * (operands + block_k * block_npq * sizes["PERSISTENT"]) + 256
 
 
 @functools.lru_cache(maxsize=1024)
@@ -95,132 +122,212 @@ def tile_of_pixels(n, p, q, block):
 @triton.jit
 def conv2d_tma_kernel(
     x_desc, w_desc, bias_ptr, y_desc, before_desc,
-    N, C, K, R, S, P, Q, STEPS, SPLITS, bias_stride,
+    N, C, K, R, S, P, Q, TILES, STEPS, SPLITS, bias_stride,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     tap_step_h, tap_step_w, inverse_h, inverse_w,
-    TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr, ACTIVATION: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_NPQ: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
-    """One program computes BLOCK_N x BLOCK_P x BLOCK_Q pixels x BLOCK_K channels of y over STEPS
-    slices of BLOCK_C channels of one tap.
+    """One program computes a tile of BLOCK_N x BLOCK_P x BLOCK_Q pixels x BLOCK_K channels of y over
+    STEPS slices of BLOCK_C channels of one tap.
 
     The tile of pixels is the right operand, so that it goes from shared memory to the tensor cores
     as it came.  A stride is 1, or BLOCK_P = BLOCK_Q = 1, or it is 2 and PAIRS: the side that the
     stride walks over, x or transposed y, is described as (N, H / 2, 2, W / 2, 2 * channels), whose
     tiles are pixels of one parity.  Transposed, the pixels of a program share their residue modulo
     the stride, as in `conv2d_kernel`.  The sums of a split are images of their own in y.
+
+    PERSISTENT: a program goes on to others of the TILES in the same loop, so that loads never
+    pause; for strides of 1 where transposed, and one split.
     """
-    num_k = tl.cdiv(K, BLOCK_K)
-    # the programs of one pixel tile run together, so that its pixels are fetched from memory once
-    pid_k = tl.program_id(0) % num_k
-    tile = tl.program_id(0) // num_k
+    pid = tl.program_id(0)
     split = tl.program_id(1) % SPLITS
     group = tl.program_id(1) // SPLITS
+    groups = tl.num_programs(1) // SPLITS
+    sizes = (C, K, P, Q, R, S, groups)
+    geometry = (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+                tap_step_h, tap_step_w, inverse_h, inverse_w)
+    outputs = (bias_ptr, y_desc, before_desc, bias_stride)
+    k, n, p, q, parity_h, parity_w, first_r, num_r, h, first_s, num_s, w = _place(
+        pid, sizes, geometry, TRANSPOSED, PAIRS, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
+    num_c = tl.cdiv(C, BLOCK_C)
+    acc = tl.zeros((BLOCK_K, BLOCK_NPQ), dtype=tl.float32)
+    if PERSISTENT:
+        t = pid - tl.num_programs(0)
+        c = 0
+        i = 0
+        j = 0
+        steps = tl.cdiv(TILES - pid, tl.num_programs(0)) * STEPS
+        # known to the compiler, or it waits for every product before the next one
+        tl.assume(steps > 0)
+        for _ in range(steps):
+            if (c == 0) & (i == 0) & (j == 0):
+                t += tl.num_programs(0)
+                k, n, p, q, _, _, _, _, h, _, _, w = _place(
+                    t, sizes, geometry, TRANSPOSED, PAIRS, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
+            filters, x = _operands(
+                x_desc, w_desc, sizes, geometry, group, k, n, h, w, 0, 0, c, i, j,
+                TRANSPOSED, PAIRS, BLOCK_K, BLOCK_NPQ, BLOCK_C)
+            acc = tl.dot(filters, x.T, acc)
+            c, i, j = _next(c, i, j, C, S, BLOCK_C)
+            if i == R:
+                i = 0
+                _finish(acc, outputs, sizes, group, 0, k, n, p, q, 0, 0,
+                        TRANSPOSED and PAIRS, ACTIVATION, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
+                acc = tl.zeros((BLOCK_K, BLOCK_NPQ), dtype=tl.float32)
+    else:
+        begin = split * STEPS
+        steps = min(STEPS, num_c * num_r * num_s - begin)
+        tl.assume(steps > 0)
+        c = begin % num_c * BLOCK_C
+        i = begin // num_c // num_s
+        j = begin // num_c % num_s
+        for _ in range(steps):
+            filters, x = _operands(
+                x_desc, w_desc, sizes, geometry, group, k, n, h, w, first_r, first_s, c, i, j,
+                TRANSPOSED, PAIRS, BLOCK_K, BLOCK_NPQ, BLOCK_C)
+            acc = tl.dot(filters, x.T, acc)
+            c, i, j = _next(c, i, j, C, num_s, BLOCK_C)
+        _finish(acc, outputs, sizes, group, split, k, n + split * N, p, q, parity_h, parity_w,
+                TRANSPOSED and PAIRS, ACTIVATION, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
+
+
+@triton.jit
+def _place(
+    tile, sizes, geometry,
+    TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+):
+    """First channel, image and pixel that a tile writes, and the parities of PAIRS; along both axes
+    of the image the first tap, how many there are, and the pixel that the first reads, which may
+    lie outside.
+    """
+    C, K, P, Q, R, S, groups = sizes
+    (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+     tap_step_h, tap_step_w, inverse_h, inverse_w) = geometry
+    num_k = tl.cdiv(K, BLOCK_K)
+    # the tiles of the same pixels run together, so that those are fetched from memory once
+    k = tile % num_k * BLOCK_K
+    tile = tile // num_k
+    residue_h = 0
+    residue_w = 0
     if TRANSPOSED:
         residue_h = tile % (stride_h * stride_w) // stride_w
         residue_w = tile % stride_w
         tile = tile // (stride_h * stride_w)
-        first_r, num_r, x_h = residue_taps(
-            residue_h + padding_h, R, stride_h, dilation_h, tap_step_h, inverse_h)
-        first_s, num_s, x_w = residue_taps(
-            residue_w + padding_w, S, stride_w, dilation_w, tap_step_w, inverse_w)
         # of the smallest residue, which has the most
-        num_p = tl.cdiv(P, stride_h)
-        num_q = tl.cdiv(Q, stride_w)
-        step_h = -(dilation_h * tap_step_h // stride_h)
-        step_w = -(dilation_w * tap_step_w // stride_w)
-    else:
-        first_r = 0
-        first_s = 0
-        num_r = R
-        num_s = S
-        num_p = P
-        num_q = Q
-        step_h = dilation_h
-        step_w = dilation_w
-    tiles_p = tl.cdiv(num_p, BLOCK_P)
-    tiles_q = tl.cdiv(num_q, BLOCK_Q)
+        P = tl.cdiv(P, stride_h)
+        Q = tl.cdiv(Q, stride_w)
+    tiles_p = tl.cdiv(P, BLOCK_P)
+    tiles_q = tl.cdiv(Q, BLOCK_Q)
     n = tile // (tiles_p * tiles_q) * BLOCK_N
     p = tile // tiles_q % tiles_p * BLOCK_P
     q = tile % tiles_q * BLOCK_Q
-    k = pid_k * BLOCK_K
-    # the pixel that the first tap reads, which may lie outside the image
+    first_r = 0
+    first_s = 0
     if TRANSPOSED:
-        x_h += p
-        x_w += q
+        first_r, R, h = residue_taps(
+            residue_h + padding_h, R, stride_h, dilation_h, tap_step_h, inverse_h)
+        first_s, S, w = residue_taps(
+            residue_w + padding_w, S, stride_w, dilation_w, tap_step_w, inverse_w)
+        h += p
+        w += q
+        if not PAIRS:
+            p = residue_h + p * stride_h
+            q = residue_w + q * stride_w
     else:
-        x_h = p * stride_h - padding_h
-        x_w = q * stride_w - padding_w
-
-    num_c = tl.cdiv(C, BLOCK_C)
-    begin = split * STEPS
-    steps = min(STEPS, num_c * num_r * num_s - begin)
-    # known to the compiler, or it waits for every product before the next one
-    tl.assume(steps > 0)
-    c = begin % num_c * BLOCK_C
-    i = begin // num_c // num_s
-    j = begin // num_c % num_s
-    first_c = group * C
-    acc = tl.zeros((BLOCK_K, BLOCK_NPQ), dtype=tl.float32)
-    for _ in range(steps):
-        h = x_h + i * step_h
-        w = x_w + j * step_w
-        if PAIRS and not TRANSPOSED:
-            # shift and mask take the floor, below zero too
-            columns = (w & 1) * (C * (tl.num_programs(1) // SPLITS)) + first_c + c
-            x = x_desc.load([n, h >> 1, h & 1, w >> 1, columns])
-        else:
-            x = x_desc.load([n, h, w, first_c + c])
-        x = tl.reshape(x, (BLOCK_NPQ, BLOCK_C))
-        tap = (first_r + i * tap_step_h) * S + first_s + j * tap_step_w
-        if TRANSPOSED:
-            filters = w_desc.load([tap, first_c + c, k])
-            filters = tl.reshape(filters, (BLOCK_C, BLOCK_K)).T
-        else:
-            filters = w_desc.load([tap, group * K + k, c])
-            filters = tl.reshape(filters, (BLOCK_K, BLOCK_C))
-        acc = tl.dot(filters, x.T, acc)
-        c += BLOCK_C
-        tap_ends = c >= C
-        c = tl.where(tap_ends, 0, c)
-        j += tap_ends.to(tl.int32)
-        row_ends = j == num_s
-        j = tl.where(row_ends, 0, j)
-        i += row_ends.to(tl.int32)
-
-    k += group * K
-    if HAS_BIAS:
-        offs_k = k + tl.arange(0, BLOCK_K)
-        bias = tl.load(bias_ptr + offs_k * bias_stride,
-                       mask=(offs_k < group * K + K) & (split == 0), other=0.0)
-        acc += bias.to(tl.float32)[:, None]
-    n += split * N
-    if TRANSPOSED and not PAIRS:
-        p = residue_h + p * stride_h
-        q = residue_w + q * stride_w
-    if PAIRS and TRANSPOSED:
-        k += residue_w * (K * (tl.num_programs(1) // SPLITS))
-    else:
-        residue_h = 0
-    if KEEPS_BEFORE:
-        store_pixels(before_desc, n, p, residue_h, q, k, acc,
-                     PAIRS and TRANSPOSED, BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K)
-    acc = activate(acc, ACTIVATION)
-    store_pixels(y_desc, n, p, residue_h, q, k, acc,
-                 PAIRS and TRANSPOSED, BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K)
+        h = p * stride_h - padding_h
+        w = q * stride_w - padding_w
+    return k, n, p, q, residue_h, residue_w, first_r, R, h, first_s, S, w
 
 
 @triton.jit
-def store_pixels(
+def _operands(
+    x_desc, w_desc, sizes, geometry, group, k, n, h, w, first_r, first_s, c, i, j,
+    TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_NPQ: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Channels c of the tap in row i and column j of those that reach the tile: filters and pixels,
+    as rows.
+    """
+    C, K, P, Q, R, S, groups = sizes
+    (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+     tap_step_h, tap_step_w, inverse_h, inverse_w) = geometry
+    if TRANSPOSED:
+        h -= i * (dilation_h * tap_step_h // stride_h)
+        w -= j * (dilation_w * tap_step_w // stride_w)
+    else:
+        h += i * dilation_h
+        w += j * dilation_w
+    if PAIRS and not TRANSPOSED:
+        # shift and mask take the floor, below zero too
+        x = x_desc.load([n, h >> 1, h & 1, w >> 1, (w & 1) * (C * groups) + group * C + c])
+    else:
+        x = x_desc.load([n, h, w, group * C + c])
+    tap = (first_r + i * tap_step_h) * S + first_s + j * tap_step_w
+    if TRANSPOSED:
+        filters = tl.reshape(w_desc.load([tap, group * C + c, k]), (BLOCK_C, BLOCK_K)).T
+    else:
+        filters = tl.reshape(w_desc.load([tap, group * K + k, c]), (BLOCK_K, BLOCK_C))
+    return filters, tl.reshape(x, (BLOCK_NPQ, BLOCK_C))
+
+
+@triton.jit
+def _next(c, i, j, C, num_s, BLOCK_C: tl.constexpr):
+    """The slice after this one: channels, then columns, then rows of taps."""
+    c += BLOCK_C
+    tap_ends = c >= C
+    c = tl.where(tap_ends, 0, c)
+    j += tap_ends.to(tl.int32)
+    row_ends = j == num_s
+    j = tl.where(row_ends, 0, j)
+    i += row_ends.to(tl.int32)
+    return c, i, j
+
+
+@triton.jit
+def _finish(
+    acc, outputs, sizes, group, split, k, n, p, q, parity_h, parity_w,
+    PAIRS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+):
+    bias_ptr, y_desc, before_desc, bias_stride = outputs
+    C, K, P, Q, R, S, groups = sizes
+    k += group * K
+    if bias_ptr is not None:
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask = (offs_k < (group + 1) * K) & (split == 0)
+        bias = tl.load(bias_ptr + offs_k * bias_stride, mask=mask, other=0.0)
+        acc += bias.to(tl.float32)[:, None]
+    if PAIRS:
+        k += parity_w * (K * groups)
+    if before_desc is not None:
+        _store(before_desc, n, p, parity_h, q, k, acc, PAIRS, BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K)
+    acc = activate(acc, ACTIVATION)
+    _store(y_desc, n, p, parity_h, q, k, acc, PAIRS, BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K)
+
+
+@triton.jit
+def _store(
     y_desc, n, p, parity, q, k, acc,
     PAIRS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """A tile that has channels as rows, transposed on its way through shared memory."""
-    y = acc.T.to(y_desc.dtype)
-    if PAIRS:
-        y_desc.store([n, p, parity, q, k], tl.reshape(y, (BLOCK_N, BLOCK_P, 1, BLOCK_Q, BLOCK_K)))
+    """Stores a tile, whose rows are channels, as images: transposed on its way through shared
+    memory, in halves where the descriptor has half of the images.
+    """
+    HALF: tl.constexpr = y_desc.block_shape[0]
+    y = acc.to(y_desc.dtype)
+    if HALF < BLOCK_N:
+        halves = tl.permute(tl.reshape(y, (BLOCK_K, 2, HALF * BLOCK_P * BLOCK_Q)), (0, 2, 1))
+        first, second = tl.split(halves)
+        _store(y_desc, n, p, parity, q, k, first, PAIRS, HALF, BLOCK_P, BLOCK_Q, BLOCK_K)
+        _store(y_desc, n + HALF, p, parity, q, k, second, PAIRS, HALF, BLOCK_P, BLOCK_Q, BLOCK_K)
+    elif PAIRS:
+        y = tl.reshape(y.T, (BLOCK_N, BLOCK_P, 1, BLOCK_Q, BLOCK_K))
+        y_desc.store([n, p, parity, q, k], y)
     else:
-        y_desc.store([n, p, q, k], tl.reshape(y, (BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K)))
+        y = tl.reshape(y.T, (BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K))
+        y_desc.store([n, p, q, k], y)

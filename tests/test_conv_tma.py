@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tritorch import backend, launch, ops
-from tritorch.ops import conv_tma
+from tritorch.ops import conv_tma, matmul_tma
 from tritorch.testing import dry
 from tritorch.testing.detectors import detecting
 
@@ -29,6 +29,7 @@ class Case(NamedTuple):
     tile: tuple[int, ...] = (16, 16, 16)
     weight_tile: tuple[int, ...] = (16, 16, 16, 1)
     dtype: torch.dtype = torch.float16
+    persistent: bool = False
 
     def make(self, device="cpu"):
         """Image, filters, bias and the gradient of the output."""
@@ -59,7 +60,7 @@ def tiles(case):
     kernels, weights = conv_tma.kernels, conv_tma.weight_kernels
     with (
         launch.pretend(90),
-        launch.override("conv2d_tma_config", kernels._tile(*case.tile, 4, 2)),
+        launch.override("conv2d_tma_config", kernels._tile(*case.tile, 4, 2, case.persistent)),
         launch.override("conv2d_grad_weight_tma_config", weights._tile(*case.weight_tile, 4, 2)),
         backend.use("triton"),
         backend.strict(),
@@ -87,22 +88,31 @@ CASES = {
     "three-taps": Case((16, 16, 4, 3), (16, 16, 3, 3), weight_tile=(16, 16, 16, 3)),
     "columns": Case((1, 16, 3, 16), (16, 16, 3, 3), weight_tile=(16, 16, 16, 3)),
     "split": Case((1, 144, 4, 4), (16, 144, 3, 1), padding=(1, 0)),
+    # programs have several tiles, and the two that there are not the same number
+    "persistent": Case((5, 32, 4, 4), (32, 32, 3, 1), padding=(1, 0), persistent=True),
+    "persistent-pairs": Case(
+        (4, 32, 4, 8), (32, 16, 1, 3), stride=2, padding=(0, 1), groups=2, persistent=True
+    ),
     "1x1-stride-2": Case((16, 16, 3, 3), (16, 16, 1, 1), stride=2, padding=0),
 }
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name):
+def test_values_and_gradients(name, monkeypatch):
     case = CASES[name]
+    if case.persistent:
+        monkeypatch.setattr(matmul_tma.kernels, "MULTIPROCESSORS", 1)
     *operands, grad = case.make()
     with tiles(case) as names, detecting() as detector:
         found = gradients(case.run, operands, grad)
     assert detector.findings == []
     assert FORWARD in names
     assert WEIGHT in names
-    # the gradient of a strided 1x1 leaves pixels without any tap, which the portable kernel writes
-    assert (PORTABLE in names) == (name == "1x1-stride-2")
+    # a strided filter leaves pixels without any tap, and pixels of one parity have programs of their
+    # own
+    portable = name in ("1x1-stride-2", "persistent-pairs")
+    assert (PORTABLE in names) == portable
     exact = gradients(case.reference, [o.double() for o in operands], grad.double())
     for one, other in zip(found, exact, strict=True):
         # sums are kept in float32: what is lost is the rounding of the result
@@ -150,9 +160,12 @@ def test_second_gradients_and_their_repetition():
         assert (one.double() - other).abs().max() <= 2**-6 * other.abs().max()
 
 
-def compiled(target, x, w, **options):
-    """What a convolution and its gradients launch on a GPU of this kind."""
-    x, w = (operand.contiguous(memory_format=last).requires_grad_() for operand in (x, w))
+def compiled(target, x, w, wanted=(True, True), **options):
+    """What a convolution and the gradients that are wanted launch on a GPU of this kind."""
+    x, w = (
+        operand.contiguous(memory_format=last).requires_grad_(is_wanted)
+        for operand, is_wanted in zip((x, w), wanted, strict=True)
+    )
     with backend.use("triton"), backend.strict(), dry.compiling_for(target) as recorder:
         y = ops.conv2d(x, w, **options)
         y.backward(torch.empty_like(y, memory_format=last))
@@ -173,7 +186,7 @@ VARIANTS = {
 
 @pytest.mark.compile
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("entry", range(4))
+@pytest.mark.parametrize("entry", range(5))
 def test_configurations_overlap_their_products(entry, variant):
     """From shared memory to the tensor cores without a stop: nothing is loaded by the threads, and
     no product is waited for before the next.
@@ -181,8 +194,10 @@ def test_configurations_overlap_their_products(entry, variant):
     x, options = VARIANTS[variant]
     config = conv_tma.kernels.CONV2D_TMA_CONFIGS[2][entry]
     with launch.override("conv2d_tma_config", config):
-        kernels = compiled("sm_90", x, empty(256, 256, 3, 3), **options)
-    check([kernel for kernel in kernels if kernel.kernel == FORWARD], 2)
+        kernels = compiled("sm_90", x, empty(256, 256, 3, 3), (True, False), **options)
+    # what is persistent does not take every direction of a stride
+    number = 1 if config.kwargs["PERSISTENT"] and "stride" in options else 2
+    check([kernel for kernel in kernels if kernel.kernel == FORWARD], number)
 
 
 @pytest.mark.compile
@@ -193,7 +208,7 @@ def test_configurations_of_the_gradient_overlap_their_products(entry):
     batch, size = (1, 32) if config.kwargs["BLOCK_PIXELS"] == 16 else (64, 14)
     x = empty(batch, 256, size, size)
     with launch.override("conv2d_grad_weight_tma_config", config):
-        kernels = compiled("sm_90", x, empty(256, 256, 3, 3), padding=1)
+        kernels = compiled("sm_90", x, empty(256, 256, 3, 3), (False, True), padding=1)
     check([kernel for kernel in kernels if kernel.kernel == WEIGHT], 1)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tritorch import launch
+from tritorch.ops import matmul_tma
 from tritorch.ops.geometry import Geometry, oriented, split, strides
 from tritorch.ops.reduce import accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout
@@ -57,18 +58,15 @@ def plan_convolve(
     x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry, transposed: bool
 ) -> Plan | None:
     """How to write the convolution of x, or the transposed one, into y; None if not here."""
-    if launch.capability(x) != 90 or not _is_aligned(x, weight, y):
+    count = matmul_tma.processors(x)
+    if not count or not matmul_tma.are_aligned(x, weight, y):
         return None
-    return _plan_convolve(*map(Layout.of, (x, weight, y)), geometry, transposed)
-
-
-def _is_aligned(*tensors: Tensor) -> bool:
-    return tensors[0].itemsize == 2 and not any(tensor.data_ptr() % 16 for tensor in tensors)
+    return _plan_convolve(*map(Layout.of, (x, weight, y)), geometry, transposed, count)
 
 
 @launch.planned
 def _plan_convolve(
-    x: Layout, weight: Layout, y: Layout, geometry: Geometry, transposed: bool
+    x: Layout, weight: Layout, y: Layout, geometry: Geometry, transposed: bool, count: int
 ) -> Plan | None:
     if len(x.shape) != 4 or x.stride(1) != 1 or y.stride(1) != 1 or weight.stride(1) != 1:
         return None
@@ -97,7 +95,8 @@ def _plan_convolve(
     is_pair = (stride_h, stride_w) == (2, 2)
     pairs = is_pair and fits and walked.shape[2] % 2 == 0 and walked.shape[3] % 2 == 0
     pairs = pairs and walked.stride(3) == walked.shape[1]
-    if groups > 1 and not fits:
+    persistent = config.kwargs["PERSISTENT"]
+    if (groups > 1 and not fits) or (persistent and residues > 1):
         return None
     blocks = block_npq, 1, 1
     if "BLOCK_N" in config.kwargs:
@@ -114,19 +113,23 @@ def _plan_convolve(
     num_steps = math.ceil(w.read / block_c) * taps
     splits, steps = 1, num_steps
     # the sums of a split are images after the last one, which a tile must not reach into
-    if residues == 1 and n % blocks[0] == 0:
+    if residues == 1 and n % blocks[0] == 0 and not persistent:
         splits, steps = split(2 * tiles * groups, num_steps, _MIN_SLICES)
+    stored = (blocks[0] // kernels.halves(config, blocks[0]), *blocks[1:])
     views = (
         _pixels(x, blocks, block_c, pairs and not transposed),
         _filters(weight, (block_c, block_k) if transposed else (block_k, block_c)),
-        _pixels(y, blocks, block_k, pairs and transposed, splits),
+        _pixels(y, stored, block_k, pairs and transposed, splits),
     )
     if not all(view.is_describable(x.itemsize) for view in views):
         return None
+    programs = tiles
+    if persistent:
+        programs = min(tiles, max(count * kernels.residents(config) // groups, 1))
     return Plan(
-        (tiles, groups * splits),
+        (programs, groups * splits),
         views,
-        (n, w.read, w.written, r, s, *image, steps, splits),
+        (n, w.read, w.written, r, s, *image, tiles, steps, splits),
         (*geometry.scalars(), *tap_steps, *inverses),
         splits,
         config,
@@ -205,9 +208,7 @@ def convolve(
         *plan.steps,
         on=y,
         config=plan.config,
-        HAS_BIAS=bias is not None,
         ACTIVATION=None if is_split else activation,
-        KEEPS_BEFORE=keeps_before,
         **plan.constants,
     )
     if is_split:
@@ -218,7 +219,7 @@ def plan_grad_weight(
     grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
 ) -> Plan | None:
     """How to sum up the gradient of a filter; None if not here."""
-    if launch.capability(input) != 90 or not _is_aligned(grad_output, input, output):
+    if not matmul_tma.processors(input) or not matmul_tma.are_aligned(grad_output, input, output):
         return None
     return _plan_grad_weight(*map(Layout.of, (grad_output, input, output)), geometry)
 
