@@ -16,7 +16,6 @@ from torch import Tensor
 from tritorch import launch
 from tritorch.ops.reduce import accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout
-from tritorch.testing import dry
 
 kernels = launch.kernels("matmul_tma")
 
@@ -78,13 +77,11 @@ class Plan(NamedTuple):
 
 
 def processors(on: Tensor) -> int:
-    """Multiprocessors of the GPU whose kernels are chosen, or 0 if these are not for it."""
+    """Multiprocessors of the GPU that is launched on, or 0 if it is not one for these kernels."""
     if not 90 <= launch.capability(on) < 100:
         return 0
-    if on.is_cuda:
-        return _device_processors(on.get_device())
-    target = dry.active()
-    return kernels.MULTIPROCESSORS if target is None else target.multiprocessors
+    # compiled or interpreted, a kernel is for the GPU that it was written for
+    return _device_processors(on.get_device()) if on.is_cuda else kernels.MULTIPROCESSORS
 
 
 @functools.cache
