@@ -72,7 +72,7 @@ class Bench:
         baseline = timed.get(TORCH)
         found = []
         for name in case.implementations:
-            row = _head(case, which, name)
+            row = head(case, which, name)
             if name in timed:
                 row |= self._times(case, which, timed[name])
                 row |= extras[name]
@@ -284,7 +284,8 @@ def _quiet() -> Iterator[None]:
             gc.enable()
 
 
-def _head(case: Case, which: str, implementation: str) -> Row:
+def head(case: Case, which: str, implementation: str) -> Row:
+    """A row that says what it is of, and nothing yet of what was measured."""
     return {
         "op": case.op,
         "name": case.name,

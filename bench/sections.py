@@ -152,7 +152,9 @@ class Runner:
 
     def _cases(self, section: str, cases: Sequence[Case], until: float) -> None:
         for case in cases:
-            wanted = [which for which in case.passes if self._key(case, which) not in self.done]
+            wanted = [
+                which for which in case.passes if _key(section, case, which) not in self.done
+            ]
             if not wanted:
                 continue
             what = f"{case.op} {case.name} {case.shape}"
@@ -178,7 +180,7 @@ class Runner:
     def _passes(self, section: str, case: Case, wanted: Sequence[str]) -> None:
         slots = self.bench.slots(case)
         for which in wanted:
-            key = self._key(case, which)
+            key = _key(section, case, which)
             self.tell("doing", section=section, what=f"{case.op} {case.name} {which}", key=key)
             if section == "host":
                 for row in self._host(case, which):
@@ -194,28 +196,13 @@ class Runner:
         found = bench.rows(case, which, bench.slots(case))
         torchs = next(row for row in found if row["implementation"] == TORCH)
         for row in found:
-            name = "host" if which == FORWARD else f"host_{which}"
             kept = ("samples_us", "interval_us", "quartiles_us", "baseline_interval_us", "gbps")
             row = {k: v for k, v in row.items() if k not in (*kept, "speedup_interval", "tflops")}
-            row |= {"pass": name, "device_us": row["median_us"], "median_us": row.get("host_us")}
+            row |= {"pass": _pass("host", which), "device_us": row["median_us"], "median_us": row.get("host_us")}
             if row["implementation"] != TORCH and row["median_us"]:
                 row["baseline_us"] = torchs["host_us"]
                 row["speedup"] = torchs["host_us"] / row["median_us"] if row["verified"] else None
             yield row
-
-    def _key(self, case: Case, which: str) -> tuple[str, ...]:
-        name = next(iter(case.implementations))
-        return rows.key(
-            {
-                "op": case.op,
-                "name": case.name,
-                "shape": case.shape,
-                "dtype": str(case.dtype).removeprefix("torch."),
-                "layout": case.layout,
-                "pass": which,
-                "implementation": name,
-            }
-        )
 
     def _train(self, section: str, names: tuple[str, ...], until: float) -> None:
         small: Any = {} if self.setting.shrink == 1 else {"blocks": (1, 1), "size": 32}
@@ -259,3 +246,15 @@ class Runner:
             for case in planned("pointwise", self.setting)
         ]
         self._cases("baselines", compiled, until)
+
+
+def _pass(section: str, which: str) -> str:
+    """How rows call a pass: what they say of its host time is another number."""
+    if section != "host":
+        return which
+    return "host" if which == FORWARD else f"host_{which}"
+
+
+def _key(section: str, case: Case, which: str) -> tuple[str, ...]:
+    head = rows.head(case, which, next(iter(case.implementations)))
+    return rows.key({**head, "pass": _pass(section, which)})
