@@ -130,8 +130,8 @@ def conv2d_tma_kernel(
     BLOCK_K: tl.constexpr, BLOCK_NPQ: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
-    """One program computes a tile of BLOCK_N x BLOCK_P x BLOCK_Q pixels x BLOCK_K channels of y over
-    STEPS slices of BLOCK_C channels of one tap.
+    """One program computes BLOCK_N x BLOCK_P x BLOCK_Q pixels x BLOCK_K channels of y over STEPS
+    slices of BLOCK_C channels of one tap.
 
     The tile of pixels is the right operand, so that it goes from shared memory to the tensor cores
     as it came.  A stride is 1, or BLOCK_P = BLOCK_Q = 1, or it is 2 and PAIRS: the side that the
@@ -146,12 +146,20 @@ def conv2d_tma_kernel(
     split = tl.program_id(1) % SPLITS
     group = tl.program_id(1) // SPLITS
     groups = tl.num_programs(1) // SPLITS
-    sizes = (C, K, P, Q, R, S, groups)
+    channels = (C, K, group, groups)
+    image = (P, Q, R, S)
     geometry = (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
                 tap_step_h, tap_step_w, inverse_h, inverse_w)
+    # pixels from one tap to the next that reaches the tile, and the taps between them
+    step_h = dilation_h
+    step_w = dilation_w
+    if TRANSPOSED:
+        step_h = -(dilation_h * tap_step_h // stride_h)
+        step_w = -(dilation_w * tap_step_w // stride_w)
+    walk = (step_h, step_w, tap_step_h * S, tap_step_w)
     outputs = (bias_ptr, y_desc, before_desc, bias_stride)
-    k, n, p, q, parity_h, parity_w, first_r, num_r, h, first_s, num_s, w = _place(
-        pid, sizes, geometry, TRANSPOSED, PAIRS, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
+    k, n, p, q, parity_h, parity_w, first_tap, num_r, num_s, h, w = _place(
+        pid, K, image, geometry, TRANSPOSED, PAIRS, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
     num_c = tl.cdiv(C, BLOCK_C)
     acc = tl.zeros((BLOCK_K, BLOCK_NPQ), dtype=tl.float32)
     if PERSISTENT:
@@ -165,16 +173,16 @@ def conv2d_tma_kernel(
         for _ in range(steps):
             if (c == 0) & (i == 0) & (j == 0):
                 t += tl.num_programs(0)
-                k, n, p, q, _, _, _, _, h, _, _, w = _place(
-                    t, sizes, geometry, TRANSPOSED, PAIRS, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
+                k, n, p, q, _, _, _, _, _, h, w = _place(
+                    t, K, image, geometry, TRANSPOSED, PAIRS, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
             filters, x = _operands(
-                x_desc, w_desc, sizes, geometry, group, k, n, h, w, 0, 0, c, i, j,
+                x_desc, w_desc, channels, walk, k, n, h, w, 0, c, i, j,
                 TRANSPOSED, PAIRS, BLOCK_K, BLOCK_NPQ, BLOCK_C)
             acc = tl.dot(filters, x.T, acc)
             c, i, j = _next(c, i, j, C, S, BLOCK_C)
             if i == R:
                 i = 0
-                _finish(acc, outputs, sizes, group, 0, k, n, p, q, 0, 0,
+                _finish(acc, outputs, channels, 0, k, n, p, q, 0, 0,
                         TRANSPOSED and PAIRS, ACTIVATION, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
                 acc = tl.zeros((BLOCK_K, BLOCK_NPQ), dtype=tl.float32)
     else:
@@ -186,25 +194,25 @@ def conv2d_tma_kernel(
         j = begin // num_c % num_s
         for _ in range(steps):
             filters, x = _operands(
-                x_desc, w_desc, sizes, geometry, group, k, n, h, w, first_r, first_s, c, i, j,
+                x_desc, w_desc, channels, walk, k, n, h, w, first_tap, c, i, j,
                 TRANSPOSED, PAIRS, BLOCK_K, BLOCK_NPQ, BLOCK_C)
             acc = tl.dot(filters, x.T, acc)
             c, i, j = _next(c, i, j, C, num_s, BLOCK_C)
-        _finish(acc, outputs, sizes, group, split, k, n + split * N, p, q, parity_h, parity_w,
+        _finish(acc, outputs, channels, split, k, n + split * N, p, q, parity_h, parity_w,
                 TRANSPOSED and PAIRS, ACTIVATION, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
 
 
 @triton.jit
 def _place(
-    tile, sizes, geometry,
+    tile, K, image, geometry,
     TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
-    """First channel, image and pixel that a tile writes, and the parities of PAIRS; along both axes
-    of the image the first tap, how many there are, and the pixel that the first reads, which may
-    lie outside.
+    """First channel, image and pixel that a tile writes, and the parities of PAIRS; the first tap
+    that reaches it, rows and columns of such taps, and the pixel that the first one reads, which
+    may lie outside the image.
     """
-    C, K, P, Q, R, S, groups = sizes
+    P, Q, R, S = image
     (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
      tap_step_h, tap_step_w, inverse_h, inverse_w) = geometry
     num_k = tl.cdiv(K, BLOCK_K)
@@ -225,13 +233,15 @@ def _place(
     n = tile // (tiles_p * tiles_q) * BLOCK_N
     p = tile // tiles_q % tiles_p * BLOCK_P
     q = tile % tiles_q * BLOCK_Q
-    first_r = 0
-    first_s = 0
+    first_tap = 0
+    num_r = R
+    num_s = S
     if TRANSPOSED:
-        first_r, R, h = residue_taps(
+        first_r, num_r, h = residue_taps(
             residue_h + padding_h, R, stride_h, dilation_h, tap_step_h, inverse_h)
-        first_s, S, w = residue_taps(
+        first_s, num_s, w = residue_taps(
             residue_w + padding_w, S, stride_w, dilation_w, tap_step_w, inverse_w)
+        first_tap = first_r * S + first_s
         h += p
         w += q
         if not PAIRS:
@@ -240,33 +250,28 @@ def _place(
     else:
         h = p * stride_h - padding_h
         w = q * stride_w - padding_w
-    return k, n, p, q, residue_h, residue_w, first_r, R, h, first_s, S, w
+    return k, n, p, q, residue_h, residue_w, first_tap, num_r, num_s, h, w
 
 
 @triton.jit
 def _operands(
-    x_desc, w_desc, sizes, geometry, group, k, n, h, w, first_r, first_s, c, i, j,
+    x_desc, w_desc, channels, walk, k, n, h, w, tap, c, i, j,
     TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_NPQ: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Channels c of the tap in row i and column j of those that reach the tile: filters and pixels,
     as rows.
     """
-    C, K, P, Q, R, S, groups = sizes
-    (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-     tap_step_h, tap_step_w, inverse_h, inverse_w) = geometry
-    if TRANSPOSED:
-        h -= i * (dilation_h * tap_step_h // stride_h)
-        w -= j * (dilation_w * tap_step_w // stride_w)
-    else:
-        h += i * dilation_h
-        w += j * dilation_w
+    C, K, group, groups = channels
+    step_h, step_w, tap_row, tap_column = walk
+    h += i * step_h
+    w += j * step_w
+    tap += i * tap_row + j * tap_column
     if PAIRS and not TRANSPOSED:
         # shift and mask take the floor, below zero too
         x = x_desc.load([n, h >> 1, h & 1, w >> 1, (w & 1) * (C * groups) + group * C + c])
     else:
         x = x_desc.load([n, h, w, group * C + c])
-    tap = (first_r + i * tap_step_h) * S + first_s + j * tap_step_w
     if TRANSPOSED:
         filters = tl.reshape(w_desc.load([tap, group * C + c, k]), (BLOCK_C, BLOCK_K)).T
     else:
@@ -289,12 +294,12 @@ def _next(c, i, j, C, num_s, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _finish(
-    acc, outputs, sizes, group, split, k, n, p, q, parity_h, parity_w,
+    acc, outputs, channels, split, k, n, p, q, parity_h, parity_w,
     PAIRS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
     bias_ptr, y_desc, before_desc, bias_stride = outputs
-    C, K, P, Q, R, S, groups = sizes
+    _, K, group, groups = channels
     k += group * K
     if bias_ptr is not None:
         offs_k = k + tl.arange(0, BLOCK_K)

@@ -109,8 +109,7 @@ def test_values_and_gradients(name, monkeypatch):
     assert detector.findings == []
     assert FORWARD in names
     assert WEIGHT in names
-    # a strided filter leaves pixels without any tap, and pixels of one parity have programs of their
-    # own
+    # a strided filter leaves pixels without any tap; pixels of one parity have their own programs
     portable = name in ("1x1-stride-2", "persistent-pairs")
     assert (PORTABLE in names) == portable
     exact = gradients(case.reference, [o.double() for o in operands], grad.double())
