@@ -20,7 +20,7 @@ from tritorch.ops.strided import Layout
 kernels = launch.kernels("matmul_tma")
 
 # below it a product takes no longer than its launch
-_MIN_PRODUCTS = 1 << 22
+_MIN_PRODUCTS = 1 << 25
 # rows that waste half of the smallest tile of wgmma are columns of the transposed problem instead
 _FEW_ROWS = 32
 # sums of which one thread after the other would read one number at a time
