@@ -57,26 +57,30 @@ def conv2d_grad_weight_tma_config(k, c, taps, along, n, p, q, stride):
 
 
 def num_splits(config, tiles, steps, weights):
-    """Sums that one over `steps` tiles of pixels is split into, of `tiles` programs each.
+    """Sums that one over `steps` tiles of pixels is split into, of `tiles` programs each: as the
+    estimate takes for the fastest.
+    """
+    return min(
+        range(1, min(steps, 2 * MULTIPROCESSORS) + 1),
+        key=lambda splits: cycles(config, tiles, steps, weights, splits),
+    )
 
-    The fewest cycles of a multiprocessor by an estimate: products of 16-bit numbers or traffic of
-    shared memory, whichever takes longer, the start and end of each program, and the traffic of the
-    partial sums, which are `weights` numbers each.
+
+def cycles(config, tiles, steps, weights, splits):
+    """An estimate of the cycles that one multiprocessor is busy: products of 16-bit numbers or
+    traffic of shared memory, whichever takes longer, the start and end of each program, and the
+    traffic of the partial sums, which are `weights` numbers each.
     """
     sizes = config.kwargs
-    block_k, block_c = sizes["BLOCK_K"], sizes["BLOCK_C"]
-    reads = triton.cdiv(block_k, 64) * (64 + block_c) * sizes["TAPS"]
-    moved = 2 * (block_k + block_c * sizes["TAPS"] + reads)
-    pixel_cycles = max(block_k * block_c * sizes["TAPS"] / 2048, moved / 128)
-    step_cycles = pixel_cycles * sizes["BLOCK_PIXELS"]
-    best = None
-    for splits in range(1, min(steps, 2 * MULTIPROCESSORS) + 1):
-        waves = triton.cdiv(tiles * splits, MULTIPROCESSORS)
-        # partial sums are written and read back once, 16 bytes a cycle and multiprocessor
-        partial = weights * splits * 8 / (16 * MULTIPROCESSORS)
-        found = (waves * (triton.cdiv(steps, splits) * step_cycles + 5000) + partial, splits)
-        best = found if best is None or found < best else best
-    return best[1]
+    block_k, block_c, taps = sizes["BLOCK_K"], sizes["BLOCK_C"], sizes["TAPS"]
+    # a warp group reads 64 channels of one side and all of the other
+    reads = triton.cdiv(block_k, 64) * (64 + block_c) * taps
+    moved = 2 * (block_k + block_c * taps + reads)
+    step = max(block_k * block_c * taps / 2048, moved / 128) * sizes["BLOCK_PIXELS"]
+    programs = triton.cdiv(tiles * splits, MULTIPROCESSORS)
+    # written and read back once, 16 bytes a cycle and multiprocessor
+    partial = weights * splits * 8 / (16 * MULTIPROCESSORS)
+    return programs * (triton.cdiv(steps, splits) * step + 5000) + partial
 
 
 @triton.jit
