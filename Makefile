@@ -1,4 +1,4 @@
-# `make` alone lists the targets. On a GPU machine where nothing can be installed, gpu-test and gpu-train run the
+# `make` alone lists the targets. On a GPU machine where nothing can be installed, gpu, gpu-test and gpu-train run the
 # checkout with the Python that is there: `make gpu-test PYTHON=/path/to/python3`.
 
 PYTHON ?= python3
@@ -8,8 +8,10 @@ TRITON ?= 3.6.0
 NEWEST_TRITON ?= 3.9.0
 # processes of one test run
 JOBS ?= 2
-# where gpu-test and gpu-train write what they measured
+# where what a GPU says is written
 RESULTS ?= bench/results
+# of `make gpu`: some of its sections, `conv,matmul` say; empty for all
+SECTIONS ?=
 
 BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -50,6 +52,13 @@ check: $(INSTALLED) ## lint, formatting, types
 format: $(INSTALLED) ## rewrite what `make check` would refuse and a tool can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+gpu: ## on a GPU machine, nothing installed: everything it can tell, then the tables; SECTIONS=conv,matmul for some
+	@export PYTHONPATH=. && \
+	gpu=$$($(PYTHON) -m tritorch.bench.environment --gpu) && \
+	set -x && \
+	$(PYTHON) -m tritorch.bench.gpu --out "$(RESULTS)/$$gpu/$$(date -u +%Y-%m-%d)" $(addprefix --sections ,$(SECTIONS)) && \
+	$(PYTHON) -m tritorch.bench.tables README.md bench/README.md
 
 gpu-test: ## on a GPU machine, nothing installed: the whole suite on the GPU, results to bench/results
 	$(call on_gpu,pytest tests,tests)

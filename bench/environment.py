@@ -94,7 +94,7 @@ def write_whole(
 ) -> None:
     """The same of a result that says itself where it comes from."""
     path = Path(path)
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    text = _text(result)
     if not overwrite and path.exists():
         if _undated(path.read_text(encoding="utf-8")) == _undated(text):
             return
@@ -111,6 +111,19 @@ def write_whole(
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _text(result: Mapping[str, Json]) -> str:
+    """JSON with one row a line, which is what a comparison of two versions shows."""
+
+    def dump(value: Json) -> str:
+        if isinstance(value, list | tuple) and value:
+            rows = (json.dumps(row, allow_nan=False) for row in value)
+            return "[\n  " + ",\n  ".join(rows) + "\n ]"
+        return json.dumps(value, indent=1, allow_nan=False)
+
+    fields = (f" {json.dumps(name)}: {dump(value)}" for name, value in result.items())
+    return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def _gpu() -> dict[str, Json]:

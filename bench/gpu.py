@@ -11,7 +11,7 @@ again behind the row where that happened.  Needs torch, Triton and numpy.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import subprocess
@@ -39,6 +39,8 @@ _GRACE = 10.0
 # seconds that a section waits for its kernels to be compiled
 _COMPILING = 90.0
 
+# of the checkout, where the tests are
+_ROOT = Path(__file__).resolve().parent.parent
 # threads of the parent are of no use to its children
 _processes: Any = multiprocessing.get_context("fork")
 
@@ -245,16 +247,23 @@ def _line(row: dict[str, Any]) -> str:
     return f"{what}: {times}, roofline {number('roofline')}{wrong}"
 
 
-def _correctness(out: Path, python: str, limit: float) -> None:
-    """The whole suite on the GPU, as `make gpu-test` runs it."""
+def _correctness(out: Path, limit: float) -> None:
+    """The whole suite on the GPU, as `make gpu-test` runs it, in several processes if it can be."""
     results = out / "tests.json"
-    if results.exists():
-        print(f"correctness: {results} exists")
+    missing = importlib.util.find_spec("pytest") is None
+    if missing or results.exists():
+        why = "pytest is not installed" if missing else f"{results} exists"
+        print(f"skipped: correctness: {why}", flush=True)
         return
-    command = [python, "-m", "pytest", "tests", "-q", "--device", "cuda", "--json", str(results)]
+    command = [sys.executable, "-m", "pytest", "tests", "-q", "--device", "cuda"]
+    if importlib.util.find_spec("xdist") is not None:
+        # kernels are compiled by the host, whose cores one process would not use
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     start = time.time()
     try:
-        done = subprocess.run(command, timeout=limit, check=False)
+        done = subprocess.run(
+            [*command, "--json", str(results)], timeout=limit, check=False, cwd=_ROOT
+        )
         print(f"correctness: exit status {done.returncode}, {time.time() - start:.0f} s")
     except subprocess.TimeoutExpired:
         print(f"correctness: stopped after {limit:.0f} s, before its end")
@@ -304,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder of gpu.json")
     parser.add_argument(
-        "--sections", default=",".join(WEIGHTS), help=f"some of {', '.join(SECTIONS)}"
+        "--sections", default=",".join(SECTIONS), help="some of %(default)s; all by default"
     )
     parser.add_argument("--seconds", type=float, help="share that much time among the sections")
     parser.add_argument("--batch", type=int, default=256)
@@ -341,7 +350,10 @@ def main(arguments: list[str] | None = None) -> int:
     except OtherResults as error:
         parser.error(str(error))
     if "correctness" in chosen:
-        _correctness(options.out, sys.executable, LIMIT)
+        if options.device == "cuda":
+            _correctness(options.out.resolve(), LIMIT)
+        else:
+            print("skipped: correctness: it is about a GPU")
     _summary(store)
     return 0
 

@@ -91,14 +91,12 @@ def results_table(folder: Path = RESULTS) -> str:
     A shape counts as often as its workload has it.  No speed-up is given where one of the shapes
     was not verified.
     """
-    newest: dict[tuple[str, ...], dict[str, Any]] = {}
-    for environment, row in _timed(folder):
-        named = (row["op"], row["pass"], row.get("name"), row["shape"])
-        newest[(str(environment["gpu"]), *map(str, named))] = row
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for (gpu, op, which, _, shape), row in newest.items():
+    for key, row in _newest(folder, lambda row: row.get("section") != "layers"):
+        gpu, op, which, shape = key
         # sums of whole steps would mix batch sizes
-        groups.setdefault((gpu, op, which, shape if which == "train_step" else ""), []).append(row)
+        shape = shape if which == "train_step" else ""
+        groups.setdefault((gpu, op, which, shape), []).append(row)
     if not groups:
         return "No result of a GPU is committed yet: nothing is claimed about speed.\n"
     rows = [(*key[:3], *_summed(key[3], rows)) for key, rows in sorted(groups.items())]
@@ -106,12 +104,55 @@ def results_table(folder: Path = RESULTS) -> str:
     return _markdown(header, rows)
 
 
+def layers_table(folder: Path = RESULTS) -> str:
+    """One row per GPU and op: the newest times of one typical call, forward and backward."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for (gpu, op, which, _), row in _newest(folder, lambda row: row.get("section") == "layers"):
+        found.setdefault((gpu, op), {})[which] = row
+    if not found:
+        return "No result of a GPU is committed yet: nothing is claimed about speed.\n"
+    rows = []
+    for (gpu, op), passes in sorted(found.items()):
+        arguments = passes["forward"]["arguments"]
+        cells = [_side_by_side(passes.get(which)) for which in ("forward", "backward")]
+        rows.append((gpu, op, arguments, *(cell for pair in cells for cell in pair)))
+    header = (
+        "GPU",
+        "op",
+        "call",
+        "forward, us",
+        "speed-up",
+        "backward, us",
+        "speed-up",
+    )
+    return _markdown(header, rows)
+
+
+def _side_by_side(row: dict[str, Any] | None) -> tuple[str, str]:
+    if row is None:
+        return "", ""
+    return f"{row['median_us']:.1f}", f"{row['speedup']:.2f}" if row["speedup"] else "not verified"
+
+
+def _newest(
+    folder: Path, wanted: Callable[[dict[str, Any]], bool]
+) -> Iterator[tuple[tuple[str, str, str, str], dict[str, Any]]]:
+    """GPU, op, pass and shape of what was timed, and its newest row."""
+    newest: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+    for environment, row in _timed(folder):
+        if wanted(row):
+            # a call whose host time counts is any small one
+            shape = "" if row["pass"].startswith("host") else str(row["shape"])
+            newest[str(environment["gpu"]), str(row["op"]), str(row["pass"]), shape] = row
+    yield from newest.items()
+
+
 def _summed(shape: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
     ours, torchs = (
         sum(row.get("count", 1) * row[key] for row in rows) for key in ("median_us", "baseline_us")
     )
     wrong = sum(not row["verified"] for row in rows)
-    if rows[0]["pass"] == "host":
+    if rows[0]["pass"].startswith("host"):
         speedup, weakest = "", ""
     elif wrong:
         speedup, weakest = "", f"{wrong} not verified"
@@ -122,12 +163,13 @@ def _summed(shape: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _timed(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Rows that have a baseline, of the oldest result first."""
+    """Our rows that have a baseline, of the oldest result first."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*/**/*.json"))]
     results = [result for result in results if result["environment"].get("gpu")]
     for result in sorted(results, key=lambda result: str(result["environment"].get("date"))):
         for row in result["rows"]:
-            if "baseline_us" in row:
+            ours = row.get("implementation", "tritorch") == "tritorch"
+            if ours and row.get("baseline_us") and row.get("median_us"):
                 yield result["environment"], row
 
 
@@ -136,7 +178,11 @@ def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"ops": ops_table, "results": results_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "ops": ops_table,
+    "results": results_table,
+    "layers": layers_table,
+}
 
 
 def regenerated(text: str) -> str:

@@ -171,12 +171,13 @@ class Plan:
     """How long to measure.
 
     Until every side's median is known to `precision` (half of its 95 % interval, as a fraction) and
-    has `least` samples, or `seconds` have gone by, but for three rounds at least.
+    has `least` samples, or `seconds` have gone by, or it has `most`, but for three rounds at least.
     """
 
     seconds: float = 1.0
     precision: float = 0.01
     least: int = 20
+    most: int = 500
     ahead: bool = True
 
 
@@ -240,7 +241,8 @@ def _flat(rounds: Sequence[Sequence[float]]) -> list[float]:
 def _known(rounds: Mapping[str, Sequence[Sequence[float]]], plan: Plan) -> bool:
     flat = [_flat(found) for found in rounds.values()]
     return all(
-        len(samples) >= plan.least and intervals.median(samples).precision <= plan.precision
+        len(samples) >= plan.most
+        or (len(samples) >= plan.least and intervals.median(samples).precision <= plan.precision)
         for samples in flat
     )
 
