@@ -209,8 +209,8 @@ def run(
         # CUDA tensors too: the interpreter copies them to the CPU and back
         with interpreter.corrected():
             kernel[grid](*arguments, **_options(config, constants))
-    elif on.is_cuda:
-        _run_on_gpu(kernel, grid, arguments, on.get_device(), config, constants)
+    elif (device := _gpu(on)) >= 0:
+        _run_on_gpu(kernel, grid, arguments, device, config, constants)
     elif dry.active() is not None:
         kernel[grid](*arguments, **_options(config, constants))
     else:
@@ -218,6 +218,69 @@ def run(
             f"launch: {kernel.__name__} needs a CUDA tensor, or TRITON_INTERPRET=1 in the "
             f"environment before Python starts, received a tensor on {on.device}"
         )
+
+
+class Prepared:
+    """A launch of which all but the tensors is known: what a plan holds, and costs the least.
+
+    The kernel takes tensors (or None), then `numbers`, then floats, and `constants` as `run` does.
+    """
+
+    __slots__ = ("_bound", "_grid", "config", "constants", "grid", "kernel", "numbers")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        numbers: tuple[Any, ...],
+        config: Any = None,
+        **constants: Any,
+    ) -> None:
+        self.kernel, self.grid, self.numbers = kernel, grid, numbers
+        self.config, self.constants = config, constants
+        self._grid = (*grid, 1, 1)[:3]
+        # compiled kernels by what Triton compiles tensors for
+        self._bound: dict[tuple[Any, ...], _Bound] = {}
+
+    def __call__(self, on: Tensor, *tensors: Tensor | None, floats: tuple[float, ...] = ()) -> None:
+        """Launches on the device of `on`."""
+        device = _gpu(on)
+        if device < 0 or backend.INTERPRETING or _recorders or _is_watched():
+            arguments = (*tensors, *self.numbers, *floats)
+            run(self.kernel, self.grid, *arguments, on=on, config=self.config, **self.constants)
+            return
+        if 0 in self._grid:
+            return
+        if device != torch.cuda.current_device():
+            # a launch goes to the current device, which need not be the tensor's
+            with torch.cuda.device(device):
+                return self(on, *tensors, floats=floats)
+        key = (device, *[t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors])
+        bound = self._bound.get(key)
+        if bound is None:
+            arguments = (*tensors, *self.numbers, *floats)
+            options = _options(self.config, self.constants)
+            compiled = self.kernel[self.grid](*arguments, **options)
+            self._bound[key] = _bind(self.kernel, compiled, len(arguments), options, self.config)
+            return
+        bound.run(
+            *self._grid,
+            torch._C._cuda_getCurrentRawStream(device),
+            bound.function,
+            bound.metadata,
+            None,
+            None,
+            None,
+            *tensors,
+            *self.numbers,
+            *floats,
+            *bound.constants,
+        )
+
+
+def _gpu(tensor: Tensor) -> int:
+    """The index of the tensor's GPU, negative where it is on none."""
+    return tensor.get_device()
 
 
 class _Bound(NamedTuple):
@@ -311,15 +374,21 @@ def _bind(kernel: Any, compiled: Any, given: int, options: dict[str, Any], confi
 
 def _is_watched() -> bool:
     """Whether a profiler wants to hear of launches from Triton itself."""
-    triton = sys.modules.get("triton")
-    if triton is None:
+    knobs = _knobs()
+    if knobs is None:
         return False
-    runtime = triton.knobs.runtime
-    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(
-        any(getattr(hook, "calls", hook) for hook in hooks)
-        or getattr(triton.knobs.compilation, "instrumentation_mode", "")
+        getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or getattr(knobs.compilation, "instrumentation_mode", "")
     )
+
+
+def _knobs() -> Any:
+    """Triton's settings, without importing it."""
+    triton = sys.modules.get("triton")
+    return None if triton is None else triton.knobs
 
 
 def _options(config: Any, constants: dict[str, Any]) -> dict[str, Any]:

@@ -56,21 +56,29 @@ def _activation_forward_(input: Tensor, activation: str, slope: float) -> None:
 
 
 def _launch_forward(x: Tensor, y: Tensor, activation: str, slope: float) -> None:
-    nest = strided.nest(activation, x, y)
-    launch.run(
-        kernels.activation_forward_kernel,
+    run = _plan("activation_forward_kernel", activation, None, x.shape, x.stride(), y.stride())
+    run(x, x, y, floats=(slope,))
+
+
+@launch.planned
+def _plan(
+    kernel: str,
+    activation: str,
+    order: int | None,
+    shape: tuple[int, ...],
+    *strides: tuple[int, ...],
+) -> launch.Prepared:
+    nest = strided.nest_of(activation, shape, *strides)
+    along = [stride for one in nest.strides for stride in one]
+    constants = {} if order is None else {"ORDER": order}
+    return launch.Prepared(
+        getattr(kernels, kernel),
         (math.ceil(nest.numel / kernels.BLOCK),),
-        x,
-        y,
-        nest.numel,
-        *nest.sizes[1:],
-        *nest.strides[0],
-        *nest.strides[1],
-        slope,
-        on=x,
+        (nest.numel, *nest.sizes[1:], *along),
         ACTIVATION=activation,
         INDEX_64=nest.wide,
         BLOCK=kernels.BLOCK,
+        **constants,
     )
 
 
@@ -91,25 +99,10 @@ def _activation_backward(
     grad_output: Tensor, saved: Tensor, activation: str, slope: float, order: int
 ) -> Tensor:
     grad_input = _grad_input(grad_output, saved, activation, slope, order)
-    nest = strided.nest(activation, grad_output, saved, grad_input)
-    launch.run(
-        kernels.activation_backward_kernel,
-        (math.ceil(nest.numel / kernels.BLOCK),),
-        grad_output,
-        saved,
-        grad_input,
-        nest.numel,
-        *nest.sizes[1:],
-        *nest.strides[0],
-        *nest.strides[1],
-        *nest.strides[2],
-        slope,
-        on=saved,
-        ACTIVATION=activation,
-        ORDER=order,
-        INDEX_64=nest.wide,
-        BLOCK=kernels.BLOCK,
-    )
+    tensors = grad_output, saved, grad_input
+    strides = [tensor.stride() for tensor in tensors]
+    run = _plan("activation_backward_kernel", activation, order, grad_output.shape, *strides)
+    run(saved, *tensors, floats=(slope,))
     return grad_input
 
 

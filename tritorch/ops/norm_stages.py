@@ -23,36 +23,43 @@ from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import strided
-from tritorch.ops.activation_function import needs_output
+from tritorch.ops.activation_function import computes, needs_output
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype
 from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("norm")
 reduce_kernels = launch.kernels("reduce")
 
+_STATS = "batch_norm_stats_kernel"
+_FORWARD = "batch_norm_forward_kernel"
+_REDUCE = "batch_norm_backward_reduce_kernel"
+_GRAD_INPUT = "batch_norm_grad_input_kernel"
+
 
 class _Walk(NamedTuple):
-    """How programs share out tensors of one shape, in the order of the kernels' arguments."""
+    """How programs share out tensors of one shape."""
 
-    config: Any
     # programs per block of channels
     slices: int
-    programs: int
-    # channels, rows, tiles of a program, and the loop nest over the rows without the outermost
-    sizes: tuple[int, ...]
-    # of each tensor along the channels and along the nest; zeros for None
-    strides: tuple[int, ...]
-    constants: dict[str, int]
+    run: launch.Prepared
 
 
-def _walk(*tensors: Tensor | None, reduces: bool) -> _Walk:
-    """The walk along the memory of the last tensor."""
-    layouts = (None if tensor is None else Layout.of(tensor) for tensor in tensors)
-    return _plan_walk(reduces, *layouts)
+def _walk(
+    kernel: str,
+    *tensors: Tensor | None,
+    activation: str | None = None,
+    count: int | None = None,
+) -> _Walk:
+    """The walk of a kernel along the memory of the last tensor."""
+    layouts = [None if tensor is None else Layout.of(tensor) for tensor in tensors]
+    return _plan_walk(kernel, activation, count, *layouts)
 
 
 @launch.planned
-def _plan_walk(reduces: bool, *tensors: Layout | None) -> _Walk:
+def _plan_walk(
+    kernel: str, activation: str | None, count: int | None, *tensors: Layout | None
+) -> _Walk:
+    reduces = kernel in (_STATS, _REDUCE)
     given = [tensor for tensor in tensors if tensor is not None]
     last = given[-1]
     channels = last.shape[1]
@@ -66,6 +73,7 @@ def _plan_walk(reduces: bool, *tensors: Layout | None) -> _Walk:
         channels,
         max(vector),
         last.itemsize,
+        computes(activation),
     )
     blocks = math.ceil(channels / config.kwargs["BLOCK_C"])
     tiles = math.ceil(rows / config.kwargs["BLOCK_R"])
@@ -75,6 +83,7 @@ def _plan_walk(reduces: bool, *tensors: Layout | None) -> _Walk:
         steps = kernels.num_steps(blocks * tiles)
     slices = math.ceil(tiles / steps)
     along = iter(nest.strides)
+    # of each tensor along the channels and along the nest; zeros for None
     strides: tuple[int, ...] = ()
     for tensor in tensors:
         strides += (0,) * 6 if tensor is None else (tensor.stride(1), *next(along))
@@ -82,14 +91,17 @@ def _plan_walk(reduces: bool, *tensors: Layout | None) -> _Walk:
     overrun = (steps + 1) * config.kwargs["BLOCK_R"]
     wide = rows + overrun >= 2**31 or any(strided.is_wide(t.shape, t.strides) for t in given)
     constants = {"INDEX_64": wide, "VECTOR_R": vector[0], "VECTOR_C": vector[1]}
-    return _Walk(
-        config,
-        slices,
-        blocks * slices,
-        (channels, rows, steps, *nest.sizes[1:]),
-        strides,
-        constants,
+    if kernel != _STATS:
+        constants["ACTIVATION"] = activation
+    if kernel in (_REDUCE, _GRAD_INPUT):
+        constants["FROM_OUTPUT"] = activation is not None and needs_output(activation)
+    # channels, rows, tiles of a program, and the loop nest over the rows without the outermost
+    sizes = (channels, rows, steps, *nest.sizes[1:])
+    numbers = (*sizes, *strides) if count is None else (*sizes, count, *strides)
+    prepared = launch.Prepared(
+        getattr(kernels, kernel), (blocks * slices,), numbers, config, **constants
     )
+    return _Walk(slices, prepared)
 
 
 def _vector(tensors: Sequence[Layout], nest: strided.Nest) -> tuple[int, int]:
@@ -136,20 +148,10 @@ def batch_norm_stats(
 
 def _statistics(input: Tensor) -> Tensor:
     """Mean, sum of squared deviations and count of each channel of each slice, (slices, 3, C)."""
-    walk = _walk(input, reduces=True)
+    walk = _walk(_STATS, input)
     dtype = accumulator_dtype(input.dtype)
     statistics = input.new_empty((walk.slices, 3, input.shape[1]), dtype=dtype)
-    launch.run(
-        kernels.batch_norm_stats_kernel,
-        (walk.programs,),
-        input,
-        statistics,
-        *walk.sizes,
-        *walk.strides,
-        on=input,
-        config=walk.config,
-        **walk.constants,
-    )
+    walk.run(input, input, statistics)
     return statistics
 
 
@@ -164,29 +166,26 @@ def _merge(
 ) -> None:
     """Writes mean and var, or moments; moves the running statistics once."""
     slices, _, channels = statistics.shape
-    launch.run(
-        kernels.batch_norm_gather_stats_kernel,
-        (math.ceil(channels / kernels.BLOCK_C),),
-        statistics,
-        running_mean,
-        running_var,
-        mean,
-        var,
-        moments,
-        slices,
-        channels,
-        running_mean.stride(0) if running_mean is not None else 0,
-        running_var.stride(0) if running_var is not None else 0,
-        momentum,
-        on=statistics,
-        BLOCK_S=kernels.BLOCK_S,
-        BLOCK_C=kernels.BLOCK_C,
-        num_warps=kernels.MERGE_WARPS,
-    )
+    strides = [0 if one is None else one.stride(0) for one in (running_mean, running_var)]
+    merge = _plan_merge(slices, channels, *strides)
+    tensors = statistics, running_mean, running_var, mean, var, moments
+    merge(statistics, *tensors, floats=(momentum,))
     for running in (running_mean, running_var):
         # the dispatcher does not count what a kernel writes, and inference tensors are not counted
         if running is not None and not running.is_inference():
             torch.autograd.graph.increment_version(running)
+
+
+@launch.planned
+def _plan_merge(slices: int, channels: int, *strides: int) -> launch.Prepared:
+    return launch.Prepared(
+        kernels.batch_norm_gather_stats_kernel,
+        (math.ceil(channels / kernels.BLOCK_C),),
+        (slices, channels, *strides),
+        BLOCK_S=kernels.BLOCK_S,
+        BLOCK_C=kernels.BLOCK_C,
+        num_warps=kernels.MERGE_WARPS,
+    )
 
 
 def _moments_output(input: Tensor) -> Tensor:
@@ -251,22 +250,9 @@ def batch_norm_elemt(
     `mean`, `var`, `weight` and `bias` are (C,); the output has the input's order of dimensions.
     """
     output = strided.empty_like(input)
-    walk = _walk(input, residual, output, reduces=False)
-    launch.run(
-        kernels.batch_norm_forward_kernel,
-        (walk.programs,),
-        input,
-        residual,
-        *map(_contiguous, (mean, var, weight, bias)),
-        output,
-        *walk.sizes,
-        *walk.strides,
-        eps,
-        on=input,
-        config=walk.config,
-        ACTIVATION=activation,
-        **walk.constants,
-    )
+    walk = _walk(_FORWARD, input, residual, output, activation=activation)
+    channels = map(_contiguous, (mean, var, weight, bias))
+    walk.run(input, input, residual, *channels, output, floats=(eps,))
     return output
 
 
@@ -300,28 +286,13 @@ def batch_norm_backward_reduce(
     """
     sums, masked = _reduce_outputs(grad_output, saved, input)
     written = None if saved is None else masked
-    walk = _walk(grad_output, saved, written, input, reduces=True)
+    walk = _walk(_REDUCE, grad_output, saved, written, input, activation=activation)
     partial = sums
     if walk.slices > 1:
         partial = sums.new_empty((walk.slices, *sums.shape))
-    launch.run(
-        kernels.batch_norm_backward_reduce_kernel,
-        (walk.programs,),
-        grad_output,
-        saved,
-        input,
-        *map(_contiguous, (mean, var, weight, bias)),
-        written,
-        partial,
-        *walk.sizes,
-        *walk.strides,
-        eps,
-        on=input,
-        config=walk.config,
-        ACTIVATION=activation,
-        FROM_OUTPUT=activation is not None and needs_output(activation),
-        **walk.constants,
-    )
+    channels = map(_contiguous, (mean, var, weight, bias))
+    tensors = grad_output, saved, input, *channels, written, partial
+    walk.run(input, *tensors, floats=(eps,))
     if partial is not sums:
         total: Tensor = binding.apply(ChannelSum, partial.view(walk.slices, -1), 1)
         sums = total.view(2, -1)
@@ -357,23 +328,7 @@ def batch_norm_backward_elemt(
     else its operand is computed again.
     """
     grad_input = grad_output.new_empty_strided(grad_output.shape, stride)
-    walk = _walk(grad_output, input, grad_input, reduces=False)
-    launch.run(
-        kernels.batch_norm_grad_input_kernel,
-        (walk.programs,),
-        grad_output,
-        input,
-        *map(_contiguous, (mean, var, weight, bias)),
-        sums,
-        grad_input,
-        *walk.sizes,
-        count,
-        *walk.strides,
-        eps,
-        on=grad_output,
-        config=walk.config,
-        ACTIVATION=activation,
-        FROM_OUTPUT=activation is not None and needs_output(activation),
-        **walk.constants,
-    )
+    walk = _walk(_GRAD_INPUT, grad_output, input, grad_input, activation=activation, count=count)
+    channels = map(_contiguous, (mean, var, weight, bias))
+    walk.run(grad_output, grad_output, input, *channels, sums, grad_input, floats=(eps,))
     return grad_input

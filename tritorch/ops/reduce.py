@@ -33,21 +33,23 @@ def split_sum(
     A bias runs along the last dimension of a contiguous output.  `before`, like the output, takes
     the values before the activation.
     """
-    launch.run(
+    row = (1, 1) if bias is None else (output.shape[-1], bias.stride(0))
+    sizes = output.numel(), partial.shape[0], *row
+    run = _plan_split_sum(sizes, bias is not None, before is not None, activation)
+    run(output, partial, bias, output, before)
+
+
+@launch.planned
+def _plan_split_sum(
+    sizes: tuple[int, ...], has_bias: bool, keeps_before: bool, activation: str | None
+) -> launch.Prepared:
+    return launch.Prepared(
         kernels.split_sum_kernel,
-        (math.ceil(output.numel() / kernels.BLOCK),),
-        partial,
-        bias,
-        output,
-        before,
-        output.numel(),
-        partial.shape[0],
-        output.shape[-1] if bias is not None else 1,
-        bias.stride(0) if bias is not None else 1,
-        on=output,
+        (math.ceil(sizes[0] / kernels.BLOCK),),
+        sizes,
         ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
-        KEEPS_BEFORE=before is not None,
+        HAS_BIAS=has_bias,
+        KEEPS_BEFORE=keeps_before,
         BLOCK=kernels.BLOCK,
     )
 
@@ -71,35 +73,37 @@ def _channel_sum(input: Tensor, dim: int) -> Tensor:
     count = input.numel() // channels if channels else 0
     if count == 0:
         return output.zero_()
-    nest = strided.nest("channel_sum", input.select(dim, 0))
-    channels_last = input.stride(dim) == 1
-    config = launch.config(kernels.channel_sum_config, channels_last)
+    splits, run = _plan_channel_sum(input.shape, input.stride(), dim)
+    partial = output
+    if splits > 1:
+        partial = input.new_empty((splits, channels), dtype=accumulator_dtype(input.dtype))
+    run(input, input, partial)
+    if splits > 1:
+        split_sum(partial, output)
+    return output
+
+
+@launch.planned
+def _plan_channel_sum(
+    shape: tuple[int, ...], strides: tuple[int, ...], dim: int
+) -> tuple[int, launch.Prepared]:
+    channels, count = shape[dim], math.prod(shape) // shape[dim]
+    others = (*shape[:dim], *shape[dim + 1 :]), (*strides[:dim], *strides[dim + 1 :])
+    nest = strided.nest_of("channel_sum", *others)
+    config = launch.config(kernels.channel_sum_config, strides[dim] == 1)
     block_r, block_c = config.kwargs["BLOCK_R"], config.kwargs["BLOCK_C"]
     steps = math.ceil(count / block_r)
     splits = kernels.num_splits(math.ceil(channels / block_c), steps, 4)
     steps_per_split = math.ceil(steps / splits)
     splits = math.ceil(steps / steps_per_split)
-    partial = output
-    if splits > 1:
-        partial = input.new_empty((splits, channels), dtype=accumulator_dtype(input.dtype))
-    launch.run(
+    sizes = channels, count, steps_per_split, *nest.sizes[1:]
+    return splits, launch.Prepared(
         kernels.channel_sum_kernel,
         (math.ceil(channels / block_c), splits),
-        input,
-        partial,
-        channels,
-        count,
-        steps_per_split,
-        *nest.sizes[1:],
-        input.stride(dim),
-        *nest.strides[0],
-        on=input,
-        config=config,
-        INDEX_64=strided.nest("channel_sum", input).wide,
+        (*sizes, strides[dim], *nest.strides[0]),
+        config,
+        INDEX_64=strided.nest_of("channel_sum", shape, strides).wide,
     )
-    if splits > 1:
-        split_sum(partial, output)
-    return output
 
 
 class ChannelSum(torch.autograd.Function):

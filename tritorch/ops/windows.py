@@ -206,26 +206,36 @@ def run(
     of `images` is written.  `wide`: whether it computes numbers beyond int32 besides offsets.
     `flat`: whether volumes are images of one slice.
     """
+    layouts = tuple(map(strided.Layout.of, images))
+    numbers, named = (tuple(sizes), pixels, tuple(spacing)), tuple(constants.items())
+    _plan(kernel, numbers, layouts, wide, flat, named)(images[-1], *pointers)
+
+
+@launch.planned
+def _plan(
+    kernel: Any,
+    numbers: tuple[tuple[int, ...], int, tuple[int, ...]],
+    images: tuple[strided.Layout, ...],
+    wide: bool,
+    flat: bool,
+    constants: tuple[tuple[str, Any], ...],
+) -> launch.Prepared:
+    sizes, pixels, spacing = numbers
     written = images[-1]
     channels, channels_last = written.shape[1], written.stride(1) == 1
-    if written.dim() == 4 or flat:
-        config = launch.config(kernels.pool_config, channels_last, channels, written.element_size())
+    if len(written.shape) == 4 or flat:
+        config = launch.config(kernels.pool_config, channels_last, channels, written.itemsize)
     else:
-        config = launch.config(kernels3d.pool3d_config, channels_last, written.element_size())
+        config = launch.config(kernels3d.pool3d_config, channels_last, written.itemsize)
     block_pixels, block_c = config.kwargs["BLOCK_PIXELS"], config.kwargs["BLOCK_C"]
-    launch.run(
+    return launch.Prepared(
         kernel,
         (math.ceil(pixels / block_pixels) * math.ceil(channels / block_c),),
-        *pointers,
-        *sizes,
-        pixels,
-        *(stride for tensor in images for stride in tensor.stride()),
-        *spacing,
-        on=written,
-        config=config,
+        (*sizes, pixels, *(stride for layout in images for stride in layout.strides), *spacing),
+        config,
         # with padding there can be more pixels than the tensors have
         INDEX_64=wide
-        or geometry.is_wide(*map(strided.Layout.of, images))
+        or geometry.is_wide(*images)
         or strided.is_wide((pixels + block_pixels,), (1,)),
-        **constants,
+        **dict(constants),
     )
