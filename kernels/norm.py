@@ -24,9 +24,14 @@ def tiles(rows):
     )
 
 
-# by bytes per element: a thread has four 128-bit accesses to each tensor of a tile; without vectors
-# of that size it spends registers on addresses, and takes no more than of a wider type
-BATCH_NORM_CONFIGS = {2: (*tiles(128), *tiles(64)), 4: tiles(64), 8: tiles(32)}
+# by bytes per element, each four half of those before: a thread has four 128-bit accesses to each
+# tensor of a tile; without vectors of that size it spends registers on addresses, and takes no more
+# than of a wider type; where an activation computes it has two
+BATCH_NORM_CONFIGS = {
+    2: (*tiles(128), *tiles(64), *tiles(32)),
+    4: (*tiles(64), *tiles(32)),
+    8: (*tiles(32), *tiles(16)),
+}
 # tiles that one program of a reduction sums at least, and one of an elementwise pass takes at most
 MIN_STEPS = 2
 MAX_STEPS = 4
@@ -38,10 +43,10 @@ BLOCK_C = 16
 MERGE_WARPS = 8
 
 
-def batch_norm_config(channels_last, channels, vector, itemsize):
+def batch_norm_config(channels_last, channels, vector, itemsize, computes=False):
     """A tile along channels that are contiguous, no wider than they; else one along the pixels."""
-    configs = BATCH_NORM_CONFIGS[itemsize]
-    configs = configs[:4] if vector * itemsize == 16 else configs[-4:]
+    halvings = (itemsize == 2 and vector < 8) + computes
+    configs = BATCH_NORM_CONFIGS[itemsize][4 * halvings:]
     if not channels_last:
         return configs[3]
     return configs[0 if channels > 32 else 1 if channels > 16 else 2]
