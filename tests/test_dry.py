@@ -301,3 +301,15 @@ def test_a_default_of_the_next_triton_is_no_error_where_warnings_are():
             with pytest.raises(UserWarning, match="another"):
                 warnings.warn("another", UserWarning, stacklevel=1)
     assert len(recorder.launches) == 1
+
+
+def test_numbers_and_sizes_of_the_arguments_are_recorded():
+    x = torch.empty(64, 64, dtype=torch.float16)
+    with dry.compiling_for("sm_90") as recorder:
+        copy(n=1)
+        pair_kernel[(1,)](TensorDescriptor.from_tensor(x, [64, 64]), (x[:1].expand(9, 64), 2.0), 64)
+    one, pair = recorder.launches
+    assert one.numbers == {"n": 1, "scale": 2.0, "BLOCK": 256}
+    assert one.sizes == {"x_ptr": 4, "y_ptr": 4}
+    assert pair.numbers == {"pair[1]": 2.0, "SIZE": 64}
+    assert pair.sizes == {"descriptor": 8192, "pair[0]": 128}

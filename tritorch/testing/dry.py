@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import re
 import subprocess
 import tempfile
@@ -65,6 +66,8 @@ class Launch:
     `constexprs`: the kernel's `tl.constexpr` parameters by name.  `pointers`: the element type of
     each tensor and descriptor in Triton's spelling (`fp16`, `tensordesc<fp16[64, 64]>`), by name; a
     pointer that is None is absent.  `compiled`: Triton's CompiledKernel, with its `asm`.
+    `numbers`: the other arguments that are numbers, by name.  `sizes`: bytes of memory of each
+    tensor and of what each descriptor describes.
     """
 
     kernel: str
@@ -74,6 +77,8 @@ class Launch:
     pointers: dict[str, str]
     num_warps: int
     num_stages: int
+    numbers: dict[str, int | float] = field(default_factory=dict, repr=False)
+    sizes: dict[str, int] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> str:
@@ -207,6 +212,8 @@ class _Launcher:
         if _recorder is None or _recorder.target.arch != target.arch:
             here = "without a dry driver" if _recorder is None else f"for {_recorder.target.name}"
             raise RuntimeError(f"dry: {name} was compiled for {target.arch} and launched {here}")
+        # stream, function, metadata twice and two hooks come before the arguments
+        numbers, sizes = _values(dict(zip(self.source.fn.arg_names, rest[6:], strict=False)))
         _recorder.launches.append(
             Launch(
                 kernel=name,
@@ -216,8 +223,30 @@ class _Launcher:
                 pointers=_pointers(self.source.signature),
                 num_warps=self.metadata.num_warps,
                 num_stages=self.metadata.num_stages,
+                numbers=numbers,
+                sizes=sizes,
             )
         )
+
+
+def _values(arguments: dict[str, Any]) -> tuple[dict[str, int | float], dict[str, int]]:
+    """The numbers among the arguments, and the bytes of its tensors; tuples count one by one."""
+    numbers: dict[str, int | float] = {}
+    sizes: dict[str, int] = {}
+    for name, value in arguments.items():
+        if isinstance(value, tuple | list):
+            within = _values({f"{name}[{i}]": element for i, element in enumerate(value)})
+            numbers |= within[0]
+            sizes |= within[1]
+        elif isinstance(value, torch.Tensor):
+            # what is expanded lies in memory once
+            lengths = [n for n, step in zip(value.shape, value.stride(), strict=True) if step]
+            sizes[name] = math.prod(lengths) * value.element_size()
+        elif hasattr(value, "block_shape"):
+            sizes[name] = math.prod(value.shape) * value.base.element_size()
+        elif isinstance(value, int | float):
+            numbers[name] = value
+    return numbers, sizes
 
 
 def _remembered(compile: Callable[..., Any]) -> Callable[..., Any]:
@@ -290,6 +319,11 @@ class Resources:
     num_warps: int
     _spilled: int | None = field(repr=False, compare=False)
     _code: bytes | str = field(repr=False, compare=False)
+
+    @property
+    def code(self) -> str:
+        """The machine code as text: SASS, or AMD's assembly."""
+        return self._code if isinstance(self._code, str) else _disassembly(self._code)
 
     @property
     def opcodes(self) -> Counter[str]:
