@@ -90,25 +90,36 @@ def residents(config):
     return min(232448 // (2 * (columns * block_k + stored) + 1024), 65536 // (registers * threads))
 
 
+# what a multiprocessor of compute capability 9 does in a cycle: pairs of 16-bit numbers that it
+# multiplies, bytes that it receives from L2, bytes that it sends there
+PAIRS = 2048
+LOADED = 40
+STORED = 40
+# cycles of a program that has its multiprocessor for itself: until its first operands are there,
+# and after its last product
+ALONE = 2000
+# cycles of the launch that adds up partial sums
+SUMS = 4000
+
+
 def _cycles(config, m, n, k, batch):
-    """A rough count for a multiprocessor of compute capability 9: it multiplies 2048 pairs of
-    16-bit numbers in a cycle, and receives about 40 bytes from L2, which also takes the results.
-    """
+    """A rough count for the busiest multiprocessor."""
     form = config.kwargs["FORM"]
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
     splits = num_splits(config, m, n, k, batch)
     slices = triton.cdiv(triton.cdiv(k, block_k), splits)
     tiles = num_tiles(config, m, n) * batch * splits
+    # of few columns the rows are read from shared memory too often
+    multiplied = block_m * max(block_n, 96) * block_k / PAIRS
     loaded = block_m + (0 if form == "stationary" else block_n)
-    multiplied = block_m * max(block_n, 96) * block_k / 2048
-    stored = block_m * block_n * (4 if splits > 1 else 2) / 40
-    loop = slices * max(multiplied, 2 * loaded * block_k / 40)
-    # alone on its multiprocessor, a program waits for its first operands and for its last stores
-    alone = 0 if form != "tile" or residents(config) > 1 else 2000
-    rounds = triton.cdiv(tiles, MULTIPROCESSORS)
-    # the partial sums are written, and read by one more kernel
-    sums = 4000 + splits * m * n * batch * 4 / 40 / MULTIPROCESSORS if splits > 1 else 0
-    return rounds * (loop + stored + alone) + sums
+    loop = slices * max(multiplied, 2 * loaded * block_k / LOADED)
+    stored = block_m * block_n * (4 if splits > 1 else 2) / STORED
+    alone = ALONE if form == "tile" and residents(config) == 1 else 0
+    sums = 0
+    if splits > 1:
+        # every partial sum is read once more, by all multiprocessors
+        sums = SUMS + 4 * splits * batch * m * n / LOADED / MULTIPROCESSORS
+    return triton.cdiv(tiles, MULTIPROCESSORS) * (loop + stored + alone) + sums
 
 
 @triton.jit
