@@ -20,6 +20,7 @@ CONV2D_GRAD_WEIGHT_TMA_CONFIGS = {
         _tile(128, 128, 64, 3, 8, 3),
         _tile(128, 128, 64, 1, 8, 3),
         _tile(64, 64, 64, 3, 4, 3),
+        _tile(64, 64, 64, 4, 4, 2),
         _tile(64, 64, 64, 1, 4, 4),
         # half as many images, and a row of small batches
         _tile(128, 128, 32, 1, 8, 4),
@@ -91,7 +92,8 @@ def conv2d_grad_weight_tma_kernel(
     ALONG_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr, TAPS: tl.constexpr,
 ):
-    """One program sums BLOCK_K x BLOCK_C weights of TAPS taps in a row over a share of the pixels.
+    """One program sums BLOCK_K x BLOCK_C weights of TAPS taps in a row (1, 3 or 4) over a share of
+    the pixels.
 
     A tile is BLOCK_PIXELS images at one pixel, of which there are TILES, and the descriptors are
     (rows, columns, images, channels); or ALONG_Q that many columns of one image, and they are
@@ -135,29 +137,30 @@ def conv2d_grad_weight_tma_kernel(
     ks = group * K + k
     cs = group * C + c
     acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
-    if TAPS == 3:
+    if TAPS > 1:
         acc_1 = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
         acc_2 = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
+        acc_3 = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
     for _ in range(steps):
         grad_y = tl.reshape(grad_y_desc.load([i0, i1, i2, ks]), (BLOCK_PIXELS, BLOCK_K)).T
         if ALONG_Q:
+            n = i0
             h = i1 + row
             w = i2 + column
-            x = x_desc.load([i0, h, w, cs])
         else:
             h = i0 * stride_h + row
             w = i1 * stride_w + column
-            x = x_desc.load([h, w, i2, cs])
-        acc = tl.dot(grad_y, tl.reshape(x, (BLOCK_PIXELS, BLOCK_C)), acc)
-        if TAPS == 3:
-            if ALONG_Q:
-                x_1 = x_desc.load([i0, h, w + dilation_w, cs])
-                x_2 = x_desc.load([i0, h, w + 2 * dilation_w, cs])
-            else:
-                x_1 = x_desc.load([h, w + dilation_w, i2, cs])
-                x_2 = x_desc.load([h, w + 2 * dilation_w, i2, cs])
-            acc_1 = tl.dot(grad_y, tl.reshape(x_1, (BLOCK_PIXELS, BLOCK_C)), acc_1)
-            acc_2 = tl.dot(grad_y, tl.reshape(x_2, (BLOCK_PIXELS, BLOCK_C)), acc_2)
+            n = i2
+        x = _pixels(x_desc, n, h, w, cs, ALONG_Q, BLOCK_PIXELS, BLOCK_C)
+        acc = tl.dot(grad_y, x, acc)
+        if TAPS > 1:
+            x = _pixels(x_desc, n, h, w + dilation_w, cs, ALONG_Q, BLOCK_PIXELS, BLOCK_C)
+            acc_1 = tl.dot(grad_y, x, acc_1)
+            x = _pixels(x_desc, n, h, w + 2 * dilation_w, cs, ALONG_Q, BLOCK_PIXELS, BLOCK_C)
+            acc_2 = tl.dot(grad_y, x, acc_2)
+        if TAPS > 3:
+            x = _pixels(x_desc, n, h, w + 3 * dilation_w, cs, ALONG_Q, BLOCK_PIXELS, BLOCK_C)
+            acc_3 = tl.dot(grad_y, x, acc_3)
         i2 += BLOCK_PIXELS
         row_ends = i2 >= num_2 * BLOCK_PIXELS
         i2 = tl.where(row_ends, 0, i2)
@@ -166,14 +169,28 @@ def conv2d_grad_weight_tma_kernel(
         i1 = tl.where(plane_ends, first_1, i1)
         i0 += plane_ends.to(tl.int32)
 
-    store_weights(grad_w_desc, split, ks, tap, c, acc, BLOCK_K, BLOCK_C)
-    if TAPS == 3:
-        store_weights(grad_w_desc, split, ks, tap + 1, c, acc_1, BLOCK_K, BLOCK_C)
-        store_weights(grad_w_desc, split, ks, tap + 2, c, acc_2, BLOCK_K, BLOCK_C)
+    _store(grad_w_desc, split, ks, tap, c, acc, BLOCK_K, BLOCK_C)
+    if TAPS > 1:
+        _store(grad_w_desc, split, ks, tap + 1, c, acc_1, BLOCK_K, BLOCK_C)
+        _store(grad_w_desc, split, ks, tap + 2, c, acc_2, BLOCK_K, BLOCK_C)
+    if TAPS > 3:
+        _store(grad_w_desc, split, ks, tap + 3, c, acc_3, BLOCK_K, BLOCK_C)
 
 
 @triton.jit
-def store_weights(
+def _pixels(
+    x_desc, n, h, w, c,
+    ALONG_Q: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    if ALONG_Q:
+        x = x_desc.load([n, h, w, c])
+    else:
+        x = x_desc.load([h, w, n, c])
+    return tl.reshape(x, (BLOCK_PIXELS, BLOCK_C))
+
+
+@triton.jit
+def _store(
     grad_w_desc, split, k, tap, c, acc, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """Weights of one tap, in halves where whole they would take more shared memory than there is

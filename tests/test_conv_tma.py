@@ -119,6 +119,36 @@ def test_values_and_gradients(name, monkeypatch):
         assert error <= torch.finfo(case.dtype).eps * other.abs().max()
 
 
+STEMS = {
+    "7x7": Case((16, 3, 4, 8), (16, 3, 7, 7), 2, 3, weight_tile=(16, 16, 16, 4)),
+    "3x3-odd": Case((16, 3, 3, 9), (16, 3, 3, 3), 2, 1, activation="relu"),
+    "even": Case((16, 4, 5, 8), (16, 4, 4, 5), 2, (2, 0)),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("order", [last, torch.contiguous_format])
+@pytest.mark.parametrize("name", STEMS)
+def test_few_channels(name, order):
+    """Packed pixels, of which none outside the image is anything but zero."""
+    case = STEMS[name]
+    x, *operands, grad = case.make()
+    x = x.contiguous(memory_format=order)
+    with tiles(case) as names, detecting() as detector:
+        found = gradients(lambda *leaves: case.run(x, *leaves), operands, grad)
+    assert detector.findings == []
+    assert names.count("pack_pixels_kernel") == 2
+    assert PORTABLE not in names
+    exact = gradients(
+        lambda *leaves: case.reference(x.double(), *leaves),
+        [o.double() for o in operands],
+        grad.double(),
+    )
+    for one, other in zip(found, exact, strict=True):
+        error = (one.double() - other).abs().max()
+        assert error <= torch.finfo(case.dtype).eps * other.abs().max()
+
+
 @pytest.mark.interpret
 def test_values_before_the_activation():
     """Those that the gradient of an activation needs are stored by the same launch."""
@@ -200,14 +230,14 @@ def test_configurations_overlap_their_products(entry, variant):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("entry", range(7))
+@pytest.mark.parametrize("entry", range(8))
 def test_configurations_of_the_gradient_overlap_their_products(entry):
     config = conv_tma.weight_kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]
     # a row of an image, or images
     batch, size = (1, 32) if config.kwargs["BLOCK_PIXELS"] == 16 else (64, 14)
-    x = empty(batch, 256, size, size)
+    x, taps = empty(batch, 256, size, size), 4 if config.kwargs["TAPS"] == 4 else 3
     with launch.override("conv2d_grad_weight_tma_config", config):
-        kernels = compiled("sm_90", x, empty(256, 256, 3, 3), (False, True), padding=1)
+        kernels = compiled("sm_90", x, empty(256, 256, 3, taps), (False, True), padding=1)
     check([kernel for kernel in kernels if kernel.kernel == WEIGHT], 1)
 
 

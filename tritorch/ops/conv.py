@@ -283,6 +283,7 @@ register(
             "matmul_tma.matmul_tma_sum_kernel",
             "reduce.channel_sum_kernel",
             "reduce.split_sum_kernel",
+            "stem.pack_pixels_kernel",
         ),
         gradients=("input", "weight", "bias"),
         samples=_samples,

@@ -61,13 +61,14 @@ def plan_convolve(
     count = matmul_tma.processors(x)
     if not count or not matmul_tma.are_aligned(x, weight, y):
         return None
-    return _plan_convolve(*map(Layout.of, (x, weight, y)), geometry, transposed, count)
+    return plan_layouts(*map(Layout.of, (x, weight, y)), geometry, transposed, count)
 
 
 @launch.planned
-def _plan_convolve(
+def plan_layouts(
     x: Layout, weight: Layout, y: Layout, geometry: Geometry, transposed: bool, count: int
 ) -> Plan | None:
+    """The same of 16-bit numbers on 16 bytes, for so many multiprocessors."""
     if len(x.shape) != 4 or x.stride(1) != 1 or y.stride(1) != 1 or weight.stride(1) != 1:
         return None
     groups, (stride_h, stride_w) = geometry.groups, geometry.stride
@@ -221,13 +222,14 @@ def plan_grad_weight(
     """How to sum up the gradient of a filter; None if not here."""
     if not matmul_tma.processors(input) or not matmul_tma.are_aligned(grad_output, input, output):
         return None
-    return _plan_grad_weight(*map(Layout.of, (grad_output, input, output)), geometry)
+    return plan_grad_layouts(*map(Layout.of, (grad_output, input, output)), geometry)
 
 
 @launch.planned
-def _plan_grad_weight(
+def plan_grad_layouts(
     grad_output: Layout, input: Layout, output: Layout, geometry: Geometry
 ) -> Plan | None:
+    """The same of 16-bit numbers on 16 bytes."""
     if len(input.shape) != 4 or input.stride(1) != 1 or grad_output.stride(1) != 1:
         return None
     (outputs, c, r, s), groups = output.shape, geometry.groups
@@ -304,10 +306,14 @@ def _tiles(image: Layout, along_q: bool, block: Sequence[int]) -> _View:
 
 def grad_weight(plan: Plan, grad_output: Tensor, input: Tensor, output: Tensor) -> Tensor:
     """Partial sums (splits, K, taps, C) of `output`."""
-    outputs, inputs, r, s = output.shape
-    shape, dtype = (plan.splits, outputs, r, s, inputs), accumulator_dtype(input.dtype)
-    partial = input.new_empty(shape, dtype=dtype)
+    outputs, inputs, *taps = output.shape
+    return partial_sums(plan, grad_output, input).view(plan.splits, outputs, *taps, inputs)
+
+
+def partial_sums(plan: Plan, grad_output: Tensor, input: Tensor) -> Tensor:
+    """The same, of all taps in one dimension."""
     of_grad, of_input, of_partial = plan.views
+    partial = input.new_empty(of_partial.shape, dtype=accumulator_dtype(input.dtype))
     launch.run(
         weight_kernels.conv2d_grad_weight_tma_kernel,
         plan.grid,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops import conv_tma, pointwise
+from tritorch.ops import conv_tma, pointwise, stem
 from tritorch.ops.activation_function import computes
 from tritorch.ops.geometry import (
     Geometry,
@@ -65,6 +65,8 @@ def convolve(
     if weight.stride(1) != 1 and weight.shape[1] % 8 == 0:
         # channels along memory: one copy of the small operand, where every tile would gather it
         weight = weight.contiguous(memory_format=memory_format(True, weight.dim() - 2))
+    if (tma := stem.plan_convolve(x, weight, y, geometry, transposed)) is not None:
+        return stem.convolve(tma, x, weight, bias, y, geometry, activation, before)
     if (tma := conv_tma.plan_convolve(x, weight, y, geometry, transposed)) is not None:
         return conv_tma.convolve(tma, x, weight, bias, y, activation, before)
     precision = launch.input_precision(x.dtype, "conv")
@@ -203,6 +205,9 @@ def grad_weight(
 ) -> Tensor | None:
     """Partial sums (splits, K, taps, C) of `output`, or None if it has been written itself."""
     if pointwise.grad_weight(grad_output, input, output, geometry):
+        return None
+    if (tma := stem.plan_grad_weight(grad_output, input, output, geometry)) is not None:
+        stem.grad_weight(tma, grad_output, input, output, geometry)
         return None
     if (tma := conv_tma.plan_grad_weight(grad_output, input, output, geometry)) is not None:
         return conv_tma.grad_weight(tma, grad_output, input, output)

@@ -1,0 +1,172 @@
+"""Convolutions of few channels with a stride of 2, as the first one of a network.
+
+Two by two pixels of up to four channels are packed into one of sixteen.  A row of taps then reads
+pixels that lie side by side in memory: as many channels of one pixel of a view whose pixels
+overlap, and what is left is a convolution of that view by filters of one column and half the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritorch import launch
+from tritorch.ops import conv_tma, matmul_tma
+from tritorch.ops.conv_tma import Plan
+from tritorch.ops.geometry import Geometry
+from tritorch.ops.strided import Layout
+
+kernels = launch.kernels("stem")
+weight_kernels = launch.kernels("conv_weight")
+
+# packed pixels beside each other that the view has as one
+_MAX_COLUMNS = 4
+_UNIT = Geometry((1, 1), (0, 0), (1, 1), 1)
+
+
+class _Packed(NamedTuple):
+    """Sizes of packed images, of the taps that are left, and what precedes the image."""
+
+    rows: int
+    columns: int
+    taps: tuple[int, int]
+    padding: tuple[int, int]
+
+    @property
+    def channels(self) -> int:
+        width: int = kernels.PACKED * self.taps[1]
+        return width
+
+    def view(self, images: int, columns: int) -> Layout:
+        """Pixels that overlap: as many as the output has columns."""
+        row = self.columns * kernels.PACKED
+        strides = self.rows * row, 1, row, kernels.PACKED
+        return Layout((images, self.channels, self.rows, columns), strides, 2)
+
+    def filters(self, outputs: int) -> Layout:
+        rows, channels = self.taps[0], self.channels
+        return Layout((outputs, channels, rows, 1), (rows * channels, 1, channels, channels), 2)
+
+
+def _packed(size: tuple[int, ...], taps: tuple[int, ...], geometry: Geometry) -> _Packed:
+    """Of images whose outputs have this size."""
+    # two rows are packed from an even one on, which may be one before the first tap's
+    before = [padding % 2 for padding in geometry.padding]
+    rows, columns = (math.ceil((tap + one) / 2) for tap, one in zip(taps, before, strict=True))
+    padding = geometry.padding[0] + before[0], geometry.padding[1] + before[1]
+    return _Packed(size[0] + rows - 1, size[1] + columns - 1, (rows, columns), padding)
+
+
+def _takes(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> bool:
+    if weight.dim() != 4 or geometry.groups != 1 or weight.shape[1] > 4:
+        return False
+    if geometry.stride != (2, 2) or geometry.dilation != (1, 1):
+        return False
+    if math.ceil((weight.shape[3] + geometry.padding[1] % 2) / 2) > _MAX_COLUMNS:
+        return False
+    # the image is gathered, and may lie anywhere
+    return matmul_tma.processors(x) > 0 and matmul_tma.are_aligned(y) and x.dtype == y.dtype
+
+
+def plan_convolve(
+    x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry, transposed: bool
+) -> Plan | None:
+    """How to write the convolution of x into y; None if not here."""
+    if transposed or not _takes(x, weight, y, geometry):
+        return None
+    packed = _packed(y.shape[2:], weight.shape[2:], geometry)
+    view, filters = packed.view(x.shape[0], y.shape[3]), packed.filters(y.shape[1])
+    count = matmul_tma.processors(x)
+    return conv_tma.plan_layouts(view, filters, Layout.of(y), _UNIT, False, count)
+
+
+def convolve(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    geometry: Geometry,
+    activation: str | None = None,
+    before: Tensor | None = None,
+) -> None:
+    """Writes the activation of the convolution into y, and the values before it into `before`."""
+    packed = _packed(y.shape[2:], weight.shape[2:], geometry)
+    images, filters = _pack_images(x, packed), _pack_filters(weight, packed, geometry)
+    conv_tma.convolve(plan, images, filters, bias, y, activation, before)
+
+
+def _pack_images(x: Tensor, packed: _Packed) -> Tensor:
+    n, c, h, w = x.shape
+    images = x.new_empty((n, packed.rows, packed.columns, kernels.PACKED))
+    pixels = images.numel() // kernels.PACKED
+    launch.run(
+        kernels.pack_pixels_kernel,
+        (math.ceil(pixels / kernels.BLOCK),),
+        x,
+        images,
+        *(pixels, c, h, w, packed.rows, packed.columns),
+        *packed.padding,
+        *x.stride(),
+        on=x,
+        BLOCK=kernels.BLOCK,
+    )
+    return images
+
+
+def _pack_filters(weight: Tensor, packed: _Packed, geometry: Geometry) -> Tensor:
+    """(outputs, rows, columns of packed pixels and their channels)."""
+    outputs, c, r, s = weight.shape
+    rows, columns = packed.taps
+    before_h, before_w = (padding % 2 for padding in geometry.padding)
+    after_h, after_w = 2 * rows - before_h - r, 2 * columns - before_w - s
+    whole = F.pad(weight, (before_w, after_w, before_h, after_h, 0, 4 - c))
+    split = whole.reshape(outputs, 4, rows, 2, columns, 2)
+    return split.permute(0, 2, 4, 3, 5, 1).contiguous()
+
+
+def plan_grad_weight(
+    grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
+) -> Plan | None:
+    """How to sum up the gradient of a filter; None if not here."""
+    if grad_output.dim() != 4 or not _takes(input, output, grad_output, geometry):
+        return None
+    packed = _packed(grad_output.shape[2:], output.shape[2:], geometry)
+    # rows of taps as columns, of which a program may take several at once
+    view = packed.view(input.shape[0], grad_output.shape[3])
+    filters = packed.filters(output.shape[0])
+    layouts = (_turned(layout) for layout in (Layout.of(grad_output), view, filters))
+    return conv_tma.plan_grad_layouts(*layouts, _UNIT)
+
+
+def _turned(layout: Layout) -> Layout:
+    """Rows as columns."""
+    (n, c, h, w), (along_n, along_c, along_h, along_w) = layout.shape, layout.strides
+    return Layout((n, c, w, h), (along_n, along_c, along_w, along_h), layout.itemsize)
+
+
+def grad_weight(
+    plan: Plan, grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
+) -> None:
+    """Writes the gradient of the filter into `output`."""
+    packed = _packed(grad_output.shape[2:], output.shape[2:], geometry)
+    outputs, c, r, s = output.shape
+    rows, columns = packed.taps
+    sums = conv_tma.partial_sums(plan, grad_output, _pack_images(input, packed))
+    whole = output.new_empty((outputs, rows, columns, 2, 2, 4))
+    launch.run(
+        weight_kernels.conv2d_sum_weight_kernel,
+        (math.ceil(whole.numel() / weight_kernels.BLOCK),),
+        *(sums, whole, whole.numel(), plan.splits),
+        # dense
+        *(1, 1, 1, 1),
+        *(1, 0, 0, 0, 0),
+        on=output,
+        BLOCK=weight_kernels.BLOCK,
+    )
+    whole = whole.permute(0, 5, 1, 3, 2, 4).reshape(outputs, 4, 2 * rows, 2 * columns)
+    first_h, first_w = (padding % 2 for padding in geometry.padding)
+    output.copy_(whole[:, :c, first_h : first_h + r, first_w : first_w + s])
