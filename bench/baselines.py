@@ -14,6 +14,8 @@ from torch.optim.sgd import sgd
 
 from tritorch.registry import OpSpec
 
+COMPILED = "torch.compile"
+
 
 def of_torch(spec: OpSpec) -> Callable[..., Any]:
     """Torch's fast counterpart of an op: its reference, but where that is written to be read."""
@@ -102,7 +104,12 @@ _COUNTERPARTS: dict[str, Callable[..., Any]] = {
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under torch.compile, for these shapes alone."""
+    """The function under torch.compile, for the shapes of its calls alone.
+
+    Forgets what was compiled before: the compiler gives up on a function that it has compiled for
+    eight shapes.
+    """
+    torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tritorch.bench import guards, intervals, timing
+from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import TORCH, Case, Slot
 from tritorch.bench.ceilings import Ceilings
 from tritorch.bench.passes import Prepared, ring
@@ -236,7 +237,9 @@ def _first_results(prepared: Prepared, name: str) -> tuple[str, dict[str, Any]]:
     calls = prepared.calls[name]
     grad = bool(prepared.wanted)
     before = [(n, t.detach().clone()) for n, t in prepared.slots[0].tensors()]
-    with torch.set_grad_enabled(grad), running.poisoned_memory():
+    # what torch.compile made refuses other settings than it was made under
+    poisoned = contextlib.nullcontext() if name == COMPILED else running.poisoned_memory()
+    with torch.set_grad_enabled(grad), poisoned:
         results = _results(prepared, name, calls[0])
         calls[1]()
     failure = guards.lazy(results)

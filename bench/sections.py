@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from tritorch.bench import baselines, ceilings, rows, timing
+from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import BOTH, FORWARD, OURS, TORCH, Case, workloads
 from tritorch.bench.resnet50 import Shapes
-from tritorch.bench.train_steps import COMPILED, Trainer
+from tritorch.bench.train_steps import Trainer
 
 # in the order in which they run; the numbers share out a budget of seconds
 WEIGHTS = {
@@ -228,23 +229,13 @@ class Runner:
 
     def _baselines(self, until: float) -> None:
         """torch alone, on what no other section has measured, and torch.compile beside it."""
-        for section in ("conv", "matmul"):
-            alone = [
-                replace(case, implementations={TORCH: case.implementations[TORCH]})
-                for case in planned(section, self.setting)
-            ]
-            self._cases("baselines", alone, until)
-        compiled = [
-            replace(
-                case,
-                implementations={
-                    COMPILED: baselines.compiled(case.reference),
-                    TORCH: case.implementations[TORCH],
-                },
-            )
-            for case in planned("pointwise", self.setting)
-        ]
-        self._cases("baselines", compiled, until)
+        for case in (*planned("conv", self.setting), *planned("matmul", self.setting)):
+            alone = {TORCH: case.implementations[TORCH]}
+            self._cases("baselines", [replace(case, implementations=alone)], until)
+        for case in planned("pointwise", self.setting):
+            compiled = {COMPILED: baselines.compiled(case.reference)}
+            both = replace(case, implementations=compiled | {TORCH: case.implementations[TORCH]})
+            self._cases("baselines", [both], until)
 
 
 def _pass(section: str, which: str) -> str:

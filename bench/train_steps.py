@@ -17,10 +17,10 @@ from torch import Tensor
 import tritorch
 from tritorch import ops
 from tritorch.bench import baselines, intervals, timing
+from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import OURS, TORCH
 from tritorch.bench.resnet50 import ResNet50
 
-COMPILED = "torch.compile"
 # by how much first losses of equal networks may differ, as a fraction: a bfloat16's last digits
 _ROUNDING = 2.0**-6
 _WARM_UP = 3
