@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -103,13 +104,16 @@ _COUNTERPARTS: dict[str, Callable[..., Any]] = {
 }
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], *, again: bool = False) -> Callable[..., Any]:
     """The function under torch.compile, for the shapes of its calls alone.
 
-    Forgets what was compiled before: the compiler gives up on a function that it has compiled for
-    eight shapes.
+    `again`: whether one call is differentiated again and again.  Forgets what was compiled before:
+    the compiler gives up on a function that it has compiled for eight shapes.
     """
     torch.compiler.reset()
+    config: Any = importlib.import_module("torch._functorch.config")
+    # otherwise a gradient may be computed in the memory of what it is computed from
+    config.donated_buffer = not again
     return torch.compile(function, dynamic=False)
 
 

@@ -233,7 +233,7 @@ class Runner:
             alone = {TORCH: case.implementations[TORCH]}
             self._cases("baselines", [replace(case, implementations=alone)], until)
         for case in planned("pointwise", self.setting):
-            compiled = {COMPILED: baselines.compiled(case.reference)}
+            compiled = {COMPILED: baselines.compiled(case.reference, again=True)}
             both = replace(case, implementations=compiled | {TORCH: case.implementations[TORCH]})
             self._cases("baselines", [both], until)
 
