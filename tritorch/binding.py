@@ -88,6 +88,17 @@ class NoContext:
         pass
 
 
+def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
+    """`ctx.save_for_backward` of tensors that the caller of the op can write later.
+
+    torch.compile checks no versions of what a Function saves and would hand the backward pass what
+    was written since: there a copy is saved, which Inductor drops where nothing writes.
+    """
+    if torch.compiler.is_compiling():
+        tensors = tuple(None if tensor is None else tensor.clone() for tensor in tensors)
+    ctx.save_for_backward(*tensors)
+
+
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)`, without autograd's bookkeeping when no argument needs a
     gradient.

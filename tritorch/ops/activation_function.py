@@ -156,11 +156,11 @@ class Activation(torch.autograd.Function):
             saved = input.clone() if copies else input
             _activation_forward_(input, activation, slope)
             ctx.mark_dirty(input)
-            ctx.save_for_backward(saved)
+            binding.save_for_backward(ctx, saved)
             return input
         output: Tensor = _activation_forward(input, activation, slope)
         keeps_output = from_output and activation not in _KEEPS_INPUT
-        ctx.save_for_backward(output if keeps_output else input)
+        binding.save_for_backward(ctx, output if keeps_output else input)
         return output
 
     @staticmethod

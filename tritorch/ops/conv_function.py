@@ -225,7 +225,8 @@ class Convolution(torch.autograd.Function):
             output, before = _convolution_keeping(*arguments)
         keeps_before = before is not None
         # the value before, which is no result, is known to autograd by what it is computed from
-        ctx.save_for_backward(
+        binding.save_for_backward(
+            ctx,
             input if keeps_before or ctx.needs_input_grad[1] else None,
             weight if keeps_before or ctx.needs_input_grad[0] else None,
             bias if keeps_before else None,
@@ -289,7 +290,8 @@ class ConvolutionGradInput(torch.autograd.Function):
         groups: int,
         channels_last: bool,
     ) -> Tensor:
-        ctx.save_for_backward(
+        binding.save_for_backward(
+            ctx,
             grad_output if ctx.needs_input_grad[1] else None,
             weight if ctx.needs_input_grad[0] else None,
         )

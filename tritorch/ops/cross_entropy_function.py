@@ -226,7 +226,9 @@ class CrossEntropy(torch.autograd.Function):
             input, target, weight, ignore_index, reduction, label_smoothing, keep_rows
         )
         divides = denominator.numel() == 1
-        ctx.save_for_backward(input, target, weight, rows, denominator if divides else None)
+        binding.save_for_backward(
+            ctx, input, target, weight, rows, denominator if divides else None
+        )
         ctx.ignore_index, ctx.label_smoothing = ignore_index, label_smoothing
         mean_of_rows = reduction == "mean" and not divides
         ctx.divisor = cross_entropy_rows.first_class(input).numel() if mean_of_rows else 1

@@ -297,7 +297,7 @@ class GroupNorm(torch.autograd.Function):
     ) -> Tensor:
         output: Tensor
         output, mean, rstd = _group_norm_forward(input, num_groups, weight, bias, eps)
-        ctx.save_for_backward(input, weight, mean, rstd)
+        binding.save_for_backward(ctx, input, weight, mean, rstd)
         ctx.num_groups, ctx.eps = num_groups, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         return output

@@ -265,7 +265,7 @@ class LayerNorm(torch.autograd.Function):
     ) -> Tensor:
         output: Tensor
         output, mean, rstd = _layer_norm_forward(input, normalized, weight, bias, eps)
-        ctx.save_for_backward(input, weight, mean, rstd)
+        binding.save_for_backward(ctx, input, weight, mean, rstd)
         ctx.normalized, ctx.eps = normalized, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         return output

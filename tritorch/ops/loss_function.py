@@ -30,7 +30,9 @@ class ElementwiseLoss(torch.autograd.Function):
             input, target, weight, pos_weight, op, reduction, threshold
         )
         divides = denominator.numel() == 1
-        ctx.save_for_backward(input, target, weight, pos_weight, denominator if divides else None)
+        binding.save_for_backward(
+            ctx, input, target, weight, pos_weight, denominator if divides else None
+        )
         divisor = input.numel() if reduction == "mean" and not divides else 1
         ctx.constants = (op, divisor, threshold)
         return result

@@ -134,7 +134,7 @@ class Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
+        binding.save_for_backward(ctx, a, b)
         output: Tensor = matmul(a, b, None, None)
         return output
 
@@ -168,7 +168,7 @@ class Linear(torch.autograd.Function):
         ctx.activation, ctx.keeps_before = activation, before is not None
         saved = output if activation is not None and before is None else before
         # the value before, which is no result, is known to autograd by what it is computed from
-        ctx.save_for_backward(input, weight, bias if ctx.keeps_before else None, saved)
+        binding.save_for_backward(ctx, input, weight, bias if ctx.keeps_before else None, saved)
         return output
 
     @staticmethod

@@ -34,8 +34,8 @@ class MseLoss(torch.autograd.Function):
             input, target, weight, None, "mse_loss", reduction
         )
         ctx.divisor = input.numel() if reduction == "mean" and weight is None else 1
-        ctx.save_for_backward(
-            input, target, weight, denominator if denominator.numel() == 1 else None
+        binding.save_for_backward(
+            ctx, input, target, weight, denominator if denominator.numel() == 1 else None
         )
         return result
 

@@ -168,7 +168,7 @@ class NllLoss(torch.autograd.Function):
         result: Tensor
         result, denominator = _forward(input, target, weight, None, ignore_index, reduction)
         divides = denominator.numel() == 1
-        ctx.save_for_backward(input, target, weight, denominator if divides else None)
+        binding.save_for_backward(ctx, input, target, weight, denominator if divides else None)
         ctx.ignore_index = ignore_index
         return result
 

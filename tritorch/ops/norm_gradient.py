@@ -57,7 +57,8 @@ class BatchNorm(torch.autograd.Function):
             saved = output if from_output else residual
             computes_again = not from_output
         needs_input = training or computes_again or of_weight or of_bias
-        ctx.save_for_backward(
+        binding.save_for_backward(
+            ctx,
             input if needs_input else None,
             weight,
             bias if computes_again else None,

@@ -134,7 +134,7 @@ class Softmax(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
         ctx.dim, ctx.dtype, ctx.log = dim, input.dtype, log
         output: Tensor = _softmax_forward(input, dim, dtype, log)
-        ctx.save_for_backward(output)
+        binding.save_for_backward(ctx, output)
         return output
 
     @staticmethod
