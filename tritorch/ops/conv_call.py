@@ -18,6 +18,8 @@ Ints = int | Sequence[int]
 
 # what one launch may count in int32: pixels, and weights
 _MAX_INDEX = 2**30
+# programs along an axis of the grid
+_MAX_GROUPS = 2**16 - 1
 
 _TORCHS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -81,7 +83,9 @@ def convolution(
             strict=True,
         )
     )
-    if not backend.runs_triton(op, input, weight, bias, declined=_declined(input, weight, size)):
+    if not backend.runs_triton(
+        op, input, weight, bias, declined=_declined(input, weight, size, groups)
+    ):
         return of_reference(input, weight, bias, stride, padding, dilation, groups, activation)
     x, w, b = _operands(op, input, weight, bias)
     images, filters = _images(axes, x, w)
@@ -147,7 +151,9 @@ def transposed(
         checks.fail(
             RuntimeError, op, "the output has no pixels", input=input, weight=weight, size=size
         )
-    if not backend.runs_triton(op, input, weight, bias, declined=_declined(input, weight, size)):
+    if not backend.runs_triton(
+        op, input, weight, bias, declined=_declined(input, weight, size, groups)
+    ):
         return of_reference(input, weight, bias, stride, padding, output_padding, groups, dilation)
     x, w, b = _operands(op, input, weight, bias)
     images, filters = _images(axes, x, w)
@@ -184,7 +190,7 @@ def _writes_channels_last(axes: int, images: Tensor, filters: Tensor) -> bool:
     return is_channels_last(filters) or (axes > 1 and is_channels_last(images))
 
 
-def _declined(input: Tensor, weight: Tensor, size: tuple[int, ...]) -> str | None:
+def _declined(input: Tensor, weight: Tensor, size: tuple[int, ...], groups: int) -> str | None:
     axes = len(size)
     if input.shape[-axes - 1] == 0:
         return "no channels"
@@ -192,6 +198,8 @@ def _declined(input: Tensor, weight: Tensor, size: tuple[int, ...]) -> str | Non
     pixels = batch * max(math.prod(input.shape[-axes:]), math.prod(size))
     if max(pixels, weight.numel()) > _MAX_INDEX:
         return "more than 2**30 pixels or weights"
+    if groups > _MAX_GROUPS:
+        return "more than 65535 groups"
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,16 +35,19 @@ _MIN_TILES = 4
 
 
 class _Plan(NamedTuple):
-    """A launch for tensors of known layouts."""
+    """A launch for tensors of known layouts; `splits`: sums that are left to add."""
 
-    grid: tuple[int, int]
-    # the kernel's integers up to the stride of the bias, those after it, and those of a volume
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    depth: tuple[int, ...] | None
     splits: int
-    config: Any
-    constants: dict[str, Any]
+    run: launch.Prepared
+
+
+class _Epilogue(NamedTuple):
+    """What becomes of a sum before it is stored."""
+
+    # of the bias
+    stride: int | None
+    activation: str | None
+    keeps_before: bool
 
 
 def convolve(
@@ -71,36 +74,17 @@ def convolve(
         return conv_tma.convolve(tma, x, weight, bias, y, activation, before)
     precision = launch.input_precision(x.dtype, "conv")
     full = x.dtype == torch.float32 and precision == "ieee"
+    stride = None if bias is None else bias.stride(0)
+    epilogue = _Epilogue(stride, activation, before is not None)
     layouts = map(Layout.of, (x, weight, y))
-    plan = _plan_convolve(*layouts, geometry, transposed, full, computes(activation))
-    target = y
-    if plan.splits > 1:
-        shape, order = (plan.splits, *y.shape), (y.numel(), *y.stride())
-        dtype = accumulator_dtype(y.dtype)
-        target = torch.empty_strided(shape, order, dtype=dtype, device=y.device)
-    keeps_before = before is not None and plan.splits == 1
-    launch.run(
-        kernels.conv2d_kernel,
-        plan.grid,
-        x,
-        weight,
-        bias,
-        target,
-        before if keeps_before else None,
-        *plan.sizes,
-        bias.stride(0) if bias is not None else 1,
-        *plan.strides,
-        plan.depth,
-        on=y,
-        config=plan.config,
-        HAS_BIAS=bias is not None,
-        ACTIVATION=activation if plan.splits == 1 else None,
-        KEEPS_BEFORE=keeps_before,
-        INPUT_PRECISION=precision,
-        **plan.constants,
-    )
-    if plan.splits > 1:
-        split_sum(target, y, activation=activation, before=before)
+    plan = _plan_convolve(*layouts, geometry, transposed, full, precision, epilogue)
+    if plan.splits == 1:
+        return plan.run(y, x, weight, bias, y, before)
+    shape, order = (plan.splits, *y.shape), (y.numel(), *y.stride())
+    dtype = accumulator_dtype(y.dtype)
+    partial = torch.empty_strided(shape, order, dtype=dtype, device=y.device)
+    plan.run(y, x, weight, bias, partial, None)
+    split_sum(partial, y, activation=activation, before=before)
 
 
 @launch.planned
@@ -111,7 +95,8 @@ def _plan_convolve(
     geometry: Geometry,
     transposed: bool,
     full: bool,
-    computes: bool,
+    precision: str,
+    epilogue: _Epilogue,
 ) -> _Plan:
     groups = geometry.groups
     w = oriented(weight, groups, transposed)
@@ -126,8 +111,9 @@ def _plan_convolve(
     volume = len(w.taps) == 3
     if unit > 1:
         tiles = groups * residues
-        choose = kernels.conv2d_epilogue_config if computes else kernels.conv2d_config
-        if full and computes:
+        with_epilogue = computes(epilogue.activation)
+        choose = kernels.conv2d_epilogue_config if with_epilogue else kernels.conv2d_config
+        if full and with_epilogue:
             choose = kernels.conv2d_full_epilogue_config
         elif full:
             choose = kernels.conv3d_full_config if volume else kernels.conv2d_full_config
@@ -147,53 +133,42 @@ def _plan_convolve(
     num_steps = (flat if is_flat else slices) * tap_slices
     splits, steps = split(2 * tiles * groups, num_steps, _MIN_SLICES)
     w_strides = tuple(s if s == 1 else s // unit for s in w.strides)
-    return _Plan(
-        (tiles, groups * splits),
-        (
-            y.shape[0],
-            w.read // unit,
-            *x.shape[-2:],
-            w.written // unit,
-            *w.taps[-2:],
-            *y.shape[-2:],
-            steps,
-            splits,
-        ),
-        (
-            *planar(strides(x, unit)),
-            *(w_strides[:3] + w_strides[-2:]),
-            math.prod(y.shape),
-            *planar(strides(y, unit)),
-            *geometry.scalars(),
-            *tap_steps[-2:],
-            *inverses[-2:],
-        ),
-        None
-        if len(w.taps) == 2
-        else (
-            x.shape[2],
-            w.taps[0],
-            y.shape[2],
-            strides(x, unit)[2],
-            w_strides[3],
-            strides(y, unit)[2],
-            geometry.stride[0],
-            geometry.padding[0],
-            geometry.dilation[0],
-            tap_steps[0],
-            inverses[0],
-        ),
-        splits,
-        config,
-        {
-            "TRANSPOSED": transposed,
-            "FLAT_C": w.read if is_flat else 0,
-            "UNIT": unit,
-            "X_CHANNELS_LAST": x.stride(1) == 1,
-            "Y_CHANNELS_LAST": y.stride(1) == 1,
-            "INDEX_64": is_wide(x, weight, y),
-        },
+    channels, images = (w.read // unit, w.written // unit), (*x.shape[-2:], *y.shape[-2:])
+    depth = None
+    if volume:
+        depth = (
+            *(x.shape[2], w.taps[0], y.shape[2]),
+            *(strides(x, unit)[2], w_strides[3], strides(y, unit)[2]),
+            *(geometry.stride[0], geometry.padding[0], geometry.dilation[0]),
+            *(tap_steps[0], inverses[0]),
+        )
+    numbers = (
+        *(y.shape[0], channels[0], *images[:2], channels[1], *w.taps[-2:], *images[2:]),
+        *(steps, splits, 1 if epilogue.stride is None else epilogue.stride),
+        *planar(strides(x, unit)),
+        *(w_strides[:3] + w_strides[-2:]),
+        *(math.prod(y.shape), *planar(strides(y, unit))),
+        *(*geometry.scalars(), *tap_steps[-2:], *inverses[-2:]),
+        depth,
     )
+    prepared = launch.Prepared(
+        kernels.conv2d_kernel,
+        (tiles, groups * splits),
+        numbers,
+        config,
+        HAS_BIAS=epilogue.stride is not None,
+        # partial sums have theirs when they are added
+        ACTIVATION=epilogue.activation if splits == 1 else None,
+        KEEPS_BEFORE=epilogue.keeps_before and splits == 1,
+        INPUT_PRECISION=precision,
+        TRANSPOSED=transposed,
+        FLAT_C=w.read if is_flat else 0,
+        UNIT=unit,
+        X_CHANNELS_LAST=x.stride(1) == 1,
+        Y_CHANNELS_LAST=y.stride(1) == 1,
+        INDEX_64=is_wide(x, weight, y),
+    )
+    return _Plan(splits, prepared)
 
 
 def _ceil_product(sizes: Sequence[int], steps: Sequence[int]) -> int:
@@ -211,35 +186,22 @@ def grad_weight(
         return None
     if (tma := conv_tma.plan_grad_weight(grad_output, input, output, geometry)) is not None:
         return conv_tma.grad_weight(tma, grad_output, input, output)
-    plan = _plan_grad_weight(*map(Layout.of, (grad_output, input, output)), geometry)
-    partial, target = None, output[None]
-    if plan.splits > 1:
-        outputs, inputs, *taps = output.shape
-        shape, dtype = (plan.splits, outputs, *taps, inputs), accumulator_dtype(input.dtype)
-        partial = input.new_empty(shape, dtype=dtype)
-        target = partial.movedim(-1, 2)
-    launch.run(
-        weight_kernels.conv2d_grad_weight_kernel,
-        plan.grid,
-        grad_output,
-        input,
-        target,
-        *plan.sizes,
-        *plan.strides[:8],
-        *(target.stride()[:3] + target.stride()[-2:]),
-        *plan.strides[8:],
-        plan.depth and (*plan.depth[:5], target.stride(3), *plan.depth[5:]),
-        on=input,
-        config=plan.config,
-        INPUT_PRECISION=launch.input_precision(input.dtype, "conv"),
-        **plan.constants,
-    )
+    precision = launch.input_precision(input.dtype, "conv")
+    layouts = map(Layout.of, (grad_output, input, output))
+    plan = _plan_grad_weight(*layouts, geometry, precision)
+    if plan.splits == 1:
+        plan.run(input, grad_output, input, output)
+        return None
+    outputs, inputs, *taps = output.shape
+    shape, dtype = (plan.splits, outputs, *taps, inputs), accumulator_dtype(input.dtype)
+    partial = input.new_empty(shape, dtype=dtype)
+    plan.run(input, grad_output, input, partial)
     return partial
 
 
 @launch.planned
 def _plan_grad_weight(
-    grad_output: Layout, input: Layout, output: Layout, geometry: Geometry
+    grad_output: Layout, input: Layout, output: Layout, geometry: Geometry, precision: str
 ) -> _Plan:
     outputs, inputs, *taps = output.shape
     groups = geometry.groups
@@ -258,48 +220,39 @@ def _plan_grad_weight(
     # a program of a volume has one slice of taps
     tiles = math.ceil(k / block_k) * math.ceil(crs / block_crs) * math.prod(taps[:-2])
     splits, steps = split(tiles * groups, pixel_tiles * math.prod(slices), _MIN_TILES)
-    # the partial sums are dense, and as many as the splits
-    target = math.prod(output.shape) * splits if splits > 1 else 0
-    return _Plan(
-        (tiles, groups * splits),
-        (
-            inputs // unit,
-            *input.shape[-2:],
-            k // unit,
-            *taps[-2:],
-            n,
-            p,
-            q,
-            block_p,
-            block_q,
-            steps,
-            splits,
-        ),
-        (
-            *planar(strides(grad_output, unit)),
-            *planar(strides(input, unit)),
-            *geometry.scalars(),
-        ),
-        None
-        if len(taps) == 2
-        else (
-            input.shape[2],
-            taps[0],
-            *slices,
-            strides(grad_output, unit)[2],
-            strides(input, unit)[2],
-            geometry.stride[0],
-            geometry.padding[0],
-            geometry.dilation[0],
-        ),
-        splits,
-        config,
-        {
-            # few channels are a constant, whose divisions do not hide aligned vectors
-            "FLAT_C": inputs if inputs < 64 else 0,
-            "UNIT": unit,
-            "Y_CHANNELS_LAST": grad_output.stride(1) == 1,
-            "X_CHANNELS_LAST": input.stride(1) == 1,
-            "INDEX_64": is_wide(grad_output, input, output) or target >= 2**31,
-        },
+    size = math.prod(output.shape)
+    # of the partial sums, which are dense, or of the only one: splits, K, C and taps
+    target = (size, *output.strides)
+    if splits > 1:
+        over_taps = [math.prod(taps[i + 1 :]) * inputs for i in range(len(taps))]
+        target = (size, size // outputs, 1, *over_taps)
+    depth = None
+    if slices:
+        depth = (
+            *(input.shape[2], taps[0], *slices),
+            *(strides(grad_output, unit)[2], strides(input, unit)[2], target[3]),
+            *(geometry.stride[0], geometry.padding[0], geometry.dilation[0]),
+        )
+    numbers = (
+        *(inputs // unit, *input.shape[-2:], k // unit, *taps[-2:]),
+        *(n, p, q, block_p, block_q, steps, splits),
+        *planar(strides(grad_output, unit)),
+        *planar(strides(input, unit)),
+        *(target[:3] + target[-2:]),
+        *geometry.scalars(),
+        depth,
     )
+    prepared = launch.Prepared(
+        weight_kernels.conv2d_grad_weight_kernel,
+        (tiles, groups * splits),
+        numbers,
+        config,
+        # few channels are a constant, whose divisions do not hide aligned vectors
+        FLAT_C=inputs if inputs < 64 else 0,
+        UNIT=unit,
+        Y_CHANNELS_LAST=grad_output.stride(1) == 1,
+        X_CHANNELS_LAST=input.stride(1) == 1,
+        INDEX_64=is_wide(grad_output, input, output) or (splits > 1 and size * splits >= 2**31),
+        INPUT_PRECISION=precision,
+    )
+    return _Plan(splits, prepared)
