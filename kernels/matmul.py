@@ -73,9 +73,12 @@ def matmul_kernel(
     ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
-    pid_m, pid_n = grouped_programs(tl.program_id(0), num_m, num_n, GROUP_M)
-    split = tl.program_id(1) % SPLITS
-    batch = (tl.program_id(1) // SPLITS).to(tl.int64)
+    # all in one axis of the grid, since the others end at 65535
+    pid = tl.program_id(0)
+    pid_m, pid_n = grouped_programs(pid % (num_m * num_n), num_m, num_n, GROUP_M)
+    entry = pid // (num_m * num_n)
+    split = entry % SPLITS
+    batch = (entry // SPLITS).to(tl.int64)
     # the tile's corner in 64 bits, once; inside the tile 32 bits are enough unless a stride is huge
     OFFSET: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     first_k = split * STEPS * BLOCK_K

@@ -13,6 +13,7 @@ from tritorch import binding, launch
 from tritorch.ops import matmul_tma, strided
 from tritorch.ops.activation_function import ActivationBackward, computes, needs_output
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype, split_sum
+from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("matmul")
 reduce_kernels = launch.kernels("reduce")
@@ -80,9 +81,30 @@ def _launch(
 ) -> None:
     if (tma := matmul_tma.plan_matmul(a, b, y)) is not None:
         return matmul_tma.run(tma, a, b, y, bias, activation, before)
-    batch = a.shape[0] if a.dim() == 3 else 1
+    precision = launch.input_precision(a.dtype, "matmul")
+    stride = None if bias is None else bias.stride(0)
+    layouts = map(Layout.of, (a, b))
+    splits, run = _plan(*layouts, stride, activation, before is not None, precision)
+    if splits == 1:
+        return run(y, a, b, bias, y, before)
+    partial = y.new_empty((splits, y.numel()), dtype=accumulator_dtype(y.dtype))
+    run(y, a, b, None, partial, None)
+    split_sum(partial, y, bias, activation, before)
+
+
+@launch.planned
+def _plan(
+    a: Layout,
+    b: Layout,
+    bias_stride: int | None,
+    activation: str | None,
+    keeps_before: bool,
+    precision: str,
+) -> tuple[int, launch.Prepared]:
+    """Splits of the inner axis, and the launch; sums that are split have their epilogue later."""
+    batch = a.shape[0] if len(a.shape) == 3 else 1
     (m, k), n = a.shape[-2:], b.shape[-1]
-    sizes = m, n, k, batch, a.element_size()
+    sizes = m, n, k, batch, a.itemsize
     config = launch.config(kernels.matmul_config, *sizes, computes(activation))
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
     tiles = math.ceil(m / block_m) * math.ceil(n / block_n)
@@ -90,43 +112,29 @@ def _launch(
     splits = reduce_kernels.num_splits(tiles * batch, steps, _MIN_STEPS)
     steps_per_split = math.ceil(steps / splits)
     splits = math.ceil(steps / steps_per_split) if steps else 1
-    partial = y
-    if splits > 1:
-        partial = y.new_empty((splits, y.numel()), dtype=accumulator_dtype(y.dtype))
-    launch.run(
-        kernels.matmul_kernel,
-        (tiles, batch * splits),
-        a,
-        b,
-        bias if splits == 1 else None,
-        partial,
-        before if splits == 1 else None,
-        m,
-        n,
-        k,
-        steps_per_split,
-        splits,
-        bias.stride(0) if bias is not None else 1,
-        *_batch_strides(a),
-        *_batch_strides(b),
-        y.numel(),
-        m * n,
-        n,
-        on=y,
-        config=config,
-        ACTIVATION=activation if splits == 1 else None,
-        HAS_BIAS=bias is not None and splits == 1,
-        KEEPS_BEFORE=before is not None and splits == 1,
-        INPUT_PRECISION=launch.input_precision(a.dtype, "matmul"),
-        INDEX_64=strided.is_wide((block_m, block_k), a.stride()[-2:])
-        or strided.is_wide((block_k, block_n), b.stride()[-2:]),
+    numbers = (
+        *(m, n, k, steps_per_split, splits, 1 if bias_stride is None else bias_stride),
+        *(*_batch_strides(a), *_batch_strides(b)),
+        *(batch * m * n, m * n, n),
     )
-    if splits > 1:
-        split_sum(partial, y, bias, activation, before)
+    prepared = launch.Prepared(
+        kernels.matmul_kernel,
+        (tiles * batch * splits,),
+        numbers,
+        config,
+        ACTIVATION=activation if splits == 1 else None,
+        HAS_BIAS=bias_stride is not None and splits == 1,
+        KEEPS_BEFORE=keeps_before and splits == 1,
+        INPUT_PRECISION=precision,
+        INDEX_64=strided.is_wide((block_m, block_k), a.strides[-2:])
+        or strided.is_wide((block_k, block_n), b.strides[-2:])
+        or strided.is_wide((block_m, block_n), (n, 1)),
+    )
+    return splits, prepared
 
 
-def _batch_strides(matrix: Tensor) -> tuple[int, ...]:
-    return matrix.stride() if matrix.dim() == 3 else (0, *matrix.stride())
+def _batch_strides(matrix: Layout) -> tuple[int, ...]:
+    return matrix.strides if len(matrix.shape) == 3 else (0, *matrix.strides)
 
 
 class Matmul(torch.autograd.Function):
