@@ -19,6 +19,9 @@ from torch import Tensor
 from tritorch import backend
 from tritorch.testing import dry, interpreter
 
+# programs along the second and the third axis of a grid, of which CUDA takes no more
+_MAX_BEHIND = 65535
+
 _overrides: dict[str, Any] = {}
 _recorders: list[list[str]] = []
 _choices: list[list[tuple[str, Any]]] = []
@@ -203,6 +206,11 @@ def run(
     """
     if 0 in grid:
         return
+    if any(size > _MAX_BEHIND for size in grid[1:]):
+        raise ValueError(
+            f"launch: {kernel.__name__} has a grid of {grid}, of which CUDA takes at most "
+            f"{_MAX_BEHIND} along the second and the third axis"
+        )
     for names in _recorders:
         names.append(kernel.__name__)
     if backend.INTERPRETING:
