@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from tritorch import backend, launch, ops
 
@@ -78,6 +79,14 @@ def test_func_transforms_take_the_reference_path():
         grad = torch.func.grad(lambda t: ops.relu(t).sum())(x)
     assert grad.tolist() == [0.0, 1.0]
     assert backend.explain() == {"relu": {"a torch.func transform is active": 1}}
+
+
+def test_forward_mode_takes_the_reference_path():
+    with backend.use("triton"), forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 4.0]))
+        tangent = forward_ad.unpack_dual(ops.relu(dual)).tangent
+    assert tangent.tolist() == [0.0, 4.0]
+    assert backend.explain() == {"relu": {"forward-mode differentiation is active": 1}}
 
 
 def test_override_forces_one_configuration_and_ends():

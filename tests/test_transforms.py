@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 import tritorch.nn as nn
@@ -109,6 +110,31 @@ def test_func_grad_and_vmap_are_torchs(case, device):
             (torch.func.grad(scalar)(input), mapped(torch.stack([input, 2 * input / 3])))
         )
     assert_close(*results)
+
+
+@cases([case for case in ONE_OF_EACH if case.layer not in RANDOM])
+def test_forward_mode_derivatives_are_torchs(case, device):
+    tangents = []
+    for module in (nn, torch.nn):
+        # a dual number forbids the writes of training
+        layer = make_layer(module, case, device).eval()
+        input, *others = (tensor.detach() for tensor in make_call(case, device))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(input, input.cos())
+            tangents.append(forward_ad.unpack_dual(called(layer, (dual, *others))).tangent)
+    assert_close(*tangents)
+
+
+def test_forward_mode_goes_through_compiled_programs(device):
+    input = torch.tensor([-1.0, 2.0], device=device)
+
+    def program(x):
+        return torch.func.jvp(nn.functional.silu, (x,), (torch.ones_like(x),))
+
+    torch.compiler.reset()
+    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
+    expected = torch.func.jvp(torch.nn.functional.silu, (input,), (torch.ones_like(input),))
+    assert_close(compiled(input), expected)
 
 
 @cases(ONE_OF_EACH)

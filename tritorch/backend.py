@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Choice = Literal["auto", "triton", "reference"]
 
@@ -139,6 +140,9 @@ def _reason(tensors: tuple[Tensor | None, ...]) -> str | None:
             return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
         if tensor.layout != torch.strided:
             return f"layout {str(tensor.layout).removeprefix('torch.')}"
+    # the kernels know no tangents
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
     # the compiler traces functorch's transforms itself and never asks this question of a wrapped
     # tensor
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
