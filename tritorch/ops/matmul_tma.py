@@ -138,8 +138,8 @@ def plan(
         a, b, m, n = b, a, n, m
     batch, k = (1, entries * inner) if sums_batch else (entries, inner)
     config = launch.config(kernels.matmul_tma_config, m, n, k, batch, b.shape[0] == 1, itemsize)
-    block_m, block_n, block_k, halves, form = (
-        config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "HALVES", "FORM")
+    block_m, block_n, block_k, form = (
+        config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "FORM")
     )
     # a slice does not reach from one entry into the next
     slices_each = math.ceil(inner / block_k)
@@ -151,15 +151,8 @@ def plan(
         splits = kernels.num_splits(config, m, n, k, batch)
         steps = math.ceil(slices / splits)
         splits = math.ceil(slices / steps)
-    if splits > 1:
-        # one whole result after the other
-        _, rows, columns = y.shape
-        y = Entries((splits * batch, rows, columns), (rows * columns, columns, 1))
-    stored = (block_n, block_m // halves) if swapped else (block_m, block_n // halves)
-    a_view = _view(a, block_m, block_k, itemsize) or _view(a, block_m, block_k, itemsize, True)
-    b_view = _view(b, block_n, block_k, itemsize) or _view(b, block_n, block_k, itemsize, True)
-    y_view = _view(y, *stored, 4 if splits > 1 else itemsize)
-    if a_view is None or b_view is None or y_view is None:
+    views = _views(config, a, b, y, itemsize, splits, swapped)
+    if views is None:
         return None
     tiles = kernels.num_tiles(config, m, n) * batch * splits
     columns = math.ceil(n / block_n)
@@ -167,34 +160,40 @@ def plan(
     if form == "stationary":
         # the same number of programs for every tile of b
         grid = max(grid // columns, 1) * columns
-    return Plan(
-        (grid,),
-        a_view,
-        b_view,
-        y_view,
-        (
-            m if swapped else n,
-            math.ceil(m / block_m),
-            columns,
-            tiles,
-            steps,
-            batch,
-            slices_each,
-            # past the last slice of a sum is an entry that neither has, which reads as zeros
-            1 if sums_batch else min(a.shape[0] - 1, 1),
-            1 if sums_batch else min(b.shape[0] - 1, 1),
-            *fill,
-        ),
-        splits,
-        config,
-        {
-            "A_TRANSPOSED": a_view.transposed,
-            "B_TRANSPOSED": b_view.transposed,
-            "SWAPPED": swapped,
-            "SUMS_BATCH": sums_batch,
-            "FILLS": fill != _DENSE,
-        },
+    # past the last slice of a sum is an entry that neither has, which reads as zeros
+    entry_steps = (1 if sums_batch else min(each.shape[0] - 1, 1) for each in (a, b))
+    counts = math.ceil(m / block_m), columns, tiles, steps, batch, slices_each
+    constants = {
+        "A_TRANSPOSED": views[0].transposed,
+        "B_TRANSPOSED": views[1].transposed,
+        "SWAPPED": swapped,
+        "SUMS_BATCH": sums_batch,
+        "FILLS": fill != _DENSE,
+    }
+    width = m if swapped else n
+    return Plan((grid,), *views, (width, *counts, *entry_steps, *fill), splits, config, constants)
+
+
+def _views(
+    config: Any, a: Entries, b: Entries, y: Entries, itemsize: int, splits: int, swapped: bool
+) -> tuple[View, View, View] | None:
+    block_m, block_n, block_k, halves = (
+        config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "HALVES")
     )
+    a_view, b_view = (
+        _view(each, rows, block_k, itemsize) or _view(each, rows, block_k, itemsize, True)
+        for each, rows in ((a, block_m), (b, block_n))
+    )
+    if splits > 1:
+        # one whole result after the other
+        batch, rows, columns = y.shape
+        y = Entries((splits * batch, rows, columns), (rows * columns, columns, 1))
+        itemsize = 4
+    stored = (block_n, block_m // halves) if swapped else (block_m, block_n // halves)
+    y_view = _view(y, *stored, itemsize)
+    if a_view is None or b_view is None or y_view is None:
+        return None
+    return a_view, b_view, y_view
 
 
 def _view(
@@ -277,15 +276,10 @@ def _add_up(
             BLOCK=kernels.BLOCK,
         )
         return
-    # rows of y as they lie in memory, whatever torch calls its dimensions: a bias runs along them
+    # as it lies in memory, whatever torch calls its dimensions: a bias runs along the rows
     columns = plan.numbers[0]
-    split_sum(
-        partial,
-        y.as_strided((y.numel() // columns, columns), (columns, 1)),
-        bias,
-        activation,
-        before,
-    )
+    rows = y.as_strided((y.numel() // columns, columns), (columns, 1))
+    split_sum(partial, rows, bias, activation, before)
 
 
 def _descriptor(tensor: Tensor, view: View) -> Any:
