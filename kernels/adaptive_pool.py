@@ -63,6 +63,32 @@ def spatial_mean_kernel(
     tl.store(y_ptr + (split * N + n) * C + offs_c, y.to(y_ptr.dtype.element_ty), mask=mask_c)
 
 
+# pixels of images of which several are read at once, and how many of these
+MAX_SMALL = 256
+SMALL_IMAGES = 16
+
+
+@triton.jit
+def small_mean_kernel(x_ptr, y_ptr, C, R, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One program computes the means of BLOCK_C images of R pixels, one after the other in memory.
+
+    No image alone begins on 16 bytes, but BLOCK_C of them do: they are read as one row of whole
+    vectors, which is cut up after that.
+    """
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    first_c = tl.program_id(0).to(tl.int64) * BLOCK_C
+    index = tl.arange(0, BLOCK_C * BLOCK_R)
+    mask = (index < BLOCK_C * R) & (index < (C - first_c) * R)
+    x = tl.load(x_ptr + first_c * R + index, mask=mask, other=0.0)
+    # (BLOCK_C, BLOCK_R), row-major
+    offs_r = index % BLOCK_R
+    x = tl.gather(x, index // BLOCK_R * R + offs_r, 0).to(ACC)
+    x = tl.where(offs_r < R, x, 0.0).reshape(BLOCK_C, BLOCK_R)
+    offs_c = first_c + tl.arange(0, BLOCK_C)
+    y = tl.sum(x, axis=1) / R
+    tl.store(y_ptr + offs_c, y.to(y_ptr.dtype.element_ty), mask=offs_c < C)
+
+
 @triton.jit
 def window_pixels(z, p, q, D, H, W, Z, P, Q):
     """Pixels of a D x H x W volume in the window number z, p, q of Z x P x Q."""

@@ -171,6 +171,25 @@ def test_chosen_configurations_are_in_the_tables(spec, only_recorded):
             assert any(entry is other for other in tables.get(name, ())), (name, str(entry))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=NAMES.get)
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("relu", "resnet50-stem"),
+        ("max_pool2d", "resnet50-stem-channels-last"),
+        ("adaptive_avg_pool2d", "resnet50"),
+        ("adaptive_avg_pool2d", "resnet50-channels-last"),
+    ],
+)
+def test_memory_is_read_in_vectors(op, name, dtype):
+    """Also where no image of 49 pixels begins on 16 bytes: all loads of 128 bits."""
+    spec = next(spec for spec in specs() if spec.name == op)
+    sample = next(s for s in spec.workloads(Maker(dtype)) if s.name == name)
+    forward = compiled(spec, "sm_90", dtype, sample.arguments)[0]
+    used = dry.resources(forward)
+    assert used.wide_loads == used.count("LDG") > 0
+
+
 def test_a_spill_is_reported():
     """The check itself: a tile far too large for its warps must not pass."""
     spec = next(spec for spec in specs() if spec.name == "matmul")

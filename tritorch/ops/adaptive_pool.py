@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, binding, checks, launch
-from tritorch.ops import geometry, pool_function, strided, windows
+from tritorch.ops import pool_function, windows
 from tritorch.ops.geometry import is_channels_last
 from tritorch.ops.pool3d import in_format_of
-from tritorch.ops.reduce import accumulator_dtype, split_sum
-from tritorch.ops.strided import Layout
+from tritorch.ops.spatial_mean import SpatialMean
 from tritorch.ops.windows import Counts, Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -38,75 +37,6 @@ def adaptive_avg_pool3d_reference(input: Tensor, output_size: Counts) -> Tensor:
     """The mean of each window, in the input's memory format."""
     given: Any = output_size
     return in_format_of(input, lambda x: F.adaptive_avg_pool3d(x, given))
-
-
-def _means(input: Tensor) -> Tensor:
-    shape = (*input.shape[:2], *(1 for _ in input.shape[2:]))
-    return windows.empty(input, shape, is_channels_last(input), input.dtype)
-
-
-@binding.library_op("spatial_mean(Tensor input) -> Tensor", fake=_means)
-def _spatial_mean(input: Tensor) -> Tensor:
-    output = _means(input)
-    (n, c), pixels = input.shape[:2], math.prod(input.shape[2:])
-    channels_last = input.stride(1) == 1
-    if input.stride(0) == c * input.stride(1):
-        # the images are one of more channels, which is read in larger tiles
-        n, c = 1, n * c
-    nest = strided.nest_of("adaptive_avg_pool", input.shape[2:], input.stride()[2:])
-    config = launch.config(kernels.spatial_mean_config, channels_last, pixels)
-    programs = n * math.ceil(c / config.kwargs["BLOCK_C"])
-    steps = math.ceil(pixels / config.kwargs["BLOCK_R"])
-    splits, steps = geometry.split(programs, steps, 4)
-    partial = output
-    if splits > 1:
-        partial = input.new_empty((splits, n * c), dtype=accumulator_dtype(input.dtype))
-    launch.run(
-        kernels.spatial_mean_kernel,
-        (programs, splits),
-        input,
-        partial,
-        n,
-        c,
-        pixels,
-        steps,
-        *nest.sizes[1:3],
-        *input.stride()[:2],
-        *nest.strides[0][:3],
-        on=input,
-        config=config,
-        INDEX_64=nest.wide or geometry.is_wide(Layout.of(input)),
-    )
-    if splits > 1:
-        split_sum(partial, output)
-    return output
-
-
-class SpatialMean(torch.autograd.Function):
-    """The mean of every image: its gradient is an expanded view."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor) -> Tensor:
-        ctx.shape = input.shape
-        output: Tensor = _spatial_mean(input)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        grad_input: Tensor = binding.apply(SpatialMeanBackward, grad_output, ctx.shape)
-        return grad_input
-
-
-class SpatialMeanBackward(torch.autograd.Function):
-    """The transpose of `SpatialMean`."""
-
-    @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, shape: Sequence[int]) -> Tensor:
-        return (grad_output / math.prod(shape[2:])).expand(shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return binding.apply(SpatialMean, grad), None
 
 
 def _pooled(input: Tensor, size: Sequence[int], channels_last: bool, gradient: bool) -> Tensor:
@@ -264,6 +194,7 @@ def adaptive_avg_pool3d(input: Tensor, output_size: Counts) -> Tensor:
 def _samples1d(make: Maker) -> Iterator[Sample]:
     yield Sample("overlap", input=make(2, 5, 13), output_size=4, layouts=True)
     yield Sample("global", input=make(2, 3, 9), output_size=(1,))
+    yield Sample("global-long", input=make(1, 2, 300), output_size=1)
     yield Sample("even", input=make(2, 3, 8), output_size=4)
     yield Sample("unbatched", input=make(3, 9), output_size=2)
     yield Sample("empty", input=make(0, 3, 5), output_size=2)
@@ -346,7 +277,11 @@ def _cost(axes: int) -> Callable[..., dict[str, Cost]]:
     return cost
 
 
-_MEAN = ("adaptive_pool.spatial_mean_kernel", "adaptive_pool.adaptive_avg_pool_kernel")
+_MEAN = (
+    "adaptive_pool.spatial_mean_kernel",
+    "adaptive_pool.small_mean_kernel",
+    "adaptive_pool.adaptive_avg_pool_kernel",
+)
 _EVEN2D = ("pool.avg_pool2d_forward_kernel", "pool.avg_pool2d_backward_kernel")
 
 register(

@@ -1,0 +1,105 @@
+"""Means of whole images, which are a reduction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritorch import binding, launch
+from tritorch.ops import geometry, strided, windows
+from tritorch.ops.geometry import is_channels_last
+from tritorch.ops.reduce import accumulator_dtype, split_sum
+from tritorch.ops.strided import Layout
+
+kernels = launch.kernels("adaptive_pool")
+
+
+def _means(input: Tensor) -> Tensor:
+    shape = (*input.shape[:2], *(1 for _ in input.shape[2:]))
+    return windows.empty(input, shape, is_channels_last(input), input.dtype)
+
+
+@binding.library_op("spatial_mean(Tensor input) -> Tensor", fake=_means)
+def _spatial_mean(input: Tensor) -> Tensor:
+    output = _means(input)
+    (n, c), pixels = input.shape[:2], math.prod(input.shape[2:])
+    if pixels <= kernels.MAX_SMALL and input.is_contiguous():
+        _launch_small(input, output, n * c, pixels)
+        return output
+    channels_last = input.stride(1) == 1
+    if input.stride(0) == c * input.stride(1):
+        # the images are one of more channels, which is read in larger tiles
+        n, c = 1, n * c
+    nest = strided.nest_of("adaptive_avg_pool", input.shape[2:], input.stride()[2:])
+    config = launch.config(kernels.spatial_mean_config, channels_last, pixels)
+    programs = n * math.ceil(c / config.kwargs["BLOCK_C"])
+    steps = math.ceil(pixels / config.kwargs["BLOCK_R"])
+    splits, steps = geometry.split(programs, steps, 4)
+    partial = output
+    if splits > 1:
+        partial = input.new_empty((splits, n * c), dtype=accumulator_dtype(input.dtype))
+    launch.run(
+        kernels.spatial_mean_kernel,
+        (programs, splits),
+        input,
+        partial,
+        n,
+        c,
+        pixels,
+        steps,
+        *nest.sizes[1:3],
+        *input.stride()[:2],
+        *nest.strides[0][:3],
+        on=input,
+        config=config,
+        INDEX_64=nest.wide or geometry.is_wide(Layout.of(input)),
+    )
+    if splits > 1:
+        split_sum(partial, output)
+    return output
+
+
+def _launch_small(input: Tensor, output: Tensor, images: int, pixels: int) -> None:
+    launch.run(
+        kernels.small_mean_kernel,
+        (math.ceil(images / kernels.SMALL_IMAGES),),
+        input,
+        output,
+        images,
+        pixels,
+        on=input,
+        # the next power of two
+        BLOCK_R=1 << (pixels - 1).bit_length(),
+        BLOCK_C=kernels.SMALL_IMAGES,
+    )
+
+
+class SpatialMean(torch.autograd.Function):
+    """The mean of every image: its gradient is an expanded view."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.shape = input.shape
+        output: Tensor = _spatial_mean(input)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        grad_input: Tensor = binding.apply(SpatialMeanBackward, grad_output, ctx.shape)
+        return grad_input
+
+
+class SpatialMeanBackward(torch.autograd.Function):
+    """The transpose of `SpatialMean`."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, shape: Sequence[int]) -> Tensor:
+        return (grad_output / math.prod(shape[2:])).expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return binding.apply(SpatialMean, grad), None
