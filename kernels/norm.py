@@ -13,24 +13,25 @@ from tritorch.kernels.activation import activate, activation_gradient
 from tritorch.kernels.tiles import strided_offsets
 
 
-def tiles(rows):
+def tiles(rows, maxnreg=None):
     """Tiles of 64 * rows elements: three of channels along memory, one of pixels along memory."""
+    options = {"num_warps": 8, "num_stages": 1, "maxnreg": maxnreg}
     return (
-        Config({"BLOCK_R": rows, "BLOCK_C": 64}, num_warps=8, num_stages=1),
-        Config({"BLOCK_R": 2 * rows, "BLOCK_C": 32}, num_warps=8, num_stages=1),
-        Config({"BLOCK_R": 4 * rows, "BLOCK_C": 16}, num_warps=8, num_stages=1),
+        Config({"BLOCK_R": rows, "BLOCK_C": 64}, **options),
+        Config({"BLOCK_R": 2 * rows, "BLOCK_C": 32}, **options),
+        Config({"BLOCK_R": 4 * rows, "BLOCK_C": 16}, **options),
         # the offset of a pixel, which costs divisions, serves several channels
-        Config({"BLOCK_R": 8 * rows, "BLOCK_C": 8}, num_warps=8, num_stages=1),
+        Config({"BLOCK_R": 8 * rows, "BLOCK_C": 8}, **options),
     )
 
 
 # by bytes per element, each four half of those before: a thread has four 128-bit accesses to each
 # tensor of a tile; without vectors of that size it spends registers on addresses, and takes no more
-# than of a wider type; where an activation computes it has two
+# than of a wider type; where an activation computes it has two, and as many registers as there are
 BATCH_NORM_CONFIGS = {
-    2: (*tiles(128), *tiles(64), *tiles(32)),
-    4: (*tiles(64), *tiles(32)),
-    8: (*tiles(32), *tiles(16)),
+    2: (*tiles(128), *tiles(64), *tiles(32, 255)),
+    4: (*tiles(64), *tiles(32, 255)),
+    8: (*tiles(32), *tiles(16, 255)),
 }
 # tiles that one program of a reduction sums at least, and one of an elementwise pass takes at most
 MIN_STEPS = 2
