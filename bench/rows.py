@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tritorch.bench import guards, intervals, timing
+from tritorch.bench import guards, intervals, launches, timing
 from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import TORCH, Case, Slot
 from tritorch.bench.ceilings import Ceilings
@@ -33,7 +33,8 @@ _NEW_NUMBERS = 1_000_003
 class Bench:
     """Where and how cases are measured.
 
-    `extras`: of "host", "graph" and "memory" what is measured besides the time on the device.
+    `extras`: of "host", "graph", "memory" and "kernels" what is measured besides the time on the
+    device.
     """
 
     device: torch.device
@@ -44,6 +45,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.clock = timing.clock(self.device)
+        self.first: dict[str, float] = {}
 
     def memory(self) -> int:
         if self.device.type != "cuda":
@@ -77,6 +79,7 @@ class Bench:
             if name in timed:
                 row |= self._times(case, which, timed[name])
                 row |= extras[name]
+                row["first_seconds"] = self.first.get(name)
             verdict = verdicts.get(name)
             row["verified"] = not failures.get(name) and (verdict is None or verdict.accepted)
             row["failure"] = failures.get(name, "")
@@ -97,8 +100,12 @@ class Bench:
                 prepared.prepare(name)
                 continue
             try:
+                start = timing.now()
                 prepared.prepare(name)
                 failures[name], results = _first_results(prepared, name)
+                self.clock.finish()
+                # compiling, loading, searching for algorithms
+                self.first[name] = timing.now() - start
             except Exception as error:
                 reraise_fatal(error)
                 failures[name] = f"raises {type(error).__name__}: {error}"[:500]
@@ -203,6 +210,8 @@ class Bench:
                 held = torch.cuda.memory_allocated()
                 calls[0]()
                 found["peak_bytes"] = torch.cuda.max_memory_allocated() - held
+            if self.device.type == "cuda" and "kernels" in self.extras and name != TORCH:
+                found["kernels"] = launches.resources(calls[0])
         return found
 
 

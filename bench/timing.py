@@ -31,7 +31,9 @@ _CYCLES = 2000
 # microseconds that it spins at least and at most
 _SPIN = 300, 50_000
 # calls of one round; a launch queue takes about a thousand entries
-_ROUND = 24
+_ROUND = 16
+# rounds at least: where time is short, and else, because samples of one round resemble each other
+_ROUNDS = 3, 6
 # that much more than the L2 cache is read to empty it
 _COLD = 2
 
@@ -171,7 +173,8 @@ class Plan:
     """How long to measure.
 
     Until every side's median is known to `precision` (half of its 95 % interval, as a fraction) and
-    has `least` samples, or `seconds` have gone by, or it has `most`, but for three rounds at least.
+    has `least` samples in six rounds, or it has `most`, or until `seconds` have gone by, but for
+    three rounds at least.
     """
 
     seconds: float = 1.0
@@ -226,7 +229,10 @@ def measure(
             rounds[name].append(tuple(found))
             bound[name] |= clock.host_bound
         order.reverse()
-        if len(rounds[order[0]]) >= 3 and (now() > deadline or _known(rounds, plan)):
+        done = len(rounds[order[0]])
+        if (done >= _ROUNDS[0] and now() > deadline) or (
+            done >= _ROUNDS[1] and _known(rounds, plan)
+        ):
             break
     return {
         name: Timing(tuple(found), intervals.median(_flat(found)), bound[name])

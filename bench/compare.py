@@ -1,0 +1,247 @@
+"""Whether one result is faster than another, row by row, and how sure that is.
+
+The ratio of two medians has the interval that resampling gives: rounds first, then samples within
+rounds, because samples of one round are not independent.  Over all rows the chance of a false
+alarm is held down by Holm's correction.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from tritorch.bench import intervals
+from tritorch.bench.environment import SCHEMA
+from tritorch.bench.intervals import Interval
+from tritorch.bench.rows import key
+
+Verdict = Literal["FASTER", "SLOWER", "SAME", "UNSURE", "WRONG"]
+
+THRESHOLD = 0.03
+# of all rows together
+_ALPHA = 0.05
+_RESAMPLES = 600
+# what a median is uncertain by at least, because clocks tick and rounds repeat
+_LEAST = 1e-3
+_Z = 1.959964
+# rounds of which Student's t is a normal distribution
+_MANY = 100
+
+
+class NoResult(ValueError):
+    """A file that is no result of a benchmark, or of another schema."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row in both results.
+
+    `ratio`: the new time over the old one, above 1 is slower.  `chance`: of a difference as large
+    where there is none, corrected for the number of rows.  WRONG: not verified in one of them.
+    """
+
+    row: Mapping[str, Any]
+    old_us: float | None
+    new_us: float | None
+    ratio: Interval | None
+    chance: float
+    verdict: Verdict
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows, `geomean` over those that can be compared, what else differs."""
+
+    rows: tuple[Comparison, ...]
+    geomean: Interval | None
+    environment: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    only_old: tuple[str, ...] = ()
+    only_new: tuple[str, ...] = ()
+
+    def count(self, verdict: Verdict) -> int:
+        return sum(row.verdict == verdict for row in self.rows)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file; raises NoResult, which says what is wrong with it."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NoResult(f"{path}: {error}") from error
+    if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
+        raise NoResult(f"{path} is no result of a benchmark: it has no rows")
+    if result.get("schema") != SCHEMA:
+        raise NoResult(f"{path} has schema {result.get('schema')}, this tritorch reads {SCHEMA}")
+    return result
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any], threshold: float = THRESHOLD) -> Report:
+    """Compares two results, the contents of their files.
+
+    FASTER and SLOWER: surely different, by more than `threshold`.  SAME: surely within it.
+    UNSURE: neither.
+    """
+    before, after = _by_key(old["rows"]), _by_key(new["rows"])
+    shared = [name for name in before if name in after]
+    ratios = [_ratio(before[name], after[name]) for name in shared]
+    chances = iter(_holm([ratio.chance for ratio in ratios if ratio is not None]))
+    found = []
+    for name, ratio in zip(shared, ratios, strict=True):
+        chance = 1.0 if ratio is None else next(chances)
+        interval = None if ratio is None else ratio.interval
+        found.append(_judged(before[name], after[name], interval, chance, threshold))
+    compared = [row.ratio.value for row in found if row.ratio is not None]
+    return Report(
+        rows=tuple(sorted(found, key=_order)),
+        geomean=intervals.geometric_mean(compared) if compared else None,
+        environment=_differences(old.get("environment", {}), new.get("environment", {})),
+        only_old=tuple(_name(before[name]) for name in before if name not in after),
+        only_new=tuple(_name(after[name]) for name in after if name not in before),
+    )
+
+
+def _by_key(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], Mapping[str, Any]]:
+    return {key(row): row for row in rows if row.get("median_us") is not None}
+
+
+def _order(row: Comparison) -> float:
+    return -row.ratio.value if row.ratio is not None else -math.inf
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    names = ("op", "name", "shape", "pass", "implementation")
+    return " ".join(str(row[name]) for name in names if row.get(name) not in (None, ""))
+
+
+class _Ratio(NamedTuple):
+    """A ratio, and the chance of one so far from 1 where there is no difference."""
+
+    interval: Interval
+    chance: float
+
+
+def _ratio(old: Mapping[str, Any], new: Mapping[str, Any]) -> _Ratio | None:
+    """New over old; None where one of them was not verified."""
+    if not (old.get("verified") and new.get("verified")):
+        return None
+    draw = np.random.default_rng(0)
+    spreads, rounds = zip(*(_spread(row, draw) for row in (old, new)), strict=True)
+    value = math.log(new["median_us"] / old["median_us"])
+    error = max(math.hypot(*spreads), _LEAST)
+    freedom = sum(rounds) - len(rounds)
+    reach = error * _quantile(freedom)
+    ends = (math.exp(end) for end in (value, value - reach, value + reach))
+    return _Ratio(Interval(*ends), _beyond(abs(value) / error, freedom))
+
+
+def _spread(row: Mapping[str, Any], draw: np.random.Generator) -> tuple[float, int]:
+    """The standard error of the logarithm of a median, and the number of rounds it comes from."""
+    rounds = [np.asarray(one, dtype=float) for one in row.get("samples_us") or [] if one]
+    if len(rounds) < 2:
+        # an old result without samples: as sure as its interval says, if it has one
+        low, high = row.get("interval_us") or (row["median_us"], row["median_us"])
+        return (math.log(high) - math.log(low)) / (2 * _Z), _MANY
+    count = min(len(one) for one in rounds)
+    table = np.stack([one[:count] for one in rounds])
+    which = draw.integers(len(rounds), size=(_RESAMPLES, len(rounds)))
+    within = draw.integers(count, size=(_RESAMPLES, len(rounds), count))
+    sampled = table[which[:, :, None], within].reshape(_RESAMPLES, -1)
+    spread = float(np.log(np.median(sampled, axis=1)).std())
+    # of few rounds resampling sees too little
+    return spread * math.sqrt(len(rounds) / (len(rounds) - 1)), len(rounds)
+
+
+def _beyond(t: float, freedom: int) -> float:
+    """The chance that Student's t is farther from zero than this, on either side.
+
+    Source: Abramowitz and Stegun, Handbook of mathematical functions, 26.7.3 and 26.7.4.
+    """
+    if freedom >= _MANY:
+        return math.erfc(t / math.sqrt(2))
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term, total = 1.0, 0.0
+    if freedom % 2:
+        term = cosine
+        for n in range(1, freedom, 2):
+            total += term
+            term *= cosine**2 * (n + 1) / (n + 2)
+        inside = 2 / math.pi * (angle + sine * total)
+    else:
+        for n in range(0, freedom, 2):
+            total += term
+            term *= cosine**2 * (n + 1) / (n + 2)
+        inside = sine * total
+    return max(0.0, 1 - inside)
+
+
+@functools.cache
+def _quantile(freedom: int) -> float:
+    """Where Student's t has 2.5 % on either side."""
+    low, high = _Z, 100.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _beyond(middle, freedom) > _ALPHA else (low, middle)
+    return high
+
+
+def _holm(chances: Sequence[float]) -> list[float]:
+    """Each multiplied by the number of chances that are not smaller, and never decreasing."""
+    corrected, worst = [1.0] * len(chances), 0.0
+    for rank, index in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        worst = max(worst, min(1.0, (len(chances) - rank) * chances[index]))
+        corrected[index] = worst
+    return corrected
+
+
+def _judged(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    ratio: Interval | None,
+    chance: float,
+    threshold: float,
+) -> Comparison:
+    verdict: Verdict
+    why = ""
+    if ratio is None:
+        verdict = "WRONG"
+        wrong = [(name, row) for name, row in (("old", old), ("new", new)) if not row["verified"]]
+        why = "; ".join(f"{name}: {row.get('failure', 'not verified')}" for name, row in wrong)
+    else:
+        beyond = abs(math.log(ratio.value)) > math.log1p(threshold)
+        if chance < _ALPHA and beyond:
+            verdict = "SLOWER" if ratio.value > 1 else "FASTER"
+        elif chance < _ALPHA or _within(ratio, threshold):
+            verdict = "SAME"
+        else:
+            verdict = "UNSURE"
+    return Comparison(new, old["median_us"], new["median_us"], ratio, chance, verdict, why)
+
+
+def _within(ratio: Interval, threshold: float) -> bool:
+    return ratio.low > 1 / (1 + threshold) and ratio.high < 1 + threshold
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two environments, the date excepted."""
+    then, now = dict(_flat(old)), dict(_flat(new))
+    names = [name for name in {**then, **now} if name != "date"]
+    return {n: (then.get(n), now.get(n)) for n in names if then.get(n) != now.get(n)}
+
+
+def _flat(environment: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in environment.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{above}{name}.")
+        else:
+            found.append((f"{above}{name}", value))
+    return found

@@ -1,0 +1,134 @@
+"""Two results of the same speed are SAME, a slow-down is SLOWER, what cannot be told is UNSURE."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+
+import pytest
+
+from tritorch.bench import compare
+from tritorch.bench.compare import NoResult, read
+from tritorch.bench.intervals import median
+
+pytestmark = pytest.mark.reference
+
+
+def row(number, us, draw, *, noise=0.02, drift=0.005, rounds=6, calls=12, **more):
+    """A row as a GPU gives it: samples with a long tail, rounds that differ a little."""
+    samples = []
+    for _ in range(rounds):
+        centre = us * math.exp(draw.gauss(0, drift))
+        samples.append([centre * math.exp(abs(draw.gauss(0, noise))) for _ in range(calls)])
+    flat = [sample for one in samples for sample in one]
+    return {
+        "op": "relu",
+        "shape": [number],
+        "pass": "forward",
+        "implementation": "tritorch",
+        "median_us": median(flat).value,
+        "samples_us": samples,
+        "verified": True,
+        **more,
+    }
+
+
+def result(seed, factor=1.0, count=100, **options):
+    """Rows between 5 and 5000 microseconds; equal ones for every seed, but for noise."""
+    draw = random.Random(seed)
+    times = [5 * 1000 ** (i / count) for i in range(count)]
+    rows = [row(i, us * factor, draw, **options) for i, us in enumerate(times)]
+    return {"schema": 1, "rows": rows, "environment": {"gpu": "G", "date": str(seed)}}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_same_speed_is_the_same_at_least_95_times_of_100(seed):
+    report = compare.compare(result(2 * seed), result(2 * seed + 1))
+    assert len(report.rows) == 100
+    assert report.count("SAME") >= 95
+    assert report.count("SLOWER") + report.count("FASTER") == 0
+    assert report.geomean.low < 1 < report.geomean.high or abs(report.geomean.value - 1) < 0.005
+
+
+def test_a_slow_down_of_a_fifth_is_slower():
+    report = compare.compare(result(1), result(2, factor=1.2))
+    assert report.count("SLOWER") == 100
+    assert report.geomean.value == pytest.approx(1.2, rel=0.01)
+    # intervals of 95 %
+    assert sum(one.ratio.low < 1.2 < one.ratio.high for one in report.rows) >= 90
+    back = compare.compare(result(2, factor=1.2), result(1))
+    assert back.count("FASTER") == 100
+
+
+def test_one_slow_row_among_many_is_found():
+    new = result(2)
+    slow = row(17, 1.1 * 5 * 1000**0.17, random.Random(5))
+    new["rows"][17] = slow
+    report = compare.compare(result(1), new)
+    assert [one.row["shape"] for one in report.rows if one.verdict == "SLOWER"] == [[17]]
+    # the slowest first
+    assert report.rows[0].verdict == "SLOWER"
+
+
+def test_a_difference_below_the_threshold_is_the_same():
+    old, new = result(1, noise=0.002, drift=0.0005), result(2, 1.01, noise=0.002, drift=0.0005)
+    assert compare.compare(old, new).count("SAME") == 100
+    assert compare.compare(old, new, threshold=0.005).count("SLOWER") == 100
+
+
+def test_noise_that_hides_the_answer_is_unsure():
+    old, new = (result(seed, noise=0.5, drift=0.2, rounds=3, calls=4) for seed in (1, 2))
+    report = compare.compare(old, new)
+    assert report.count("UNSURE") >= 90
+    assert report.count("SLOWER") == 0
+
+
+def test_rows_that_were_not_verified_are_not_compared():
+    old, new = result(1, count=3), result(2, count=3)
+    new["rows"][1] |= {"verified": False, "failure": "C1 element"}
+    report = compare.compare(old, new)
+    (wrong,) = (one for one in report.rows if one.verdict == "WRONG")
+    assert (wrong.ratio, wrong.why) == (None, "new: C1 element")
+    assert report.rows[0] is wrong
+
+
+def test_what_is_in_one_result_alone_and_what_differs_is_said():
+    old, new = result(1, count=3), result(2, count=4)
+    del new["rows"][0]
+    old["environment"] |= {"torch": "2.11", "tf32": {"conv": False}}
+    new["environment"] |= {"torch": "2.13", "tf32": {"conv": True}}
+    report = compare.compare(old, new)
+    assert report.only_old == ("relu [0] forward tritorch",)
+    assert report.only_new == ("relu [3] forward tritorch",)
+    assert report.environment == {"torch": ("2.11", "2.13"), "tf32.conv": (False, True)}
+
+
+def test_old_results_without_samples_are_compared_by_their_intervals():
+    old, new = result(1, count=5), result(2, factor=1.5, count=5)
+    for one in old["rows"]:
+        del one["samples_us"]
+        one["interval_us"] = [0.99 * one["median_us"], 1.01 * one["median_us"]]
+    assert compare.compare(old, new).count("SLOWER") == 5
+
+
+def test_a_result_is_the_same_as_itself():
+    one = result(1)
+    assert compare.compare(one, copy.deepcopy(one)).count("SAME") == 100
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "Expecting"),
+        ("[]", "no result of a benchmark"),
+        (json.dumps({"rows": [], "schema": 0}), "has schema 0, this tritorch reads 1"),
+    ],
+)
+def test_a_file_that_is_no_result_is_refused(tmp_path, content, said):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(NoResult, match=said):
+        read(tmp_path / "a.json")
+    with pytest.raises(NoResult, match="No such file"):
+        read(tmp_path / "b.json")
