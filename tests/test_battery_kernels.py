@@ -12,9 +12,11 @@ from tritorch.registry import Sample, Subject
 from tritorch.testing import (
     battery,
     battery_torch,
+    cases,
     describe,
     detector,
     detectors,
+    errors,
     examine,
     hosting,
     inputs,
@@ -225,3 +227,31 @@ def test_offsets_of_both_passes_are_tried(wide):
         of_input, of_gradient = (battery.offsets(subject, case, name) for name in ("x", None))
     assert {f.kind for f in of_input} == (set() if wide[0] else {"int32 overflow"})
     assert {f.kind for f in of_gradient} == (set() if wide[1] else {"int32 overflow"})
+
+
+def copying(op):
+    """A function that copies, whose strides are for `op` to take or not."""
+    return Subject(
+        name="copy",
+        op=op,
+        reference=lambda x: x.clone(),
+        gradients=("x",),
+        samples=lambda make: iter([Sample("typical", x=make(5, 6))]),
+        accuracy="multilinear",
+    )
+
+
+def test_strides_that_a_function_refuses_are_no_finding():
+    def contiguous(x):
+        if not x.is_contiguous():
+            raise ValueError("contiguous tensors only")
+        return x.clone()
+
+    with hosting.hosted():
+        assert battery.offsets(copying(contiguous), Case("typical", torch.float32), "x") == []
+
+
+def test_a_mistake_of_the_checks_is_no_refusal(monkeypatch):
+    monkeypatch.setattr(cases, "differentiate", None)
+    with hosting.hosted(), pytest.raises(errors.InternalError, match="not callable"):
+        battery.offsets(copying(torch.clone), Case("typical", torch.float32), "x")

@@ -9,7 +9,6 @@ or the op declines its layout: then the case says nothing.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from tritorch import launch
 from tritorch.registry import Subject
-from tritorch.testing import calls, cases
+from tritorch.testing import calls, cases, errors
 from tritorch.testing.cases import Outcome
 from tritorch.testing.findings import Finding
 from tritorch.testing.trials import (
@@ -348,10 +347,13 @@ def offsets(
             made = make_grad(output)
             return far(made) if argument is None else made
 
-        with detectors.detecting(virtual=True) as detector, contextlib.suppress(Exception):
-            # not every function takes every stride
-            outputs = calls.outputs_of(calls.call(subject.op, arguments), subject.name)
-            cases.differentiate(outputs, arguments, grad)
+        with detectors.detecting(virtual=True) as detector:
+            try:
+                outputs = calls.outputs_of(calls.call(subject.op, arguments), subject.name)
+                cases.differentiate(outputs, arguments, grad)
+            except Exception as error:
+                # not every function takes every stride
+                errors.must_be_the_users(error)
         what = "the gradient" if argument is None else argument
         findings += [
             replace(finding, case=f"{case}, {what} of strides {strides}")
