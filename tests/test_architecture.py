@@ -43,7 +43,7 @@ ROOMS = (
     Room(
         "kernels/*.py",
         "device code imports triton and its siblings, chooses no configuration and prints nothing",
-        may="triton tritorch.kernels",
+        may="functools triton tritorch.kernels",
         unused="autotune triton.autotune print tl.device_print tl.static_print",
     ),
     Room(
@@ -69,9 +69,16 @@ ROOMS = (
     Room(
         "tritorch/launch.py",
         "launch knows no op, and imports triton when the first kernel is launched",
-        may="stdlib torch tritorch.backend tritorch.testing.dry tritorch.testing.interpreter",
+        may="stdlib torch tritorch.backend tritorch.tuned tritorch.testing.dry"
+        " tritorch.testing.interpreter",
         lazily="triton",
         unused="torch.library",
+    ),
+    Room(
+        "tritorch/tuned.py",
+        "a table of choices knows no op, and imports triton when a choice is read",
+        may="stdlib torch",
+        lazily="triton tritorch.backend tritorch.testing.dry",
     ),
     Room(
         "tritorch/binding.py",

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tritorch import backend
+from tritorch import backend, tuned
 from tritorch.testing import dry, interpreter
 
 # programs along the second and the third axis of a grid, of which CUDA takes no more
@@ -25,6 +25,7 @@ _MAX_BEHIND = 65535
 _overrides: dict[str, Any] = {}
 _recorders: list[list[str]] = []
 _choices: list[list[tuple[str, Any]]] = []
+_questions: list[list[tuple[str, tuple[int, ...]]]] = []
 _pretended = 80
 
 
@@ -51,13 +52,19 @@ def kernels(family: str) -> Family:
 
 
 def config(choose: Callable[..., Any], *sizes: int) -> Any:
-    """The configuration for these sizes: the forced one inside `override`, else what `choose` says.
+    """The configuration for these sizes: the forced one inside `override`, else a measured one,
+    else what `choose` says.
 
     `choose` is a kernel module's plain function `<kernel>_config`, from integers to a
     `triton.Config`, or to None where its kernel is not the one to launch.
     """
     name = choose.__name__
-    chosen = _overrides[name] if name in _overrides else choose(*sizes)
+    if name in _overrides:
+        chosen = _overrides[name]
+    else:
+        chosen = tuned.find(name, sizes) or choose(*sizes)
+    for questions in _questions:
+        questions.append((name, sizes))
     if chosen is not None:
         for record in _choices:
             record.append((name, chosen))
@@ -86,7 +93,18 @@ def choices() -> Iterator[list[tuple[str, Any]]]:
     try:
         yield record
     finally:
-        _choices.remove(record)
+        _choices.pop()
+
+
+@contextlib.contextmanager
+def questions() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+    """Collects (name of the choosing function, sizes) of what the plans inside the block ask."""
+    record: list[tuple[str, tuple[int, ...]]] = []
+    _questions.append(record)
+    try:
+        yield record
+    finally:
+        _questions.pop()
 
 
 _Plan = TypeVar("_Plan")
@@ -95,13 +113,15 @@ _Plan = TypeVar("_Plan")
 def planned(plan: Callable[..., _Plan]) -> Callable[..., _Plan]:
     """Remembers what `plan` makes of its arguments, all hashable: layouts, numbers.
 
-    Inside `override` and `choices` it is asked again, because it may ask for a configuration.
+    Inside `override`, `choices` and `questions` it is asked again, because it may ask for a
+    configuration.
     """
     remembered = functools.lru_cache(maxsize=4096)(plan)
 
     @functools.wraps(plan)
     def planned(*arguments: Any) -> _Plan:
-        return (plan if _overrides or _choices else remembered)(*arguments)
+        asks = _overrides or _choices or _questions
+        return (plan if asks else remembered)(*arguments)
 
     return planned
 
@@ -114,7 +134,8 @@ def recorded() -> Iterator[list[str]]:
     try:
         yield names
     finally:
-        _recorders.remove(names)
+        # nested blocks end innermost first
+        _recorders.pop()
 
 
 def capability(on: Tensor) -> int:

@@ -1,0 +1,71 @@
+"""Tables of measured configurations: read, written, asked before a kernel's own choice."""
+
+import json
+
+import pytest
+import torch
+
+from tritorch import backend, launch, ops, tuned
+from tritorch.testing import dry
+
+pytestmark = pytest.mark.compile
+
+SIZES = (64, 64, 64, 1, 4, False)
+
+
+def config(block):
+    triton = pytest.importorskip("triton")
+    return triton.Config({"BLOCK_M": block, "BLOCK_N": 32}, num_warps=2, num_stages=3, maxnreg=128)
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    file = tmp_path / "table.json"
+    rows = [
+        tuned.row("matmul_config", SIZES, config(16), median_us=3.5),
+        tuned.row("conv2d_config", (1, 2), config(64)),
+    ]
+    file.write_text(json.dumps({"rows": rows}))
+    table = tuned.read(file)
+    assert table.keys() == {("matmul_config", SIZES), ("conv2d_config", (1, 2))}
+    found = table["matmul_config", SIZES]
+    assert str(found) == str(config(16))
+    assert tuned.read(tmp_path / "none.json") == {}
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"rows": [{"function": "f"}]}', '{"rows": 3}'])
+def test_what_is_no_table_is_said(text, tmp_path):
+    file = tmp_path / "table.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"table.json holds no table"):
+        tuned.read(file)
+    with pytest.warns(UserWarning, match=r"the kernels' own choices are taken"):
+        assert tuned._read_once(file) == {}
+
+
+def test_the_file_is_named_or_that_of_the_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TRITORCH_TUNED", raising=False)
+    expected = tmp_path / "tritorch" / "tuned" / "nvidia-h100-80gb-hbm3.json"
+    assert tuned.path("NVIDIA H100 80GB HBM3") == expected
+    monkeypatch.setenv("TRITORCH_TUNED", "here.json")
+    assert str(tuned.path("any")) == "here.json"
+
+
+def test_a_measured_configuration_is_taken_for_its_sizes_alone():
+    a = torch.ones(64, 64)
+    table = launch.kernels("matmul").MATMUL_CONFIGS[4]
+    with backend.use("triton"), dry.compiling_for("sm_80"):
+        with launch.choices() as own, launch.questions() as asked:
+            ops.matmul(a, a)
+        assert asked == [("matmul_config", SIZES)]
+        other = next(each for each in table if each is not own[0][1])
+        with tuned.using({("matmul_config", SIZES): other}):
+            with launch.choices() as measured:
+                ops.matmul(a, a)
+            with launch.choices() as unmeasured:
+                ops.matmul(a[:32], a)
+            with launch.override("matmul_config", own[0][1]), launch.choices() as forced:
+                ops.matmul(a, a)
+    assert measured == [("matmul_config", other)]
+    assert unmeasured[0][1] is not other
+    assert forced[0][1] is own[0][1]

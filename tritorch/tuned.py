@@ -1,0 +1,114 @@
+"""Configurations that were measured on a GPU, which launches take before a kernel's own choice.
+
+A table is a JSON file: `rows` of `function` (that chooses, such as "matmul_config"), `sizes` (what
+it was asked with), and the configuration as `kwargs`, `num_warps`, `num_stages` and `maxnreg`; what
+else a row holds is for its readers.  `path` says which file a GPU has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# function and sizes
+Key = tuple[str, tuple[int, ...]]
+
+_forced: Mapping[Key, Any] | None = None
+
+
+def path(gpu: str | None = None) -> Path:
+    """The table of a GPU, by default the current one's: the file that TRITORCH_TUNED names, else
+    one in the user's cache folder.
+    """
+    if named := os.environ.get("TRITORCH_TUNED"):
+        return Path(named)
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = gpu if gpu is not None else torch.cuda.get_device_name()
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return Path(caches, "tritorch", "tuned", f"{slug}.json")
+
+
+def find(function: str, sizes: Sequence[int]) -> Any:
+    """The measured `triton.Config` for these sizes, or None.
+
+    Where no GPU runs the kernel, in the interpreter or ahead of time, there is none.
+    """
+    table = _forced if _forced is not None else _of_this_machine()
+    return table.get((function, tuple(sizes))) if table else None
+
+
+@contextlib.contextmanager
+def using(table: Mapping[Key, Any]) -> Iterator[None]:
+    """Inside the block this table is everybody's, and no other is read."""
+    global _forced
+    previous, _forced = _forced, table
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def read(file: Path) -> dict[Key, Any]:
+    """The table in a file, without rows if there is no such file.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
+    from triton import Config
+
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        return {
+            (row["function"], tuple(row["sizes"])): Config(
+                row["kwargs"],
+                num_warps=row["num_warps"],
+                num_stages=row["num_stages"],
+                maxnreg=row["maxnreg"],
+            )
+            for row in rows
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"tuned: {file} holds no table: {error!r}") from error
+
+
+def row(function: str, sizes: Sequence[int], config: Any, **more: Any) -> dict[str, Any]:
+    """A row of a table."""
+    return {
+        "function": function,
+        "sizes": list(sizes),
+        "kwargs": dict(config.kwargs),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "maxnreg": config.maxnreg,
+        **more,
+    }
+
+
+def _of_this_machine() -> Mapping[Key, Any] | None:
+    from tritorch import backend
+    from tritorch.testing import dry
+
+    if backend.INTERPRETING or dry.active() is not None or not torch.cuda.is_available():
+        return None
+    return _read_once(path())
+
+
+@functools.cache
+def _read_once(file: Path) -> Mapping[Key, Any]:
+    try:
+        return read(file)
+    except ValueError as error:
+        # a training run is not to end for it
+        warnings.warn(f"{error}; the kernels' own choices are taken", UserWarning, stacklevel=2)
+        return {}
