@@ -13,7 +13,10 @@ from tritorch.kernels.activation import activate
 from tritorch.kernels.tiles import grouped_programs
 
 
-def _tile(form, m, n, k, num_warps, num_stages, halves=2):
+def _tile(form, m, n, k, num_warps, num_stages, halves=None):
+    if halves is None:
+        # a large tile in one piece leaves no room for slices, and takes registers to arrange
+        halves = 2 if m * n > 128 * 128 else 1
     # neighbours share a band of rows, of which a product of few columns has enough
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "HALVES": halves}
     return Config({**blocks, "FORM": form}, num_warps=num_warps, num_stages=num_stages)
@@ -34,8 +37,8 @@ MATMUL_TMA_CONFIGS = {
         _tile("tile", 64, 128, 64, 4, 4),
         _tile("tile", 64, 64, 128, 4, 4),
         # few columns, of which wgmma takes eight and more
-        _tile("tile", 64, 32, 128, 4, 4, 1),
-        _tile("tile", 64, 16, 128, 4, 4, 1),
+        _tile("tile", 64, 32, 128, 4, 4),
+        _tile("tile", 64, 16, 128, 4, 4),
         # one slice: memory is the limit, and b stays where it is
         _tile("stationary", 128, 64, 64, 4, 4),
         _tile("stationary", 128, 128, 64, 8, 3),
