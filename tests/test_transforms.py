@@ -1,12 +1,14 @@
 """Every layer under what torch makes of modules: memory kept, programs, transforms."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 
+import tritorch
 import tritorch.nn as nn
 from tests.layers import ONE_OF_EACH, cases, make_call, make_layer
 
@@ -42,18 +44,66 @@ def counting(own):
         yield kept
 
 
+def bytes_kept(call, own):
+    """Bytes that `call()` keeps for the gradient, besides the storages of `own`."""
+    with counting(own) as storages:
+        output = call()
+    kept = sum(storage.nbytes() for storage in storages.values())
+    del output
+    return kept
+
+
 @cases(ONE_OF_EACH)
 def test_no_more_is_kept_for_the_gradient_than_by_torch(case, device):
     kept = []
     for module in (nn, torch.nn):
         layer, call = make_layer(module, case, device), make_call(case, device)
         input = call[0] * 1.0
-        with counting([*layer.parameters(), *layer.buffers(), *call, input]) as storages:
-            output = layer(input, *call[1:])
-        kept.append(sum(storage.nbytes() for storage in storages.values()))
-        del output
+        own = [*layer.parameters(), *layer.buffers(), *call, input]
+        kept.append(bytes_kept(lambda of=layer, x=input, rest=call[1:]: of(x, *rest), own))
     ours, torchs = kept
     assert ours <= torchs
+
+
+def with_parameters():
+    """Layers and those of their parameters and input that need a gradient."""
+    for case in ONE_OF_EACH:
+        names = [name for name, _ in make_layer(nn, case).named_parameters()]
+        for count in range(1, 1 + bool(names) * (len(names) + 1)):
+            for needed in itertools.combinations([*names, "input"], count):
+                yield pytest.param(case, needed, id=f"{case.layer}-{'-'.join(needed)}")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(("case", "needed"), [*with_parameters()])
+def test_no_more_is_kept_than_by_torch_where_parts_are_frozen(case, needed, training, device):
+    kept = []
+    for module in (nn, torch.nn):
+        layer = make_layer(module, case, device).train(training)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name in needed)
+        input = make_call(case, device)[0].detach().requires_grad_("input" in needed) * 1.0
+        own = [*layer.parameters(), *layer.buffers()]
+        kept.append(bytes_kept(lambda of=layer, x=input: of(x), own))
+    ours, torchs = kept
+    if case.layer.startswith("BatchNorm") and not training:
+        # torch's gradient reads running statistics that a later step of training has moved; ours
+        # copies the two
+        ours -= 2 * layer.running_mean.nbytes
+    assert ours <= torchs
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True)])
+def test_a_product_keeps_only_the_factor_that_its_gradient_needs(needed, device):
+    kept = []
+    for matmul in (tritorch.matmul, torch.matmul):
+        factors = [
+            torch.randn(shape, device=device).requires_grad_(needs)
+            for shape, needs in zip(((2, 3, 4), (2, 4, 5)), needed, strict=True)
+        ]
+        kept.append(bytes_kept(lambda of=matmul, ab=factors: of(*ab), []))
+    ours, torchs = kept
+    assert ours == torchs > 0
 
 
 @cases([case for case in ONE_OF_EACH if case.layer not in RANDOM])

@@ -142,7 +142,8 @@ class Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        binding.save_for_backward(ctx, a, b)
+        of_a, of_b = ctx.needs_input_grad
+        binding.save_for_backward(ctx, a if of_b else None, b if of_a else None)
         output: Tensor = matmul(a, b, None, None)
         return output
 
@@ -173,10 +174,16 @@ class Linear(torch.autograd.Function):
             output: Tensor = _shaped(matmul(*arguments), shape)
         else:
             output, before = (_shaped(each, shape) for each in matmul_keeping(*arguments))
-        ctx.activation, ctx.keeps_before = activation, before is not None
-        saved = output if activation is not None and before is None else before
+        keeps_before = before is not None
         # the value before, which is no result, is known to autograd by what it is computed from
-        binding.save_for_backward(ctx, input, weight, bias if ctx.keeps_before else None, saved)
+        binding.save_for_backward(
+            ctx,
+            input if keeps_before or ctx.needs_input_grad[1] else None,
+            weight if keeps_before or ctx.needs_input_grad[0] else None,
+            bias if keeps_before else None,
+            output if activation is not None and not keeps_before else before,
+        )
+        ctx.activation, ctx.keeps_before = activation, keeps_before
         return output
 
     @staticmethod
