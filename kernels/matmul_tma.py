@@ -16,7 +16,7 @@ from tritorch.kernels.tiles import grouped_programs
 def _tile(form, m, n, k, num_warps, num_stages, halves=None):
     if halves is None:
         # a large tile in one piece leaves no room for slices, and takes registers to arrange
-        halves = 2 if m * n > 128 * 128 else 1
+        halves = 2 if n > 128 or m * n > 128 * 128 else 1
     # neighbours share a band of rows, of which a product of few columns has enough
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "HALVES": halves}
     return Config({**blocks, "FORM": form}, num_warps=num_warps, num_stages=num_stages)
