@@ -85,11 +85,15 @@ def residents(config):
     return max(1, min(SHARED_MEMORY // _shared_memory(config), 16 // config.num_warps))
 
 
-def halves(config, images):
-    """In how many parts a tile of so many images is stored: what is persistent may have no room for
-    the whole beside the operands of the next.
+def stored_pixels(config, block_n, block_p, block_q):
+    """The tile of pixels that is stored at once: half of it, along its first axis that has halves,
+    where what is persistent has no room for the whole beside the operands of the next.
     """
-    return 2 if images > 1 and _shared_memory(config) > SHARED_MEMORY else 1
+    if _shared_memory(config) <= SHARED_MEMORY:
+        return block_n, block_p, block_q
+    if block_n > 1:
+        return block_n // 2, block_p, block_q
+    return (1, block_p // 2, block_q) if block_p > 1 else (1, 1, block_q // 2)
 
 
 def _shared_memory(config):
@@ -321,15 +325,22 @@ def _store(
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Stores a tile, whose rows are channels, as images: transposed on its way through shared
-    memory, in halves where the descriptor has half of the images.
+    memory, in halves where the descriptor has half of the pixels.
     """
-    HALF: tl.constexpr = y_desc.block_shape[0]
+    STORED: tl.constexpr = y_desc.block_shape[0] * y_desc.block_shape[1] * y_desc.block_shape[-2]
     y = acc.to(y_desc.dtype)
-    if HALF < BLOCK_N:
-        halves = tl.permute(tl.reshape(y, (BLOCK_K, 2, HALF * BLOCK_P * BLOCK_Q)), (0, 2, 1))
+    if STORED < BLOCK_N * BLOCK_P * BLOCK_Q:
+        # of the first axis that has halves
+        HALF_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 1 else 1
+        HALF_P: tl.constexpr = BLOCK_P // 2 if BLOCK_N == 1 and BLOCK_P > 1 else BLOCK_P
+        HALF_Q: tl.constexpr = BLOCK_Q // 2 if BLOCK_N == 1 and BLOCK_P == 1 else BLOCK_Q
+        halves = tl.permute(tl.reshape(y, (BLOCK_K, 2, STORED)), (0, 2, 1))
         first, second = tl.split(halves)
-        _store(y_desc, n, p, parity, q, k, first, PAIRS, HALF, BLOCK_P, BLOCK_Q, BLOCK_K)
-        _store(y_desc, n + HALF, p, parity, q, k, second, PAIRS, HALF, BLOCK_P, BLOCK_Q, BLOCK_K)
+        _store(y_desc, n, p, parity, q, k, first, PAIRS, HALF_N, HALF_P, HALF_Q, BLOCK_K)
+        n += BLOCK_N - HALF_N
+        p += BLOCK_P - HALF_P
+        q += BLOCK_Q - HALF_Q
+        _store(y_desc, n, p, parity, q, k, second, PAIRS, HALF_N, HALF_P, HALF_Q, BLOCK_K)
     elif PAIRS:
         y = tl.reshape(y.T, (BLOCK_N, BLOCK_P, 1, BLOCK_Q, BLOCK_K))
         y_desc.store([n, p, parity, q, k], y)

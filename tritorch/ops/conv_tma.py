@@ -116,11 +116,10 @@ def plan_layouts(
     # the sums of a split are images after the last one, which a tile must not reach into
     if residues == 1 and n % blocks[0] == 0 and not persistent:
         splits, steps = split(2 * tiles * groups, num_steps, _MIN_SLICES)
-    stored = (blocks[0] // kernels.halves(config, blocks[0]), *blocks[1:])
     views = (
         _pixels(x, blocks, block_c, pairs and not transposed),
         _filters(weight, (block_c, block_k) if transposed else (block_k, block_c)),
-        _pixels(y, stored, block_k, pairs and transposed, splits),
+        _pixels(y, kernels.stored_pixels(config, *blocks), block_k, pairs and transposed, splits),
     )
     if not all(view.is_describable(x.itemsize) for view in views):
         return None
