@@ -52,6 +52,54 @@ def test_a_leaf_is_left_alone(function, device):
     assert leaf.tolist() == [0.0, 2.0]
 
 
+def no_grad_view(tensor):
+    with torch.no_grad():
+        return tensor[:2]
+
+
+VIEWS = {
+    "leaf": lambda tensor: tensor[:2],
+    "one-of-several": lambda tensor: (tensor * 1).split(2)[0],
+    "without-gradients": lambda tensor: no_grad_view(tensor * 1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("function", IN_PLACE.values(), ids=IN_PLACE)
+def test_a_view_that_autograd_cannot_follow_is_left_alone(function, view, device):
+    leaf = torch.tensor([-1.0, 2.0, -3.0], device=device, requires_grad=True)
+    part = view(leaf)
+    with pytest.raises(RuntimeError, match="view|leaf"):
+        function(part)
+    assert part.tolist() == [-1.0, 2.0]
+    part = leaf[:2].detach()
+    function(part)
+    assert leaf.tolist() == [0.0, 2.0, -3.0]
+
+
+@pytest.mark.parametrize("function", IN_PLACE.values(), ids=IN_PLACE)
+def test_a_tensor_of_inference_mode_is_left_alone_outside_of_it(function, device):
+    with torch.inference_mode():
+        x = torch.tensor([-1.0, 2.0], device=device)
+    with pytest.raises(RuntimeError, match="(?i)inference"):
+        function(x)
+    assert x.tolist() == [-1.0, 2.0]
+    with torch.inference_mode():
+        function(x)
+    assert x.tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("function", IN_PLACE.values(), ids=IN_PLACE)
+def test_a_negated_view_is_written(function, device):
+    """torch stores the imaginary part of a conjugate with the other sign."""
+    numbers = torch.tensor([1 + 2j, 3 - 4j], device=device)
+    imaginary = numbers.conj().imag
+    assert imaginary.is_neg()
+    function(imaginary)
+    assert imaginary.tolist() == [0.0, 4.0]
+    assert numbers.tolist() == [1 + 0j, 3 - 4j]
+
+
 @pytest.mark.parametrize("function", IN_PLACE.values(), ids=IN_PLACE)
 def test_gradient_goes_through(function, device):
     x = torch.tensor([-1.0, 2.0, 0.0], device=device, requires_grad=True)

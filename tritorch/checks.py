@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._autograd import CreationMeta, _get_creation_meta
 
 
 def fail(exception: type[Exception], op: str, rule: str, **received: object) -> NoReturn:
@@ -79,14 +80,19 @@ def parameters(op: str, input: Tensor, wide: torch.dtype, **given: Tensor | None
 
 
 def writable(op: str, tensor: Tensor) -> None:
-    """RuntimeError unless an in-place result can be written: not a leaf under autograd, no element
+    """RuntimeError unless an in-place result can be written: where torch writes one, and no element
     twice.
     """
-    if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
+    if tensor.requires_grad and torch.is_grad_enabled():
+        _differentiable(op, tensor)
+    # what a compiled program writes, torch writes itself and checks
+    if not torch.compiler.is_compiling() and (
+        tensor.is_inference() and not torch.is_inference_mode_enabled()
+    ):
         fail(
             RuntimeError,
             op,
-            "a leaf that requires a gradient cannot be written in place",
+            "a tensor made in inference mode cannot be written in place outside of it",
             input=tensor,
         )
     if any(
@@ -96,6 +102,34 @@ def writable(op: str, tensor: Tensor) -> None:
             RuntimeError,
             op,
             "an expanded tensor cannot be written in place: clone it first",
+            input=tensor,
+        )
+
+
+def _differentiable(op: str, tensor: Tensor) -> None:
+    """RuntimeError unless autograd can record a write: it would say so only when it is done."""
+    if tensor.is_leaf:
+        fail(
+            RuntimeError,
+            op,
+            "a leaf that requires a gradient cannot be written in place",
+            input=tensor,
+        )
+    if torch.compiler.is_compiling() or not tensor._is_view():
+        return
+    # torch's stub does not know that a view has a base
+    if tensor._base.is_leaf:  # type: ignore[union-attr]
+        fail(
+            RuntimeError,
+            op,
+            "a view of a leaf that requires a gradient cannot be written in place",
+            input=tensor,
+        )
+    if _get_creation_meta(tensor) != CreationMeta.DEFAULT:
+        fail(
+            RuntimeError,
+            op,
+            "a view whose writes autograd cannot follow cannot be written in place: clone it first",
             input=tensor,
         )
 

@@ -73,7 +73,7 @@ def _call(
     checks.tensor(op, input=input)
     if inplace:
         checks.writable(op, input)
-    declined = f"{input.dim()} dimensions" if input.dim() > strided.RANK else None
+    declined = strided.declined(input, inplace)
     if not backend.runs_triton(op, input, declined=declined):
         return reference(input, *options)
     # what a Function writes into torch.compile cannot follow, a copy it can
@@ -96,7 +96,8 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         A tensor of the input's shape, dtype and order of dimensions.
 
     Raises:
-        RuntimeError: a boolean input, or (in place) a leaf that requires a gradient.
+        RuntimeError: a boolean input, or (in place) what torch would not write: a leaf that
+            requires a gradient or a view of one, an expanded tensor, one of inference mode.
         TypeError: `input` is not a tensor.
 
     Source: `torch.nn.functional.relu`.

@@ -179,7 +179,7 @@ def dropout(
         A dropped NaN or infinity is NaN, as in torch.
 
     Raises:
-        RuntimeError: (in place) a leaf that requires a gradient.
+        RuntimeError: (in place) as `relu`.
         TypeError: `input` is not a tensor.
         ValueError: p outside of [0, 1], a seed of another kind.
 
@@ -194,7 +194,7 @@ def dropout(
         return input
     if inplace:
         checks.writable("dropout", input)
-    declined = f"{input.dim()} dimensions" if input.dim() > strided.RANK else None
+    declined = strided.declined(input, inplace)
     if not backend.runs_triton("dropout", input, declined=declined):
         return dropout_reference(input, p, training, inplace, seed=seed)
     if seed is None:

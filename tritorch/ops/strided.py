@@ -45,6 +45,16 @@ class Nest(NamedTuple):
     wide: bool
 
 
+def declined(input: Tensor, inplace: bool) -> str | None:
+    """Why the kernels of an elementwise op do not take this input, which they may have to write."""
+    if input.dim() > RANK:
+        return f"{input.dim()} dimensions"
+    # torch writes no negated view through a library op; a compiled program copies the result to it
+    if inplace and not torch.compiler.is_compiling() and input.is_neg():
+        return "a negated view in place"
+    return None
+
+
 def nest(op: str, *tensors: Tensor) -> Nest:
     """The loop nest over tensors of one shape; ordered and merged so that the first one is walked
     along memory.
