@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks
 from tritorch.ops import strided
-from tritorch.ops.group_norm_function import GroupNorm
+from tritorch.ops.norm_of_one import Norm
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -68,7 +68,7 @@ def group_norm(
         return group_norm_reference(input, num_groups, weight, bias, eps)
     input, weight, bias = binding.autocast_to_float32(input, weight, bias)
     checks.parameters(op, input, accumulator_dtype(input.dtype), weight=weight, bias=bias)
-    output: Tensor = binding.apply(GroupNorm, input, num_groups, weight, bias, eps)
+    output: Tensor = binding.apply(Norm, input, op, num_groups, weight, bias, eps)
     return output
 
 

@@ -1,8 +1,7 @@
-"""Group normalisation: launches, and what autograd keeps and computes."""
+"""Group normalisation: launches, and its gradients in plain PyTorch."""
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritorch import binding, launch
-from tritorch.ops import second_gradient, strided
+from tritorch.ops import strided
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype
 from tritorch.ops.strided import Layout
 
@@ -111,7 +110,7 @@ def _outputs(
     " -> (Tensor, Tensor, Tensor)",
     fake=_outputs,
 )
-def _group_norm_forward(
+def group_norm_forward(
     input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, and mean and 1 / sqrt(var + eps) of each group."""
@@ -199,7 +198,7 @@ def _grads(
     " Tensor mean, Tensor rstd, bool of_input, bool of_parameters) -> (Tensor, Tensor)",
     fake=_grads,
 )
-def _group_norm_backward(
+def group_norm_backward(
     grad_output: Tensor,
     input: Tensor,
     num_groups: int,
@@ -283,87 +282,15 @@ def _group_norm_backward(
     return grad_input, grads
 
 
-class GroupNorm(torch.autograd.Function):
-    """Keeps the input, the weight, and mean and rstd of each group, as torch does."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        num_groups: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        output: Tensor
-        output, mean, rstd = _group_norm_forward(input, num_groups, weight, bias, eps)
-        binding.save_for_backward(ctx, input, weight, mean, rstd)
-        ctx.num_groups, ctx.eps = num_groups, eps
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        of_input, _, of_weight, of_bias, _ = ctx.needs_input_grad
-        grad_input, grad_weight, grad_bias = binding.apply(
-            GroupNormBackward,
-            grad_output,
-            *ctx.saved_tensors,
-            ctx.num_groups,
-            ctx.eps,
-            ctx.bias_dtype,
-            (of_input, of_weight, of_bias),
-        )
-        return grad_input, None, grad_weight, grad_bias, None
-
-
-class GroupNormBackward(torch.autograd.Function):
-    """Gradients of input, weight and bias; their own gradients are plain PyTorch's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
-        num_groups: int,
-        eps: float,
-        bias_dtype: torch.dtype | None,
-        wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, ...]:
-        of_input, of_weight, of_bias = wanted
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_output, input, weight)
-        ctx.num_groups, ctx.eps = num_groups, eps
-        grad_input, grads = _group_norm_backward(
-            grad_output, input, num_groups, weight, mean, rstd, of_input, of_weight or of_bias
-        )
-        grad_weight = grad_bias = None
-        if of_weight and weight is not None:
-            grad_weight = grads[1].to(weight.dtype)
-        if of_bias:
-            grad_bias = grads[0].to(bias_dtype)
-        return grad_input if of_input else None, grad_weight, grad_bias
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        plain = functools.partial(_plain_gradients, num_groups=ctx.num_groups, eps=ctx.eps)
-        wanted = ctx.needs_input_grad[:3]
-        found = second_gradient.through(plain, ctx.saved_tensors, wanted, grads)
-        return *found, *(None,) * 6
-
-
-def _plain_gradients(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, num_groups: int, eps: float
+def plain_gradients(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, extent: int, eps: float
 ) -> tuple[Tensor | None, ...]:
-    """What `GroupNormBackward` computes, in plain PyTorch."""
+    """What `group_norm_backward` computes, in plain PyTorch."""
     dtype = accumulator_dtype(input.dtype)
     others = [dim for dim in range(input.dim()) if dim != 1]
 
     def grouped(values: Tensor) -> Tensor:
-        return values.reshape(values.shape[0], num_groups, -1)
+        return values.reshape(values.shape[0], extent, -1)
 
     grad, x = grad_output.to(dtype), grouped(input.to(dtype))
     weighted = grad

@@ -1,8 +1,7 @@
-"""Layer normalisation: launches, and what autograd keeps and computes."""
+"""Layer normalisation: launches, and its gradients in plain PyTorch."""
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritorch import binding, launch
-from tritorch.ops import second_gradient, strided
+from tritorch.ops import strided
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype
 from tritorch.ops.strided import Layout
 
@@ -106,7 +105,7 @@ def _outputs(
     " -> (Tensor, Tensor, Tensor)",
     fake=_outputs,
 )
-def _layer_norm_forward(
+def layer_norm_forward(
     input: Tensor, normalized: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, and mean and 1 / sqrt(var + eps) of each row; the last `normalized` dimensions are
@@ -182,7 +181,7 @@ def _grads(
     " Tensor mean, Tensor rstd, bool of_input, bool of_parameters) -> (Tensor, Tensor)",
     fake=_grads,
 )
-def _layer_norm_backward(
+def layer_norm_backward(
     grad_output: Tensor,
     input: Tensor,
     normalized: int,
@@ -251,85 +250,13 @@ def _layer_norm_backward(
     return grad_input, grads
 
 
-class LayerNorm(torch.autograd.Function):
-    """Keeps the input, the weight, and mean and rstd of each row, as torch does."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        normalized: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        output: Tensor
-        output, mean, rstd = _layer_norm_forward(input, normalized, weight, bias, eps)
-        binding.save_for_backward(ctx, input, weight, mean, rstd)
-        ctx.normalized, ctx.eps = normalized, eps
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        of_input, _, of_weight, of_bias, _ = ctx.needs_input_grad
-        grad_input, grad_weight, grad_bias = binding.apply(
-            LayerNormBackward,
-            grad_output,
-            *ctx.saved_tensors,
-            ctx.normalized,
-            ctx.eps,
-            ctx.bias_dtype,
-            (of_input, of_weight, of_bias),
-        )
-        return grad_input, None, grad_weight, grad_bias, None
-
-
-class LayerNormBackward(torch.autograd.Function):
-    """Gradients of input, weight and bias; their own gradients are plain PyTorch's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
-        normalized: int,
-        eps: float,
-        bias_dtype: torch.dtype | None,
-        wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, ...]:
-        of_input, of_weight, of_bias = wanted
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_output, input, weight)
-        ctx.normalized, ctx.eps = normalized, eps
-        grad_input, grads = _layer_norm_backward(
-            grad_output, input, normalized, weight, mean, rstd, of_input, of_weight or of_bias
-        )
-        grad_weight = grad_bias = None
-        if of_weight and weight is not None:
-            grad_weight = grads[1].to(weight.dtype)
-        if of_bias:
-            grad_bias = grads[0].to(bias_dtype)
-        return grad_input if of_input else None, grad_weight, grad_bias
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        plain = functools.partial(_plain_gradients, normalized=ctx.normalized, eps=ctx.eps)
-        wanted = ctx.needs_input_grad[:3]
-        found = second_gradient.through(plain, ctx.saved_tensors, wanted, grads)
-        return *found, *(None,) * 6
-
-
-def _plain_gradients(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, normalized: int, eps: float
+def plain_gradients(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, extent: int, eps: float
 ) -> tuple[Tensor | None, ...]:
-    """What `LayerNormBackward` computes, in plain PyTorch."""
+    """What `layer_norm_backward` computes, in plain PyTorch."""
     dtype = accumulator_dtype(input.dtype)
-    row = tuple(range(-normalized, 0))
-    rows = tuple(range(input.dim() - normalized))
+    row = tuple(range(-extent, 0))
+    rows = tuple(range(input.dim() - extent))
     grad = grad_output.to(dtype)
     var, mean = torch.var_mean(input.to(dtype), row, correction=0, keepdim=True)
     rstd = (var + eps).rsqrt()
