@@ -61,7 +61,10 @@ def record(
 
 
 def _unwritten(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu" and tensor.dim() == 0:
+        # host code looks at numbers: a step count, say
+        return tensor.detach().clone()
     if tensor.numel() == 0 or tensor.dtype.is_floating_point:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    # host code looks at lengths and indices, of which zero is always one
+    # and at lengths and indices, of which zero is always one
     return torch.zeros_like(tensor, device="cpu")

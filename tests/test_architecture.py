@@ -101,7 +101,8 @@ ROOMS = (
     Room("tritorch/data/make_digits.py", "a script run by hand", may="stdlib numpy sklearn"),
     Room("tritorch/data/*.py", "data knows no op", may="stdlib numpy torch"),
     Room(
-        "tritorch/cli.py tritorch/check_command.py tritorch/screen.py tritorch/train.py",
+        "tritorch/cli.py tritorch/*_command.py tritorch/doctor*.py tritorch/screen.py"
+        " tritorch/train.py",
         "programs use what a user has, and record where their results come from",
         may="stdlib click numpy rich torch tritorch",
         lazily="matplotlib triton",

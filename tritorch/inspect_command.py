@@ -1,0 +1,282 @@
+"""`tritorch inspect`: what the compiler made of a kernel, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from tritorch import check_command
+
+_USAGE, _UNABLE = 2, 3
+_KIND = "inspect"
+# of `tritorch.bench.inspection`, which is not imported before it is known that Triton is there
+_STAGES = ("ttir", "ttgir", "llir", "ptx", "sass", "amdgcn")
+# tables on paper, in a file, in a pipe
+_WIDTH = 180
+
+
+def _names(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+@click.command()
+@click.argument("target", required=False)
+@click.option(
+    "--arch",
+    "targets",
+    callback=_names,
+    default="sm_90",
+    show_default=True,
+    metavar="A,B",
+    help="GPUs to compile for: sm_80, sm_90, sm_100, gfx942.",
+)
+@click.option(
+    "--dtypes", callback=_names, default="", metavar="A,B", help="float32, bfloat16, ...  [float16]"
+)
+@click.option(
+    "--inputs",
+    default="",
+    metavar="TEXT",
+    help="What the arguments of a function of yours look like, 'x[M, K] w[K, N] M=4096'.  "
+    "[INPUTS beside it, else a guess by the reference beside it]",
+)
+@click.option(
+    "--gradients", callback=_names, default="", metavar="A,B", help="Its arguments with a gradient."
+)
+@click.option("--calls", default="", metavar="TEXT", help="Part of the name of an op's workloads.")
+@click.option("--kernel", default="", metavar="TEXT", help="Part of the name of the kernels.")
+@click.option(
+    "--configs",
+    type=click.Choice(["chosen", "all"]),
+    default="chosen",
+    show_default=True,
+    help="all: an op's workloads also in every shipped configuration.",
+)
+@click.option("--details", is_flag=True, help="The instruction mix of every kernel.")
+@click.option(
+    "--emit",
+    "stages",
+    multiple=True,
+    type=click.Choice(_STAGES),
+    help="The kernels' text at a stage, instead of a table; may be repeated.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Where --emit writes a file for each kernel and stage.  [to the terminal]",
+)
+@click.option(
+    "--diff",
+    nargs=2,
+    metavar="A B",
+    help="What differs between two reports of --json, of two commits say, or between two "
+    "configurations: their numbers in the table, or part of their settings.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    metavar="FILE",
+    help="Write the report there; - is stdout, and the text goes to stderr.",
+)
+@click.option("--force", is_flag=True, help="Let --json replace what is there.")
+def inspect(target: str | None, json_file: Path | None, force: bool, **options: Any) -> None:
+    """Show what the compiler made of a Triton kernel; no GPU needed.
+
+    TARGET is an op of tritorch's own, "all" of them, or a Python function that takes tensors and
+    launches kernels: package.module:function or path/to/file.py:function.  Nothing runs.
+
+    For every kernel: registers, spills, shared memory against the limit, blocks and occupancy of a
+    multiprocessor and what limits them, the products of the tensor cores by shape, instructions per
+    product in the hot loop, copies by TMA or asynchronously, how many bytes a thread moves at once,
+    and an estimate of the time of the launch, which is never a measurement.
+
+    Exit status: 0, 2 a wrong call, 3 something is missing or does not compile.
+    """
+    console = Console(
+        stderr=str(json_file) == "-", highlight=False, emoji=False, markup=False, soft_wrap=False
+    )
+    if not console.is_terminal:
+        console.width = _WIDTH
+    _check(target, json_file, force, options)
+    diff = options["diff"]
+    if diff and all(Path(one).is_file() for one in diff):
+        _diff_of_files(diff, console)
+        return
+    if target is None:
+        raise click.UsageError("Missing argument 'TARGET', or two reports after --diff.")
+    found = _inspected(target, options)
+    rows = [one.to_json() for one in found]
+    if not rows:
+        _stop(f"{target} launches no kernel of that name", _UNABLE)
+    if options["stages"]:
+        _emit(found, options["stages"], options["out"], console)
+    elif diff:
+        _diff_of_configurations(rows, diff, console)
+    else:
+        _show(rows, options, console)
+    if json_file is not None:
+        _write(rows, target, json_file, force)
+
+
+def _check(
+    target: str | None, json_file: Path | None, force: bool, options: dict[str, Any]
+) -> None:
+    """Before a minute of compiling."""
+    if json_file is not None and str(json_file) != "-":
+        check_command.check_folder(json_file.parent)
+        if json_file.exists() and not force:
+            raise click.UsageError(f"--json {json_file} exists: name a new file, or add --force")
+    if options["out"] is not None:
+        if not options["stages"]:
+            raise click.UsageError("--out needs --emit")
+        check_command.check_folder(options["out"])
+    if importlib.util.find_spec("triton") is None:
+        _stop("tritorch inspect needs Triton: pip install triton", _UNABLE)
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
+        _stop("TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it", _UNABLE)
+    from tritorch.testing import dry
+
+    unknown = sorted(set(options["targets"]) - dry.TARGETS.keys())
+    if unknown or not options["targets"]:
+        received = unknown[0] if unknown else "none"
+        raise click.UsageError(f"--arch: expects {', '.join(dry.TARGETS)}, received {received}")
+
+
+def _inspected(target: str, options: dict[str, Any]) -> list[Any]:
+    import torch
+
+    from tritorch.bench import inspection
+    from tritorch.testing import dry, requests
+    from tritorch.testing.errors import RequestError
+
+    found: list[inspection.Inspection] = []
+    status = Console(stderr=True)
+    try:
+        dtypes = [requests.dtype_of(name) for name in options["dtypes"]]
+        with status.status(f"compiling {target}"):
+            for arch in options["targets"]:
+                if ":" in target:
+                    one = inspection.user_function(target, options["inputs"], options["gradients"])
+                    for dtype in dtypes or (one.dtypes or (torch.float16,))[:1]:
+                        found += inspection.of_function(one, arch, dtype)
+                    continue
+                for spec in inspection.own_ops([] if target == "all" else [target]):
+                    for dtype in dtypes or (torch.float16,):
+                        found += inspection.of_op(
+                            spec,
+                            arch,
+                            dtype,
+                            calls=options["calls"],
+                            tables=options["configs"] == "all",
+                        )
+    except RequestError as error:
+        _stop(f"{error}", _USAGE)
+    except dry.CompileError as error:
+        _stop(f"{error}", _UNABLE)
+    return [one for one in found if options["kernel"] in one.label.kernel]
+
+
+def _show(rows: list[dict[str, Any]], options: dict[str, Any], console: Console) -> None:
+    from tritorch.bench import inspection_tables
+
+    for arch in options["targets"]:
+        mine = [row for row in rows if row["target"] == arch]
+        if mine:
+            console.print(inspection_tables.table(mine, arch))
+    if options["details"]:
+        for row in rows:
+            console.print(inspection_tables.details(row))
+    for row in rows:
+        for problem in row["problems"]:
+            console.print(f"problem: {problem}", style="bold red")
+    console.print(
+        "estimate: what the launch should take by its code and grid; nothing was measured"
+    )
+
+
+def _diff_of_files(files: tuple[str, str], console: Console) -> None:
+    from tritorch.bench import inspection_tables
+
+    reports = []
+    for file in files:
+        try:
+            report = json.loads(Path(file).read_text(encoding="utf-8"))
+            if report["kind"] != _KIND:
+                raise ValueError(f"its kind is {report['kind']}")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            _stop(f"--diff: {file} is no report of tritorch inspect --json: {error}", _USAGE)
+        reports.append(report)
+    old, new = reports
+    for name in ("commit", "triton", "torch"):
+        then, now = (report["environment"].get(name) for report in reports)
+        if then != now:
+            console.print(f"{name}: {then} -> {now}")
+    console.print(inspection_tables.difference(old["rows"], new["rows"]))
+
+
+def _diff_of_configurations(
+    rows: list[dict[str, Any]], diff: tuple[str, str], console: Console
+) -> None:
+    from tritorch.bench import inspection_tables
+
+    sides = [inspection_tables.selected(rows, one) for one in diff]
+    for one, side in zip(diff, sides, strict=True):
+        if not side:
+            _stop(
+                f"--diff: no kernel has the configuration {one!r}: name a number or settings of "
+                "the table, and --configs all for every shipped configuration",
+                _USAGE,
+            )
+    without = inspection_tables.OF_CONFIGURATION
+    for one, side in zip(diff, sides, strict=True):
+        console.print(f"{one}: {inspection_tables.settings(side[0])}")
+    console.print(inspection_tables.difference(sides[0], sides[1], without))
+
+
+def _emit(found: list[Any], stages: tuple[str, ...], folder: Path | None, console: Console) -> None:
+    from tritorch.bench import inspection
+    from tritorch.testing.errors import RequestError
+
+    for number, one in enumerate(found):
+        for stage in stages:
+            try:
+                text = inspection.assembly(one, stage)
+            except RequestError as error:
+                _stop(f"{error}", _USAGE)
+            if folder is None:
+                click.echo(f"// {number}: {one.label.kernel} {one.label.target} {stage}", err=True)
+                click.echo(text)
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            name = re.sub(r"\W+", "-", f"{number}-{one.label.kernel}-{one.label.target}")
+            (folder / f"{name}.{stage}").write_text(text, encoding="utf-8")
+    if folder is not None:
+        console.print(f"{len(found) * len(stages)} files in {folder}")
+
+
+def _write(rows: list[dict[str, Any]], target: str, path: Path, force: bool) -> None:
+    from tritorch.bench.environment import SCHEMA, environment, write_result
+
+    if str(path) == "-":
+        whole = {"schema": SCHEMA, "kind": _KIND, "environment": environment(), "rows": rows}
+        click.echo(json.dumps({**whole, "inspected": target}, indent=1))
+        return
+    try:
+        write_result(path, _KIND, rows, overwrite=force, inspected=target)
+    except OSError as error:
+        _stop(f"the report could not be written: {error}", _UNABLE)
+
+
+def _stop(message: str, status: int) -> Any:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(status)
