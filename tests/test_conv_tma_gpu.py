@@ -1,0 +1,91 @@
+"""Every configuration of the convolutions on descriptors, run on a GPU that has them.
+
+On other GPUs the same calls go to the portable kernels, which must give the same.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tritorch import backend, launch, ops
+from tritorch.ops import conv_tma
+
+pytestmark = pytest.mark.cuda
+
+last = torch.channels_last
+FORWARD, WEIGHT = "conv2d_tma_kernel", "conv2d_grad_weight_tma_kernel"
+
+
+def made(*shape, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    values = torch.randn(shape, generator=generator, device="cuda")
+    return values.bfloat16().contiguous(memory_format=last)
+
+
+def compare(x, w, wanted, kernel, **options):
+    """The convolution and the wanted gradients, with torch's of the same numbers as float64."""
+    leaves = [operand.requires_grad_(of) for operand, of in zip((x, w), wanted, strict=True)]
+    with backend.use("triton"), backend.strict(), launch.recorded() as names:
+        y = ops.conv2d(*leaves, **options)
+        grad = made(*y.shape, seed=2)
+        y.backward(grad)
+    assert (kernel in names) == (launch.capability(x) == 90)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = F.conv2d(*exact, **options)
+    expected.backward(grad.double())
+    for found, other in (
+        (y, expected),
+        *((one.grad, two.grad) for one, two in zip(leaves, exact, strict=True)),
+    ):
+        if found is not None:
+            assert (found.double() - other).abs().max() <= 2**-8 * other.abs().max()
+
+
+VARIANTS = {
+    "": ((64, 256, 14, 14), {"padding": 1}),
+    "dilation": ((64, 256, 14, 14), {"padding": 2, "dilation": 2}),
+    "pairs": ((64, 256, 28, 28), {"padding": 1, "stride": 2}),
+    "single-pixels": ((256, 256, 7, 7), {"padding": 1, "stride": 2}),
+    "groups": ((64, 512, 14, 14), {"padding": 1, "groups": 2}),
+    # the last tiles of images, rows and columns end past the image
+    "tails": ((35, 256, 13, 11), {"padding": 1}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("entry", range(5))
+def test_forward_and_the_gradient_of_the_image(entry, variant):
+    shape, options = VARIANTS[variant]
+    config = conv_tma.kernels.CONV2D_TMA_CONFIGS[2][entry]
+    filters = made(256 * options.get("groups", 1), 256, 3, 3, seed=1) / 48
+    with launch.override("conv2d_tma_config", config):
+        compare(made(*shape), filters, (True, False), FORWARD, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2}, {"groups": 2}], ids=str)
+@pytest.mark.parametrize("entry", range(8))
+def test_the_gradient_of_the_filter(entry, options):
+    config = conv_tma.weight_kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]
+    pixels, taps = config.kwargs["BLOCK_PIXELS"], config.kwargs["TAPS"]
+    # a row of an image, or images
+    shape = (2, 512, 14, 32) if pixels == 16 and "stride" not in options else (100, 512, 9, 9)
+    groups = options.get("groups", 1)
+    filters = made(512, 512 // groups, 3, max(taps, 3), seed=1) / 64
+    padding = (1, max(taps, 3) // 2)
+    if shape[0] == 2:
+        # an output as wide as the image
+        padding = (1, (max(taps, 3) - 1) * options.get("dilation", 1) // 2)
+    with launch.override("conv2d_grad_weight_tma_config", config):
+        compare(made(*shape), filters, (False, True), WEIGHT, padding=padding, **options)
+
+
+@pytest.mark.parametrize("order", [last, torch.contiguous_format])
+def test_few_channels(order):
+    """The view of packed pixels that overlap, which no other test asks a GPU for."""
+    x = made(64, 3, 224, 224).contiguous(memory_format=order)
+    filters = made(64, 3, 7, 7, seed=1) / 12
+    compare(x, filters, (False, True), FORWARD, stride=2, padding=3)
+
+
+def test_a_small_batch_is_split():
+    compare(made(8, 512, 14, 14), made(512, 512, 3, 3) / 64, (True, True), FORWARD, padding=1)
