@@ -51,6 +51,10 @@ class Prepared:
         if not self.wanted:
             return bound(function, slot.arguments)
         given, leaves = _leaves(slot.arguments, self.wanted)
+        for name in self.case.mutates:
+            # what one call writes another one may have saved for its gradient
+            if name in given:
+                given[name] = map_tensors(given[name], Tensor.clone)
         forward, grads = bound(function, given), self.grads[number]
         if self.which == BOTH:
             return lambda: _both(forward, leaves, grads)

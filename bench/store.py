@@ -21,20 +21,30 @@ class OtherResults(ValueError):
 class Store:
     """Rows of one run, and what was skipped and why, in a file that is always whole."""
 
-    def __init__(self, path: Path, kind: str = "bench") -> None:
+    def __init__(self, path: Path | None, kind: str = "bench") -> None:
         self.path, self.kind = path, kind
+        self.more: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[dict[str, str]] = []
         self.environment: Mapping[str, Any] | None = None
         self._written = 0.0
 
-    def go_on(self, environment: Mapping[str, Any]) -> None:
-        """Takes the environment of a run, and the rows that an earlier run in it left.
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Store:
+        """A result that was read, and is not written again."""
+        store = cls(None, str(result.get("kind")))
+        store.rows, store.environment = result["rows"], result["environment"]
+        store.skipped = result.get("skipped", [])
+        return store
+
+    def go_on(self, environment: Mapping[str, Any], *, fresh: bool = False) -> None:
+        """Takes the environment of a run, and unless it is `fresh` the rows that an earlier one in
+        it left.
 
         Raises OtherResults where the file is of another environment.
         """
         self.environment = environment
-        if self.rows or not self.path.exists():
+        if fresh or self.rows or self.path is None or not self.path.exists():
             return
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
@@ -59,14 +69,19 @@ class Store:
     def skip(self, section: str, what: str, why: str) -> None:
         self.skipped.append({"section": section, "what": what, "why": why})
 
-    def write(self) -> None:
-        """Raises OSError where the disk is full: what was written before is left as it is."""
-        result: dict[str, Any] = {
+    def content(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {
             "schema": SCHEMA,
             "kind": self.kind,
             "environment": self.environment or environment(),
             "rows": self.rows,
             "skipped": self.skipped,
+            **self.more,
         }
-        write_whole(self.path, result, overwrite=True)
+
+    def write(self) -> None:
+        """Raises OSError where the disk is full: what was written before is left as it is."""
+        if self.path is not None:
+            write_whole(self.path, self.content(), overwrite=True)
         self._written = time.monotonic()

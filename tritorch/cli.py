@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tritorch import __version__, check_command
+from tritorch import __version__, bench_command, check_command, doctor_command, inspect_command
 
 if TYPE_CHECKING:
     from tritorch.screen import Screen
@@ -47,6 +47,9 @@ def main() -> None:
 
 
 main.add_command(check_command.check)
+main.add_command(inspect_command.inspect)
+main.add_command(doctor_command.doctor)
+main.add_command(bench_command.bench)
 
 
 @main.command()
