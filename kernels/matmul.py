@@ -29,7 +29,7 @@ MATMUL_CONFIGS = {
         tile(16, 64, 16, 1, num_warps=4, num_stages=3),
     ),
     8: (
-        tile(32, 32, 16, 8, num_warps=4, num_stages=3),
+        tile(32, 32, 16, 8, num_warps=4, num_stages=3, maxnreg=255),
     ),
 }
 # tiles that keep most multiprocessors of a large GPU busy
