@@ -191,6 +191,20 @@ def test_second_gradients_and_their_repetition():
         assert (one.double() - other).abs().max() <= 2**-6 * other.abs().max()
 
 
+@pytest.mark.interpret
+def test_an_expanded_batch_and_filters_with_gaps():
+    """Strides that no descriptor takes: the portable kernels do."""
+    case = CASES["3x3"]._replace(input=(1, 16, 3, 4), weight=(16, 16, 3, 3), activation="relu")
+    x, w, _, _ = case.make()
+    x = x.expand(4, -1, -1, -1)
+    w = torch.cat([w, w], 2).contiguous(memory_format=last)[:, :, ::2]
+    with tiles(case) as names:
+        y = case.run(x, w, None)
+    assert names == [PORTABLE]
+    other = case.reference(x.double(), w.double(), None)
+    assert (y.double() - other).abs().max() <= torch.finfo(case.dtype).eps * other.abs().max()
+
+
 def compiled(target, x, w, wanted=(True, True), **options):
     """What a convolution and the gradients that are wanted launch on a GPU of this kind."""
     x, w = (

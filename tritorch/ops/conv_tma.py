@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tritorch import launch
 from tritorch.ops import matmul_tma
-from tritorch.ops.geometry import Geometry, oriented, split, strides
+from tritorch.ops.geometry import Geometry, oriented, split
 from tritorch.ops.reduce import accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout
 
@@ -37,7 +37,8 @@ class _View(NamedTuple):
         return launch.descriptor(tensor, *self)
 
     def is_describable(self, itemsize: int) -> bool:
-        return launch.describable(0, self.shape, self.strides, itemsize)
+        # nor does the hardware take a stride of 0, which an expanded tensor has
+        return all(self.strides) and launch.describable(0, self.shape, self.strides, itemsize)
 
 
 class Plan(NamedTuple):
@@ -147,9 +148,7 @@ def _pixels(
     image: Layout, blocks: tuple[int, ...], channels: int, pairs: bool, splits: int = 1
 ) -> _View:
     (n, c, h, w), (block_n, block_p, block_q) = image.shape, blocks
-    along_n, _, along_h, along_w = (stride or _ANY_STRIDE for stride in strides(image))
-    if n == 1:
-        along_n = _ANY_STRIDE
+    along_n, _, along_h, along_w = _strides(image)
     if pairs:
         return _View(
             (n, h // 2, 2, w // 2, 2 * c),
@@ -163,19 +162,22 @@ def _pixels(
     )
 
 
+def _strides(tensor: Layout) -> tuple[int, ...]:
+    return tuple(
+        stride if size > 1 else _ANY_STRIDE
+        for size, stride in zip(tensor.shape, tensor.strides, strict=True)
+    )
+
+
 def _filters(weight: Layout, block: tuple[int, int]) -> _View:
     """Taps x outputs x inputs: no tile reads into the next tap."""
     outputs, inputs, r, s = weight.shape
-    along_outputs, _, along_r, along_s = weight.strides
+    along_outputs, _, along_r, along_s = _strides(weight)
     if s == 1:
         along_s = along_r
     elif r > 1 and along_r != s * along_s:
         # taps in two dimensions, which no descriptor takes
-        along_s = 1
-    if r * s == 1:
-        along_s = _ANY_STRIDE
-    if outputs == 1:
-        along_outputs = _ANY_STRIDE
+        along_s = 0
     return _View((r * s, outputs, inputs), (along_s, along_outputs, 1), (1, *block))
 
 
@@ -295,9 +297,7 @@ def _num_reached(size: int, positions: int, tap: int, geometry: Geometry, axis: 
 def _tiles(image: Layout, along_q: bool, block: Sequence[int]) -> _View:
     """Rows, columns, images and channels, or images first; tiles along the last but one."""
     n, c, h, w = image.shape
-    along_n, _, along_h, along_w = (stride or _ANY_STRIDE for stride in strides(image))
-    if n == 1:
-        along_n = _ANY_STRIDE
+    along_n, _, along_h, along_w = _strides(image)
     if along_q:
         return _View((n, h, w, c), (along_n, along_h, along_w, 1), (1, 1, *block))
     return _View((h, w, n, c), (along_h, along_w, along_n, 1), (1, 1, *block))
