@@ -203,14 +203,15 @@ def _view(
     block = 1, rows, columns
     if transposed:
         entries, block = entries.transposed, (1, columns, rows)
+    (batch, over_batch), (height, over_height), (width, over_width) = zip(*entries, strict=True)
     # along a dimension of one element torch's stride may be anything
-    strides = tuple(
-        stride if size > 1 else last
-        for size, stride, last in zip(entries.shape, entries.strides, (16, 16, 1), strict=True)
-    )
+    over_width = over_width if width > 1 else 1
+    over_height = over_height if height > 1 else 8 * math.ceil(width / 8)
+    over_batch = over_batch if batch > 1 else height * over_height
+    strides = over_batch, over_height, over_width
     if 0 in strides or not launch.describable(0, entries.shape, strides, itemsize):
         return None
-    return View(entries.shape, strides, block, transposed)  # type: ignore[arg-type]
+    return View(entries.shape, strides, block, transposed)
 
 
 def _is_contiguous(y: Entries) -> bool:
