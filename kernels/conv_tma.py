@@ -52,13 +52,8 @@ def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed):
         return found
     if min(c, k) < MIN_CHANNELS or n * p * q < MIN_PIXELS:
         return None
-    narrow, has_residues = k <= 64, transposed and stride > 1
-    configs = [
-        each
-        for each in CONV2D_TMA_CONFIGS[2]
-        if narrow == (each.kwargs["BLOCK_K"] == 64)
-        and not (has_residues and each.kwargs["PERSISTENT"])
-    ]
+    narrow = k <= 64
+    configs = [each for each in CONV2D_TMA_CONFIGS[2] if narrow == (each.kwargs["BLOCK_K"] == 64)]
     return min(configs, key=lambda config: cycles(config, n, p, q, k, c, taps))
 
 
@@ -144,7 +139,7 @@ def conv2d_tma_kernel(
     the stride, as in `conv2d_kernel`.  The sums of a split are images of their own in y.
 
     PERSISTENT: a program goes on to others of the TILES in the same loop, so that loads never
-    pause; for strides of 1 where transposed, and one split.
+    pause; for one split.
     """
     pid = tl.program_id(0)
     split = tl.program_id(1) % SPLITS
@@ -167,26 +162,35 @@ def conv2d_tma_kernel(
     num_c = tl.cdiv(C, BLOCK_C)
     acc = tl.zeros((BLOCK_K, BLOCK_NPQ), dtype=tl.float32)
     if PERSISTENT:
-        t = pid - tl.num_programs(0)
+        programs = tl.num_programs(0)
+        steps = tl.cdiv(TILES - pid, programs) * STEPS
+        if TRANSPOSED:
+            # residues have different numbers of taps
+            steps = 0
+            for tile in range(pid, TILES, programs):
+                _, _, _, _, _, _, _, rows, columns, _, _ = _place(
+                    tile, K, image, geometry, TRANSPOSED, PAIRS,
+                    BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
+                steps += num_c * rows * columns
+        # known to the compiler, or it waits for every product before the next one
+        tl.assume(steps > 0)
+        t = pid - programs
         c = 0
         i = 0
         j = 0
-        steps = tl.cdiv(TILES - pid, tl.num_programs(0)) * STEPS
-        # known to the compiler, or it waits for every product before the next one
-        tl.assume(steps > 0)
         for _ in range(steps):
             if (c == 0) & (i == 0) & (j == 0):
-                t += tl.num_programs(0)
-                k, n, p, q, _, _, _, _, _, h, w = _place(
+                t += programs
+                k, n, p, q, parity_h, parity_w, first_tap, num_r, num_s, h, w = _place(
                     t, K, image, geometry, TRANSPOSED, PAIRS, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
             filters, x = _operands(
-                x_desc, w_desc, channels, walk, k, n, h, w, 0, c, i, j,
+                x_desc, w_desc, channels, walk, k, n, h, w, first_tap, c, i, j,
                 TRANSPOSED, PAIRS, BLOCK_K, BLOCK_NPQ, BLOCK_C)
             acc = tl.dot(filters, x.T, acc)
-            c, i, j = _next(c, i, j, C, S, BLOCK_C)
-            if i == R:
+            c, i, j = _next(c, i, j, C, num_s, BLOCK_C)
+            if i == num_r:
                 i = 0
-                _finish(acc, outputs, channels, 0, k, n, p, q, 0, 0,
+                _finish(acc, outputs, channels, 0, k, n, p, q, parity_h, parity_w,
                         TRANSPOSED and PAIRS, ACTIVATION, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
                 acc = tl.zeros((BLOCK_K, BLOCK_NPQ), dtype=tl.float32)
     else:

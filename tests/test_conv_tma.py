@@ -91,7 +91,7 @@ CASES = {
     # programs have several tiles, and the two that there are not the same number
     "persistent": Case((5, 32, 4, 4), (32, 32, 3, 1), padding=(1, 0), persistent=True),
     "persistent-pairs": Case(
-        (4, 32, 4, 8), (32, 16, 1, 3), stride=2, padding=(0, 1), groups=2, persistent=True
+        (4, 32, 4, 8), (32, 16, 3, 2), stride=2, padding=(1, 0), groups=2, persistent=True
     ),
     "1x1-stride-2": Case((16, 16, 3, 3), (16, 16, 1, 1), stride=2, padding=0),
 }
@@ -111,9 +111,8 @@ def test_values_and_gradients(name, monkeypatch):
     assert detector.findings == []
     assert FORWARD in names
     assert WEIGHT in names
-    # a strided filter leaves pixels without any tap; pixels of one parity have their own programs
-    portable = name in ("1x1-stride-2", "persistent-pairs")
-    assert (PORTABLE in names) == portable
+    # a strided filter leaves pixels without any tap
+    assert (PORTABLE in names) == (name == "1x1-stride-2")
     exact = gradients(case.reference, [o.double() for o in operands], grad.double())
     for one, other in zip(found, exact, strict=True):
         # sums are kept in float32: what is lost is the rounding of the result
@@ -240,9 +239,7 @@ def test_configurations_overlap_their_products(entry, variant):
     config = conv_tma.kernels.CONV2D_TMA_CONFIGS[2][entry]
     with launch.override("conv2d_tma_config", config):
         kernels = compiled("sm_90", x, empty(256, 256, 3, 3), (True, False), **options)
-    # what is persistent does not take every direction of a stride
-    number = 1 if config.kwargs["PERSISTENT"] and "stride" in options else 2
-    check([kernel for kernel in kernels if kernel.kernel == FORWARD], number)
+    check([kernel for kernel in kernels if kernel.kernel == FORWARD], 2)
 
 
 @pytest.mark.compile

@@ -98,7 +98,7 @@ def plan_layouts(
     pairs = is_pair and fits and walked.shape[2] % 2 == 0 and walked.shape[3] % 2 == 0
     pairs = pairs and walked.stride(3) == walked.shape[1]
     persistent = config.kwargs["PERSISTENT"]
-    if (groups > 1 and not fits) or (persistent and residues > 1):
+    if groups > 1 and not fits:
         return None
     blocks = block_npq, 1, 1
     if "BLOCK_N" in config.kwargs:
