@@ -113,19 +113,20 @@ class Run:
         self.ended: set[str] = set()
         self.doing: dict[str, Any] = {}
         self.pool: Any = None
+        self.workers = 0
 
     def run(self, workers: int, target: str | None) -> None:
         """Until everything is measured, skipped or has failed."""
-        pool = _processes.Pool(workers, _lower) if workers else None
+        self.workers = workers
         try:
-            while not self._attempt(pool, target):
+            while not self._attempt(target):
                 pass
         finally:
-            if pool is not None:
-                pool.terminate()
+            if self.pool is not None:
+                self.pool.terminate()
         self.store.write()
 
-    def _attempt(self, pool: Any, target: str | None) -> bool:
+    def _attempt(self, target: str | None) -> bool:
         """Runs a child until it has finished; False if it must be started again."""
         ours, theirs = _processes.Pipe()
         arguments = (theirs, self.sections, self.setting, self.waiting, self.deadline)
@@ -133,7 +134,7 @@ class Run:
         child.start()
         theirs.close()
         try:
-            return self._listen(ours, pool, target)
+            return self._listen(ours, target)
         except TimeoutError:
             if self._is_over():
                 self._failed("no time left")
@@ -151,7 +152,7 @@ class Run:
     def _is_over(self) -> bool:
         return self.deadline is not None and time.time() > self.deadline + _GRACE
 
-    def _listen(self, connection: Any, pool: Any, target: str | None) -> bool:
+    def _listen(self, connection: Any, target: str | None) -> bool:
         patience = _PATIENCE
         while True:
             if self.deadline is not None:
@@ -165,8 +166,7 @@ class Run:
                 self.store.go_on(fields["environment"])
                 self.done |= {rows.key(row) for row in self.store.rows}
                 connection.send((self.done, self.store.rows, self.ended))
-                self._compile(pool, target or precompile.target_of(
-                    fields["environment"]["capability"]))  # fmt: skip
+                self._compile(target or precompile.target_of(self.store.capability()))
             elif event == "row":
                 self._keep(fields["row"])
             elif event == "skip":
@@ -200,16 +200,19 @@ class Run:
         else:
             raise RuntimeError(f"what measures does not start: {why}")
 
-    def _compile(self, pool: Any, target: str | None) -> None:
+    def _compile(self, target: str | None) -> None:
         """Hands out the kernels of all sections, once."""
         if any(left.value >= 0 for left in self.waiting.left.values()):
             return
+        if self.workers and target is not None:
+            # after the child, which so starts from a parent without threads
+            self.pool = _processes.Pool(self.workers, _lower)
         for section in self.sections:
-            jobs = planned(section, self.setting) if pool is not None and target else ()
+            jobs = planned(section, self.setting) if self.pool is not None else ()
             left = self.waiting.left[section]
             left.value = len(jobs)
             for number in range(len(jobs)):
-                pool.apply_async(
+                self.pool.apply_async(
                     _compiled,
                     (section, self.setting, number, target),
                     callback=_counting(section, left),

@@ -215,6 +215,8 @@ def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, list[tuple[in
 
 def _scaling(groups: Mapping[tuple[str, str], Mapping[str, list[tuple[int, float]]]]) -> Any:
     """A panel for each op and pass: the time against the bytes of the least traffic."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
     named = [{"implementation": name} for lines in groups.values() for name in lines]
     colour = colours(named)
     columns = min(3, len(groups))
@@ -225,11 +227,14 @@ def _scaling(groups: Mapping[tuple[str, str], Mapping[str, list[tuple[int, float
     for axis, ((op, which), sides) in zip(axes.flat, groups.items(), strict=False):
         for name, points in reversed(sides.items()):
             xs, ys = zip(*sorted(points), strict=True)
-            axis.plot(xs, ys, color=colour[name], marker="o", markersize=3, linewidth=1.3)
+            axis.plot(xs, ys, color=colour[name], linewidth=1.2, alpha=0.45)
+            axis.scatter(xs, ys, color=colour[name], s=11, linewidths=0)
         axis.set_xscale("log")
         axis.set_yscale("log")
-        # labels between the powers of ten would overlap
-        axis.minorticks_off()
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
+            side.set_major_formatter(EngFormatter(sep=""))
+            side.set_minor_locator(NullLocator())
         axis.set_title(f"{op}, {which}", fontsize=8, color=_INK)
         axis.grid(color=_GRID)
         axis.set_xlabel("bytes", fontsize=7)

@@ -61,6 +61,10 @@ class Store:
                 )
         self.rows = found["rows"]
 
+    def capability(self) -> str | None:
+        """Of the GPU of this run, "9.0" say."""
+        return None if self.environment is None else self.environment.get("capability")
+
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         if time.monotonic() - self._written > _EVERY:

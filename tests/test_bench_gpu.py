@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tritorch.bench import gpu
+from tritorch.bench.environment import environment
 from tritorch.bench.sections import WEIGHTS, Setting, planned
 
 pytestmark = pytest.mark.reference
@@ -85,23 +86,38 @@ def test_every_section_gives_rows_and_the_next_run_repeats_none(tmp_path):
     assert again["rows"] == result["rows"]
 
 
-def test_a_crash_costs_one_row(tmp_path):
+def test_what_fails_costs_no_more_than_itself(tmp_path):
+    """A section, a case, a GPU that gives up, and a process."""
     patch = """
-def crashes(self, case, which, slots):
+def no_ceilings(self):
+    raise ValueError("no such machine")
+def fails(self, case, which, slots):
+    if case.op == "conv2d":
+        raise ValueError("unlucky")
     if case.op == "batch_norm":
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    if case.op == "relu":
         os._exit(1)
     return measured(self, case, which, slots)
-rows.Bench.rows = crashes
+sections.Runner._ceilings = no_ceilings
+rows.Bench.rows = fails
+sections.planned = gpu.planned = lambda section, setting: whole(section, setting)[:4]
 """
-    result, said = run(tmp_path / "out", patch)
-    assert ops(result) == ["conv2d", "relu"]
-    assert [one["what"] for one in result["skipped"]] == ["batch_norm host forward"]
-    assert "failed: host: batch_norm host forward: the process ended" in said
+    result, said = run(tmp_path / "out", patch, "ceilings,host")
+    assert ops(result) == ["linear"]
+    reasons = {one["what"]: one["why"] for one in result["skipped"]}
+    assert reasons == {
+        "the rest": "ValueError('no such machine')",
+        "conv2d host [8, 64, 8, 8]": "ValueError: unlucky",
+        "batch_norm host forward": "the process ended",
+        "relu host forward": "the process ended",
+    }
+    assert "failed: host: relu host forward: the process ended" in said
 
 
 def test_what_hangs_is_ended(tmp_path):
     patch = """
-gpu._PATIENCE = 5.0
+gpu._PATIENCE = 4.0
 def hangs(self, case, which, slots):
     if case.op == "conv2d":
         time.sleep(1000)
@@ -111,33 +127,6 @@ rows.Bench.rows = hangs
     result, said = run(tmp_path / "out", patch)
     assert ops(result) == ["batch_norm", "relu"]
     assert "nothing was heard of it any more" in said
-
-
-def test_an_exception_costs_one_case_and_a_fatal_one_a_process(tmp_path):
-    patch = """
-def fails(self, case, which, slots):
-    if case.op == "conv2d":
-        raise ValueError("unlucky")
-    if case.op == "relu":
-        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
-    return measured(self, case, which, slots)
-rows.Bench.rows = fails
-"""
-    result, said = run(tmp_path / "out", patch)
-    assert ops(result) == ["batch_norm"]
-    reasons = {one["what"].split()[0]: one["why"] for one in result["skipped"]}
-    assert reasons == {"conv2d": "ValueError: unlucky", "relu": "the process ended"}
-
-
-def test_a_failing_section_leaves_the_others(tmp_path):
-    patch = """
-def fails(self):
-    raise ValueError("no such machine")
-sections.Runner._ceilings = fails
-"""
-    result, _ = run(tmp_path / "out", patch, "ceilings,host")
-    assert ops(result) == ["conv2d", "batch_norm", "relu"]
-    assert "no such machine" in result["skipped"][0]["why"]
 
 
 def test_a_budget_is_kept_and_what_was_skipped_is_said(tmp_path):
@@ -155,13 +144,12 @@ rows.Bench.rows = slow
 
 def test_results_of_another_commit_are_not_mixed_in(tmp_path):
     out = tmp_path / "out"
-    run(out, "", "ceilings")
-    result = json.loads((out / "gpu.json").read_text())
-    result["environment"]["commit"] = "0" * 40
-    (out / "gpu.json").write_text(json.dumps(result))
-    with pytest.raises(AssertionError, match="holds results of commit 0+"):
+    out.mkdir()
+    old = {"schema": 1, "environment": environment() | {"commit": "0" * 40}, "rows": []}
+    (out / "gpu.json").write_text(json.dumps(old))
+    with pytest.raises(AssertionError, match=r"holds results of commit 0+"):
         run(out, "", "ceilings")
-    assert json.loads((out / "gpu.json").read_text()) == result
+    assert json.loads((out / "gpu.json").read_text()) == old
 
 
 def test_unknown_section_is_refused(tmp_path, capsys):
