@@ -128,9 +128,10 @@ def _cycles(config, m, n, k, batch):
 @triton.jit
 def matmul_tma_kernel(
     a_desc, b_desc, bias_ptr, y_desc, before_desc,
-    N, num_m, num_n, TILES, STEPS, BATCH, INNER, a_step, b_step, y_step, y_row, bias_stride,
+    N, num_m, num_n, TILES, STEPS, BATCH, ENTRIES, a_step, b_step, y_step, y_row, bias_stride,
     ACTIVATION: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
-    SWAPPED: tl.constexpr, SUMS_BATCH: tl.constexpr, FILLS: tl.constexpr,
+    SWAPPED: tl.constexpr, SUMS_BATCH: tl.constexpr, BATCH_FIRST: tl.constexpr,
+    FILLS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     HALVES: tl.constexpr, FORM: tl.constexpr,
 ):
@@ -138,9 +139,9 @@ def matmul_tma_kernel(
 
     a is (batch, M, K), or TRANSPOSED (batch, K, M); b is (batch, N, K) or (batch, K, N).  Tile t is
     one of num_m x num_n of entry z of the result: of batch entry z % BATCH, and of its slices those
-    that begin at z // BATCH * STEPS.  SUMS_BATCH: the inner axis runs on through the entries of the
-    batch, each of which has INNER slices.  A step of 0 takes one entry for all, y_step is where the
-    next one is stored.
+    that begin at z // BATCH * STEPS.  A step of 0 takes one entry for all, y_step is where the next
+    one is stored.  BATCH_FIRST: neighbours have the same tile of different entries.  SUMS_BATCH: the
+    same slice of all ENTRIES of a and b comes before the next slice.
 
     FORM: "tile" has one tile a program.  "persistent" goes on to the next tile while the one before
     is stored, in one loop over all slices, so that loads never pause.  "stationary" has one slice,
@@ -154,20 +155,20 @@ def matmul_tma_kernel(
     programs = tl.num_programs(0)
     outputs = (bias_ptr, y_desc, before_desc, N, y_step, y_row, bias_stride)
     if FORM == "tile":
-        m, n, z = _place(pid, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
+        m, n, z = _place(pid, num_m, num_n, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         # without it no step at all is one more definition of the accumulator, for which ptxas waits
         # after every wgmma
         tl.assume(STEPS > 0)
         for step in range(STEPS):
-            a, b = _operands(a_desc, b_desc, m, n, z, step, STEPS, BATCH, INNER, a_step, b_step,
+            a, b = _operands(a_desc, b_desc, m, n, z, step, STEPS, BATCH, ENTRIES, a_step, b_step,
                              A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH, BLOCK_M, BLOCK_N, BLOCK_K)
             acc = tl.dot(a, b.T, acc)
         _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
     elif FORM == "persistent":
         t = pid - programs
         step = STEPS - 1
-        m, n, z = _place(pid, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
+        m, n, z = _place(pid, num_m, num_n, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         total = tl.cdiv(TILES - pid, programs) * STEPS
         tl.assume(total > 0)
@@ -175,8 +176,8 @@ def matmul_tma_kernel(
             step = tl.where(step == STEPS - 1, 0, step + 1)
             if step == 0:
                 t += programs
-                m, n, z = _place(t, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
-            a, b = _operands(a_desc, b_desc, m, n, z, step, STEPS, BATCH, INNER, a_step, b_step,
+                m, n, z = _place(t, num_m, num_n, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, GROUP_M)
+            a, b = _operands(a_desc, b_desc, m, n, z, step, STEPS, BATCH, ENTRIES, a_step, b_step,
                              A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH, BLOCK_M, BLOCK_N, BLOCK_K)
             acc = tl.dot(a, b.T, acc)
             if step == STEPS - 1:
@@ -187,30 +188,39 @@ def matmul_tma_kernel(
         n = pid % num_n * BLOCK_N
         b = _load(b_desc, 0, n, 0, B_TRANSPOSED, BLOCK_N, BLOCK_K)
         for t in range(pid // num_n, TILES // num_n, programs // num_n):
-            z = t // num_m
-            m = t % num_m * BLOCK_M
+            m, _, z = _place(t, num_m, 1, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, 1)
             a = _load(a_desc, z * a_step, m, 0, A_TRANSPOSED, BLOCK_M, BLOCK_K)
             acc = tl.dot(a, b.T)
             _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
 
 
 @triton.jit
-def _place(t, num_m, num_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    pid_m, pid_n = grouped_programs(t % (num_m * num_n), num_m, num_n, GROUP_M)
-    return pid_m * BLOCK_M, pid_n * BLOCK_N, t // (num_m * num_n)
+def _place(
+    t, num_m, num_n, BATCH,
+    BATCH_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    if BATCH_FIRST:
+        z = t % BATCH
+        t = t // BATCH
+    else:
+        z = t // (num_m * num_n)
+        t = t % (num_m * num_n)
+    pid_m, pid_n = grouped_programs(t, num_m, num_n, GROUP_M)
+    return pid_m * BLOCK_M, pid_n * BLOCK_N, z
 
 
 @triton.jit
 def _operands(
-    a_desc, b_desc, m, n, z, step, STEPS, BATCH, INNER, a_step, b_step,
+    a_desc, b_desc, m, n, z, step, STEPS, BATCH, ENTRIES, a_step, b_step,
     A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, SUMS_BATCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     step += z // BATCH * STEPS
     entry = z % BATCH
     if SUMS_BATCH:
-        entry = step // INNER
-        step = step % INNER
+        entry = step % ENTRIES
+        step = step // ENTRIES
     k = step * BLOCK_K
     a = _load(a_desc, entry * a_step, m, k, A_TRANSPOSED, BLOCK_M, BLOCK_K)
     b = _load(b_desc, entry * b_step, n, k, B_TRANSPOSED, BLOCK_N, BLOCK_K)

@@ -142,8 +142,7 @@ def plan(
         config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "FORM")
     )
     # a slice does not reach from one entry into the next
-    slices_each = math.ceil(inner / block_k)
-    slices = slices_each * (entries if sums_batch else 1)
+    slices = math.ceil(inner / block_k) * (entries if sums_batch else 1)
     if form == "stationary" and (slices > 1 or b.shape[0] > 1):
         return None
     splits, steps = 1, slices
@@ -160,14 +159,15 @@ def plan(
     if form == "stationary":
         # the same number of programs for every tile of b
         grid = max(grid // columns, 1) * columns
-    # past the last slice of a sum is an entry that neither has, which reads as zeros
-    entry_steps = (1 if sums_batch else min(each.shape[0] - 1, 1) for each in (a, b))
-    counts = math.ceil(m / block_m), columns, tiles, steps, batch, slices_each
+    entry_steps = (min(each.shape[0] - 1, 1) for each in (a, b))
+    counts = math.ceil(m / block_m), columns, tiles, steps, batch, entries
     constants = {
         "A_TRANSPOSED": views[0].transposed,
         "B_TRANSPOSED": views[1].transposed,
         "SWAPPED": swapped,
         "SUMS_BATCH": sums_batch,
+        # columns of an image, whose pixels are neighbours in memory
+        "BATCH_FIRST": batch > 1 and b.shape[0] == 1 and splits == 1,
         "FILLS": fill != _DENSE,
     }
     width = m if swapped else n
