@@ -27,6 +27,7 @@ CONV2D_TMA_CONFIGS = {
         _tile(128, 256, 64, 8, 4),
         _tile(128, 256, 64, 8, 4, persistent=True),
         _tile(64, 256, 64, 4, 2),
+        _tile(64, 256, 64, 4, 2, persistent=True),
         _tile(64, 128, 64, 4, 3),
     ),
 }

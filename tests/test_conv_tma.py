@@ -230,7 +230,7 @@ VARIANTS = {
 
 @pytest.mark.compile
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("entry", range(5))
+@pytest.mark.parametrize("entry", range(6))
 def test_configurations_overlap_their_products(entry, variant):
     """From shared memory to the tensor cores without a stop: nothing is loaded by the threads, and
     no product is waited for before the next.
