@@ -140,8 +140,8 @@ def matmul_tma_kernel(
     a is (batch, M, K), or TRANSPOSED (batch, K, M); b is (batch, N, K) or (batch, K, N).  Tile t is
     one of num_m x num_n of entry z of the result: of batch entry z % BATCH, and of its slices those
     that begin at z // BATCH * STEPS.  A step of 0 takes one entry for all, y_step is where the next
-    one is stored.  BATCH_FIRST: neighbours have the same tile of different entries.  SUMS_BATCH: the
-    same slice of all ENTRIES of a and b comes before the next slice.
+    one is stored.  BATCH_FIRST: neighbours have the same tile of different entries.  SUMS_BATCH:
+    the same slice of all ENTRIES of a and b comes before the next slice.
 
     FORM: "tile" has one tile a program.  "persistent" goes on to the next tile while the one before
     is stored, in one loop over all slices, so that loads never pause.  "stationary" has one slice,
