@@ -10,6 +10,7 @@ backward call them, and enter it by `apply`.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -148,4 +149,62 @@ def _cast(tensor: Tensor | None, device: str, dtype: torch.dtype) -> Tensor | No
         or tensor.dtype == torch.float64
     ):
         return tensor
+    if _is_cached(tensor, dtype):
+        if device not in _REGIONS:
+            _REGIONS[device] = _Region(device)
+        return _REGIONS[device].cast(tensor, dtype)
     return tensor.to(dtype)
+
+
+def _is_cached(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's autocast would cast it once in a region, with a graph of its own."""
+    return (
+        # the compiler finds equal casts itself
+        not torch.compiler.is_compiling()
+        and tensor.dtype == torch.float32 != dtype
+        and tensor.requires_grad
+        and tensor.is_leaf
+        and torch.is_grad_enabled()
+        and torch.is_autocast_cache_enabled()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+    )
+
+
+class _Region:
+    """Casts of leaves in the present region of autocast.
+
+    torch tells nobody when it leaves a region and forgets its own casts: one of those, of a mark
+    that is ours, dies then.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._mark = torch.zeros((1, 1), device=device, requires_grad=True)
+        self._nothing = torch.zeros((1, 0), device=device, requires_grad=True)
+        self._present: weakref.ref[torch.UntypedStorage] | None = None
+        self._casts: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
+
+    def cast(self, leaf: Tensor, dtype: torch.dtype) -> Tensor:
+        if self._present is None:
+            # an empty product, which launches nothing; hooks of the caller could keep a copy
+            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+                product: Any = torch.mm(self._mark, self._nothing).grad_fn
+            # hooks are given another tensor of the same storage
+            storage = product._saved_self.untyped_storage()
+            self._present = weakref.ref(storage, self._forget)
+        # a cast has a graph that ends in its leaf, so that the number is of no other
+        version, cast = self._casts.get((id(leaf), dtype), (None, leaf))
+        if version != leaf._version:
+            cast = leaf.to(dtype)
+            self._casts[id(leaf), dtype] = leaf._version, cast
+        return cast
+
+    def _forget(self, _: object) -> None:
+        self._present = None
+        self._casts.clear()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+_REGIONS: dict[str, _Region] = {}
