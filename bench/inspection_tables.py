@@ -70,27 +70,31 @@ def details(row: Row) -> Table:
         found.add_row(kind, str(count), str(inside.get(kind, "")))
     found.add_row("total", str(row["instructions"]), str(hot.get("instructions", "")))
     for name, count in row["shapes"].items():
-        found.add_row(f"  product {name}", str(count), str(hot["shapes"].get(name, "")))
+        turn = hot.get("shapes", {}).get(name, "")
+        found.add_row(f"  product {name}", str(count), str(turn))
     for kind, widths in row["widths"].items():
         for width, count in widths.items():
             turn = hot.get("widths", {}).get(kind, {}).get(width, "")
             found.add_row(f"  {kind} of {width} bytes a thread", str(count), str(turn))
-    parts = row["estimate"]["parts"]
-    text = ", ".join(f"{name} {us:.1f}" for name, us in parts.items() if us >= 0.05)
-    grid = "x".join(map(str, row["grid"]))
-    found.caption = (
-        f"estimate, not measured: {row['estimate']['us']:.1f} us on a grid of {grid}, "
-        f"{row['estimate']['waves']:g} waves; alone each would take, in us: {text}"
-    )
-    for unknown in row["estimate"]["unknown"]:
-        found.caption += f"; not known: {unknown}"
-    for problem in row["problems"]:
-        found.caption += f"\n{problem}"
     return found
 
 
-def difference(old: Sequence[Row], new: Sequence[Row], without: Sequence[str] = ()) -> Table:
-    """What changed between two tables of rows, worsenings marked."""
+def notes(row: Row) -> list[str]:
+    """Of one kernel, the parts of the estimate, and what had to be assumed for it."""
+    estimate = row["estimate"]
+    parts = ", ".join(f"{name} {us:.1f}" for name, us in estimate["parts"].items() if us >= 0.05)
+    grid = "x".join(map(str, row["grid"]))
+    return [
+        f"estimate, not measured: {estimate['us']:.1f} us on a grid of {grid}, "
+        f"{estimate['waves']:g} waves; alone each would take, in us: {parts}",
+        *(f"not known: {unknown}" for unknown in estimate["unknown"]),
+    ]
+
+
+def difference(
+    old: Sequence[Row], new: Sequence[Row], without: Sequence[str] = ()
+) -> tuple[Table, str]:
+    """What changed between two tables of rows, worsenings marked; and how much, in a sentence."""
     compared = differences.compare(old, new, without)
     found = _table("what changed")
     found.add_column("kernel", overflow="fold")
@@ -110,8 +114,7 @@ def difference(old: Sequence[Row], new: Sequence[Row], without: Sequence[str] = 
         found.add_row(differences.name_of(row), "only in the first")
     for row in compared.new:
         found.add_row(differences.name_of(row), "only in the second")
-    found.caption = f"{len(compared.changed)} kernels changed, {compared.equal} are as they were"
-    return found
+    return found, f"{len(compared.changed)} kernels changed, {compared.equal} are as they were"
 
 
 def texts(change: differences.Change) -> tuple[str, str]:
@@ -150,9 +153,10 @@ def _copies(row: Row) -> str:
 
 
 def _table(title: str) -> Table:
+    from rich import box
     from rich.table import Table
 
-    return Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
 
 
 def selected(rows: Sequence[Row], which: str) -> list[Row]:

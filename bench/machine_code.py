@@ -46,7 +46,7 @@ _GLOBAL = ("global load", "global store", "async copy", "atomic")
 _SHARED = ("shared load", "shared store", "matrix load")
 
 _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
-_AMD = re.compile(r"^(?:(\.L\w+):|\t([a-z]\w*_\w+)(?:\s+([^;\n]*))?)", re.MULTILINE)
+_AMD = re.compile(r"^(?:(\.L\w+):|\t([a-z]\w*_\w+)(?:[ \t]+([^;\n]*))?)", re.MULTILINE)
 _ENDS = re.compile(r"EXIT|RET|BRX|JMX|s_endpgm|s_setpc")
 
 

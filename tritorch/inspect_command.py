@@ -196,6 +196,8 @@ def _show(rows: list[dict[str, Any]], options: dict[str, Any], console: Console)
     if options["details"]:
         for row in rows:
             console.print(inspection_tables.details(row))
+            for note in inspection_tables.notes(row):
+                console.print(note)
     for row in rows:
         for problem in row["problems"]:
             console.print(f"problem: {problem}", style="bold red")
@@ -221,7 +223,8 @@ def _diff_of_files(files: tuple[str, str], console: Console) -> None:
         then, now = (report["environment"].get(name) for report in reports)
         if then != now:
             console.print(f"{name}: {then} -> {now}")
-    console.print(inspection_tables.difference(old["rows"], new["rows"]))
+    for part in inspection_tables.difference(old["rows"], new["rows"]):
+        console.print(part)
 
 
 def _diff_of_configurations(
@@ -240,7 +243,8 @@ def _diff_of_configurations(
     without = inspection_tables.OF_CONFIGURATION
     for one, side in zip(diff, sides, strict=True):
         console.print(f"{one}: {inspection_tables.settings(side[0])}")
-    console.print(inspection_tables.difference(sides[0], sides[1], without))
+    for part in inspection_tables.difference(sides[0], sides[1], without):
+        console.print(part)
 
 
 def _emit(found: list[Any], stages: tuple[str, ...], folder: Path | None, console: Console) -> None:
