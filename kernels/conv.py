@@ -132,7 +132,7 @@ def conv3d_gather_config(npq, k, itemsize):
     return CONV3D_GATHER_CONFIGS[itemsize][-1 if npq <= 64 or k <= 32 else 0]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "W", "P", "STEPS", "SPLITS", "padding_h"])
 def conv2d_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, before_ptr,
     N, C, H, W, K, R, S, P, Q, STEPS, SPLITS, bias_stride,

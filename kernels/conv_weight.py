@@ -60,7 +60,7 @@ def conv2d_grad_weight_gather_config(k, crs, itemsize):
     return CONV2D_GRAD_WEIGHT_GATHER_CONFIGS[itemsize][-1 if k <= 32 or crs <= 32 else 0]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "W", "P", "STEPS", "SPLITS", "padding_h"])
 def conv2d_grad_weight_kernel(
     grad_y_ptr, x_ptr, grad_w_ptr,
     C, H, W, K, R, S, N, P, Q, BLOCK_P, BLOCK_Q, STEPS, SPLITS,

@@ -112,7 +112,7 @@ def inverse_std(var_ptr, offs_c, C, eps, DTYPE: tl.constexpr):
     return 1.0 / tl.sqrt((var + eps).to(DTYPE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "STEPS"])
 def batch_norm_stats_kernel(
     x_ptr, statistics_ptr,
     C, R, STEPS, size_1, size_2, size_3, size_4,
@@ -169,7 +169,7 @@ def move_running(ptr, stride, offs_c, mask_c, value, momentum):
     tl.store(ptrs, running.to(ptr.dtype.element_ty), mask=mask_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def batch_norm_gather_stats_kernel(
     statistics_ptr, running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, moments_ptr,
     S, C,
@@ -224,7 +224,7 @@ def batch_norm_gather_stats_kernel(
         move_running(running_var_ptr, running_var_stride, offs_c, mask_c, unbiased, momentum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "STEPS"])
 def batch_norm_forward_kernel(
     x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, y_ptr,
     C, R, STEPS, size_1, size_2, size_3, size_4,
@@ -277,7 +277,7 @@ def gradient_of_sum(
     return activation_gradient(grad, y, ACTIVATION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "STEPS"])
 def batch_norm_backward_reduce_kernel(
     grad_y_ptr, saved_ptr, x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, masked_ptr, sums_ptr,
     C, R, STEPS, size_1, size_2, size_3, size_4,
@@ -342,7 +342,7 @@ def batch_norm_backward_reduce_kernel(
     tl.store(row + C, tl.sum(product_sum, 0) * invstd, mask=offs_c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "STEPS", "COUNT"])
 def batch_norm_grad_input_kernel(
     grad_y_ptr, x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, sums_ptr, grad_x_ptr,
     C, R, STEPS, size_1, size_2, size_3, size_4, COUNT,
