@@ -25,6 +25,8 @@ HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
 
 _DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 
+_NESTED = "a nested tensor"
+
 _choice: Choice = "auto"
 _strict: bool = False
 _fallbacks: Counter[tuple[str, str]] = Counter()
@@ -130,6 +132,11 @@ def runs_triton(op: str, *tensors: Tensor | None, declined: str | None = None) -
     return False
 
 
+def takes_nested(op: str, tensor: Tensor) -> bool:
+    """Whether it is a nested tensor: one for the reference path, without a shape to check."""
+    return tensor.is_nested and not runs_triton(op, tensor, declined=_NESTED)
+
+
 def _reason(tensors: tuple[Tensor | None, ...]) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
@@ -138,6 +145,8 @@ def _reason(tensors: tuple[Tensor | None, ...]) -> str | None:
             continue
         if tensor.dtype not in _DTYPES:
             return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
+        if tensor.is_nested:
+            return _NESTED
         if tensor.layout != torch.strided:
             return f"layout {str(tensor.layout).removeprefix('torch.')}"
     # the kernels know no tangents

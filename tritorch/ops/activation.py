@@ -71,6 +71,8 @@ def _call(
 ) -> Tensor:
     """The kernels' result, or that of `reference(input, *options)` where they do not take it."""
     checks.tensor(op, input=input)
+    if backend.takes_nested(op, input):
+        return reference(input, *options)
     if inplace:
         checks.writable(op, input)
     declined = strided.declined(input, inplace)

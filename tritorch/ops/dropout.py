@@ -190,6 +190,8 @@ def dropout(
         checks.fail(ValueError, "dropout", "p must be from 0 to 1", p=p)
     if seed is not None and (seed.dtype, seed.numel()) != (torch.int64, 1):
         checks.fail(ValueError, "dropout", "the seed must be one element of int64", seed=seed)
+    if backend.takes_nested("dropout", input):
+        return dropout_reference(input, p, training, inplace, seed=seed)
     if not training or p == 0 or input.numel() == 0:
         return input
     if inplace:

@@ -61,6 +61,8 @@ def layer_norm(
     if isinstance(normalized_shape, int):
         checks.fail(TypeError, op, "normalized_shape must be a sequence", received=normalized_shape)
     shape = tuple(normalized_shape)
+    if backend.takes_nested(op, input):
+        return layer_norm_reference(input, shape, weight, bias, eps)
     _check(input, shape, weight, bias)
     declined = f"{input.dim()} dimensions" if input.dim() > strided.RANK else None
     # of an empty input nothing is to be normalised

@@ -45,6 +45,8 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     Source: `torch.matmul`.
     """
     checks.tensor("matmul", input=input, other=other)
+    if backend.takes_nested("matmul", input):
+        return matmul_reference(input, other)
     if input.dim() == 0 or other.dim() == 0:
         checks.fail(
             RuntimeError, "matmul", "both arguments need a dimension", input=input, other=other
@@ -111,6 +113,8 @@ def linear(
     Source: `torch.nn.functional.linear`.
     """
     checks.tensor("linear", input=input, weight=weight)
+    if backend.takes_nested("linear", input):
+        return linear_reference(input, weight, bias, activation)
     _check_linear(input, weight, bias, activation)
     if not backend.runs_triton("linear", input, weight, bias):
         return linear_reference(input, weight, bias, activation)
