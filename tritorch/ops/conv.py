@@ -183,6 +183,7 @@ _LAYERS = (
     ("resnext50-32x4d", 64, 128, 128, 56, 3, 1, 32, None),
     # what computes in its epilogue takes another tile where the largest would be taken
     ("convnext-s1-1x1-gelu", 64, 96, 384, 56, 1, 1, 1, "gelu"),
+    ("resnet50-s1-3x3-gelu", 64, 64, 64, 56, 3, 1, 1, "gelu"),
     ("efficientnet-144-silu", 64, 144, 144, 56, 3, 1, 144, "silu"),
 )
 
