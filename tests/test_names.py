@@ -106,18 +106,26 @@ def test_functions_compute_what_torchs_do(device):
     ("name", "legacy", "reduction"),
     [
         ("cross_entropy", {"size_average": False}, "sum"),
+        ("nll_loss", {"reduce": True}, "mean"),
         ("mse_loss", {"reduce": False}, "none"),
+        ("l1_loss", {"size_average": False}, "sum"),
+        ("smooth_l1_loss", {"reduce": False}, "none"),
         ("binary_cross_entropy", {"size_average": True, "reduce": True}, "mean"),
         ("binary_cross_entropy_with_logits", {"size_average": False}, "sum"),
     ],
 )
-def test_deprecated_arguments_of_losses_still_work(name, legacy, reduction):
+def test_deprecated_arguments_of_losses_still_work(name, legacy, reduction, device, rung):
     torch.manual_seed(0)
-    input, target = torch.rand(4, 3), torch.rand(4, 3)
+    input, target = torch.rand(4, 3, device=device), torch.rand(4, 3, device=device)
+    target = target.argmax(1) if name == "nll_loss" else target
     function = getattr(tritorch_functional, name)
-    with pytest.warns(UserWarning, match="args will be deprecated"):
+    with (
+        pytest.warns(UserWarning, match="args will be deprecated"),
+        launch.recorded() as launches,
+    ):
         actual = function(input, target, **legacy)
-    assert_close(actual, function(input, target, reduction=reduction))
+    assert_close(actual, getattr(F, name)(input, target, reduction=reduction))
+    assert bool(launches) == (rung != "reference")
 
 
 TOP_LEVEL = {

@@ -1,7 +1,4 @@
-"""torch.nn.functional with kernels: `tritorch.ops` with torch's signatures, the rest is torch's.
-
-A loss called with the deprecated `size_average` or `reduce` is torch's function.
-"""
+"""torch.nn.functional with kernels: `tritorch.ops` with torch's signatures, the rest is torch's."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn._reduction import legacy_get_string
 
 from tritorch import ops
 from tritorch.ops import adaptive_avg_pool1d as adaptive_avg_pool1d
@@ -132,6 +130,13 @@ def adaptive_max_pool2d_with_indices(
     return output, indices
 
 
+def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """What torch makes of the two arguments that it deprecates, with its warning."""
+    if size_average is None and reduce is None:
+        return reduction
+    return legacy_get_string(size_average, reduce)
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -142,17 +147,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        return F.cross_entropy(
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-            label_smoothing,
-        )
+    reduction = _reduction(size_average, reduce, reduction)
     return ops.cross_entropy(
         input,
         target,
@@ -172,8 +167,7 @@ def nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+    reduction = _reduction(size_average, reduce, reduction)
     return ops.nll_loss(
         input, target, weight=weight, ignore_index=ignore_index, reduction=reduction
     )
@@ -187,11 +181,7 @@ def mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        # torch's stub does not know of the weight
-        return F.mse_loss(  # type: ignore[call-arg]
-            input, target, size_average, reduce, reduction, weight=weight
-        )
+    reduction = _reduction(size_average, reduce, reduction)
     return ops.mse_loss(input, target, reduction=reduction, weight=weight)
 
 
@@ -203,11 +193,7 @@ def l1_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        # likewise
-        return F.l1_loss(  # type: ignore[call-arg]
-            input, target, size_average, reduce, reduction, weight=weight
-        )
+    reduction = _reduction(size_average, reduce, reduction)
     return ops.l1_loss(input, target, reduction=reduction, weight=weight)
 
 
@@ -219,8 +205,7 @@ def smooth_l1_loss(
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
+    reduction = _reduction(size_average, reduce, reduction)
     return ops.smooth_l1_loss(input, target, reduction=reduction, beta=beta)
 
 
@@ -232,8 +217,7 @@ def binary_cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
+    reduction = _reduction(size_average, reduce, reduction)
     return ops.binary_cross_entropy(input, target, weight=weight, reduction=reduction)
 
 
@@ -246,10 +230,7 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        return F.binary_cross_entropy_with_logits(
-            input, target, weight, size_average, reduce, reduction, pos_weight
-        )
+    reduction = _reduction(size_average, reduce, reduction)
     return ops.binary_cross_entropy_with_logits(
         input, target, weight=weight, reduction=reduction, pos_weight=pos_weight
     )
