@@ -24,6 +24,7 @@ CONV2D_GRAD_WEIGHT_TMA_CONFIGS = {
         _tile(64, 64, 64, 1, 4, 4),
         # half as many images, and a row of small batches
         _tile(128, 128, 32, 1, 8, 4),
+        _tile(64, 64, 32, 3, 4, 4),
         _tile(64, 64, 16, 1, 4, 4),
     ),
 }
@@ -35,7 +36,10 @@ MEASURED = {}
 MIN_CHANNELS = 32
 MIN_PIXELS = 1024
 
+# of the GPUs that this kernel is for; cycles from a load to its data
 MULTIPROCESSORS = 132
+SHARED_MEMORY = 227 * 1024
+LATENCY = 1500
 
 
 def conv2d_grad_weight_tma_config(k, c, taps, along, n, p, q, stride):
@@ -74,14 +78,18 @@ def cycles(config, tiles, steps, weights, splits):
     """
     sizes = config.kwargs
     block_k, block_c, taps = sizes["BLOCK_K"], sizes["BLOCK_C"], sizes["TAPS"]
+    loaded = 2 * (block_k + block_c * taps) * sizes["BLOCK_PIXELS"]
     # a warp group reads 64 channels of one side and all of the other
-    reads = triton.cdiv(block_k, 64) * (64 + block_c) * taps
-    moved = 2 * (block_k + block_c * taps + reads)
-    step = max(block_k * block_c * taps / 2048, moved / 128) * sizes["BLOCK_PIXELS"]
+    read = 2 * triton.cdiv(block_k, 64) * (64 + block_c) * taps * sizes["BLOCK_PIXELS"]
+    step = max(block_k * block_c * taps / 2048 * sizes["BLOCK_PIXELS"], (loaded + read) / 128)
     programs = triton.cdiv(tiles * splits, MULTIPROCESSORS)
+    residents = min(programs, SHARED_MEMORY // (loaded * config.num_stages), 16 // config.num_warps)
+    # a stage is loaded while the others of all residents are multiplied
+    step = max(step, LATENCY / (max(residents, 1) * (config.num_stages - 1)))
     # written and read back once, 16 bytes a cycle and multiprocessor
     partial = weights * splits * 8 / (16 * MULTIPROCESSORS)
-    return programs * (triton.cdiv(steps, splits) * step + 5000) + partial
+    ends = 5000 * triton.cdiv(programs, max(residents, 1))
+    return programs * triton.cdiv(steps, splits) * step + ends + partial
 
 
 @triton.jit

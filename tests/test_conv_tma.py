@@ -243,7 +243,7 @@ def test_configurations_overlap_their_products(entry, variant):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("entry", range(8))
+@pytest.mark.parametrize("entry", range(9))
 def test_configurations_of_the_gradient_overlap_their_products(entry):
     config = conv_tma.weight_kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]
     # a row of an image, or images
