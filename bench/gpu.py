@@ -79,25 +79,35 @@ def _measure(
     use_fast_algorithms()
     use_full_float32()
     tell("environment", environment=environment())
-    done, earlier, ended = connection.recv()
+    done, earlier, ended, lost = connection.recv()
     runner = Runner(setting, tell, done, waiting.wait)
     runner.know(earlier)
-    for number, section in enumerate(sections):
-        if section in ended:
-            continue
-        start = time.time()
-        until = start + LIMIT
-        if deadline is not None:
-            rest = sum(WEIGHTS[name] for name in sections[number:])
-            until = min(until, start + (deadline - start) * WEIGHTS[section] / rest)
-        tell("section", section=section)
-        try:
-            runner.run(section, until)
-        except Exception as error:
-            rows.reraise_fatal(error)
-            tell("skip", section=section, what="the rest", why=f"{error!r}"[:500])
-        tell("ended", section=section, seconds=time.time() - start)
+    kept = [section for section in sections if section not in lost]
+    rest = [section for section in kept if section not in ended]
+    if deadline is None:
+        for section in rest:
+            _section(runner, section, time.time() + LIMIT, tell)
+    else:
+        runner.gives_up = False
+        for number, section in enumerate(rest):
+            now, shares = time.time(), sum(WEIGHTS[name] for name in rest[number:])
+            _section(runner, section, now + (deadline - now) * WEIGHTS[section] / shares, tell)
+        # what sections had no time for that others have left
+        runner.gives_up = True
+        for section in kept:
+            _section(runner, section, deadline, tell)
     tell("finished")
+
+
+def _section(runner: Runner, section: str, until: float, tell: Callable[..., None]) -> None:
+    start = time.time()
+    tell("section", section=section)
+    try:
+        runner.run(section, min(until, start + LIMIT))
+    except Exception as error:
+        rows.reraise_fatal(error)
+        tell("skip", section=section, what="the rest", why=f"{error!r}"[:500])
+    tell("ended", section=section, seconds=time.time() - start)
 
 
 class Run:
@@ -110,7 +120,9 @@ class Run:
         self.deadline = deadline
         self.waiting = Waiting.of(sections)
         self.done: set[tuple[str, ...]] = set()
+        # sections that have had their share of time, and those that are given up
         self.ended: set[str] = set()
+        self.lost: set[str] = set()
         self.doing: dict[str, Any] = {}
         self.pool: Any = None
         self.workers = 0
@@ -165,7 +177,7 @@ class Run:
             if event == "environment":
                 self.store.go_on(fields["environment"])
                 self.done |= {rows.key(row) for row in self.store.rows}
-                connection.send((self.done, self.store.rows, self.ended))
+                connection.send((self.done, self.store.rows, self.ended, self.lost))
                 self._compile(target or precompile.target_of(self.store.capability()))
             elif event == "row":
                 self._keep(fields["row"])
@@ -196,7 +208,7 @@ class Run:
         if doing.get("key"):
             self.done.add(tuple(doing["key"]))
         elif doing:
-            self.ended.add(section)
+            self.lost.add(section)
         else:
             raise RuntimeError(f"what measures does not start: {why}")
 

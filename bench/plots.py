@@ -11,7 +11,7 @@ from typing import Any
 
 from tritorch.bench.ceilings import Ceilings, of_rows
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 _INK, _GRID = "#68727d", "#8a94a044"
 _COLOURS = ("#1f6feb", "#e8702a", "#2da44e", "#8957e5", "#bf3989", "#9a6700")
@@ -61,7 +61,7 @@ def png(rows: Sequence[Row], path: Any) -> None:
         figure.suptitle(title, color="#1c2127", fontsize=13, x=0.02, ha="left")
         figure.set_facecolor("white")
         figure.set_dpi(150)
-        canvas = FigureCanvasAgg(figure)
+        canvas: Any = FigureCanvasAgg(figure)
         canvas.draw()
         images.append(np.asarray(canvas.buffer_rgba()))
     if not images:
@@ -225,7 +225,7 @@ def _scaling(groups: Mapping[tuple[str, str], Mapping[str, list[tuple[int, float
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
     for axis, ((op, which), sides) in zip(axes.flat, groups.items(), strict=False):
-        for name, points in reversed(sides.items()):
+        for name, points in reversed(list(sides.items())):
             xs, ys = zip(*sorted(points), strict=True)
             axis.plot(xs, ys, color=colour[name], linewidth=1.2, alpha=0.45)
             axis.scatter(xs, ys, color=colour[name], s=11, linewidths=0)

@@ -102,7 +102,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _measured(result: Result) -> list[Mapping[str, Any]]:
+def _measured(result: Result) -> list[dict[str, Any]]:
     return [row for row in result["rows"] if row.get("section") != "ceilings"]
 
 
@@ -139,7 +139,7 @@ def page(result: Result) -> str:
     )
 
 
-def _cards(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _cards(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield _card(str(len(rows)), "rows", f"{sum(bool(r['verified']) for r in rows)} verified")
     for (implementation, which), (mean, count) in geometric_means(rows).items():
         yield _card(f"{mean:.2f}x", f"{implementation}, {which}", f"geometric mean of {count} rows")

@@ -115,9 +115,12 @@ class Runner:
             torch.device(setting.device), timing.Plan(setting.seconds, least=30, most=200)
         )
         self.found: list[rows.Row] = []
+        # cases that are not tried again, and whether what there is no time for is given up
+        self.failed: set[str] = set()
+        self.gives_up = True
 
     def run(self, section: str, until: float) -> None:
-        """One section, until a moment of `time.time`; what there is no time for is skipped."""
+        """One section, until a moment of `time.time`, without what is done or has failed."""
         special: dict[str, Callable[[float], None]] = {
             "ceilings": lambda until: self._ceilings(),
             "train": lambda until: self._train(section, (OURS, TORCH), until),
@@ -139,7 +142,20 @@ class Runner:
         self.bench.ceilings = ceilings.of_rows(self.found)
 
     def _row(self, section: str, row: rows.Row) -> None:
+        self.done.add(rows.key(row))
         self.tell("row", row={"section": section, **row})
+
+    def _has_time(self, section: str, what: str, until: float) -> bool:
+        if time.time() <= until:
+            return True
+        if self.gives_up:
+            self.tell("skip", section=section, what=what, why="no time left")
+        return False
+
+    def _fail(self, section: str, what: str, error: Exception) -> None:
+        rows.reraise_fatal(error)
+        self.failed.add(what)
+        self.tell("skip", section=section, what=what, why=f"{type(error).__name__}: {error}"[:500])
 
     def _ceilings(self) -> None:
         if self.found:
@@ -154,19 +170,14 @@ class Runner:
     def _cases(self, section: str, cases: Sequence[Case], until: float) -> None:
         for case in cases:
             wanted = [which for which in case.passes if _key(section, case, which) not in self.done]
-            if not wanted:
-                continue
             what = f"{case.op} {case.name} {case.shape}"
-            if time.time() > until:
-                self.tell("skip", section=section, what=what, why="no time left")
+            if not wanted or what in self.failed or not self._has_time(section, what, until):
                 continue
             self.tell("doing", section=section, what=what, key=())
             try:
                 self._passes(section, case, wanted)
             except Exception as error:
-                rows.reraise_fatal(error)
-                why = f"{type(error).__name__}: {error}"[:500]
-                self.tell("skip", section=section, what=what, why=why)
+                self._fail(section, what, error)
             self._free()
 
     def _free(self) -> None:
@@ -210,11 +221,10 @@ class Runner:
             trainer = Trainer(self.bench.device, batch, **small)
             shape = list(trainer.images.shape)
             what = f"{names[0]}, batch {batch}"
-            if any(key[0] == "resnet50" and key[2:3] == (str(shape),) and key[-1] == names[0]
-                   for key in self.done):  # fmt: skip
-                continue
-            if time.time() > until:
-                self.tell("skip", section=section, what=what, why="no time left")
+            is_done = any(
+                (key[0], key[2], key[-1]) == ("resnet50", str(shape), names[0]) for key in self.done
+            )
+            if is_done or what in self.failed or not self._has_time(section, what, until):
                 continue
             self.tell("doing", section=section, what=what, key=(), patience=240.0)
             plan = timing.Plan(10 * self.setting.seconds, least=10, ahead=False)
@@ -222,9 +232,7 @@ class Runner:
                 for row in trainer.rows(names, plan, self.bench.clock):
                     self._row(section, row)
             except Exception as error:
-                rows.reraise_fatal(error)
-                why = f"{type(error).__name__}: {error}"[:500]
-                self.tell("skip", section=section, what=what, why=why)
+                self._fail(section, what, error)
             self._free()
 
     def _baselines(self, until: float) -> None:

@@ -397,10 +397,10 @@ def compare(old: Path, new: Path, threshold: float, fail_on_slower: bool) -> Non
     from tritorch.bench import compare as comparing
 
     try:
-        results = [comparing.read(path) for path in (old, new)]
+        before, after = (comparing.read(path) for path in (old, new))
     except comparing.NoResult as error:
         _stop(str(error), _USAGE)
-    report = comparing.compare(*results, threshold)
+    report = comparing.compare(before, after, threshold)
     _show(report, Console(highlight=False, soft_wrap=True))
     if fail_on_slower and report.count("SLOWER") + report.count("WRONG"):
         sys.exit(_SLOWER)
