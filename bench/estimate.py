@@ -125,7 +125,7 @@ def facts_of(launch: dry.Launch, target: str) -> Facts:
     return Facts(
         code=machine_code.read(used.code),
         moved=traffic.of_launch(launch),
-        resident=max(1, occupancy(used, target).blocks),
+        resident=occupancy(used, target).blocks,
         warps=used.num_warps,
         stages=launch.num_stages,
         programs=math.prod(launch.grid),
@@ -141,7 +141,8 @@ def of_launch(launch: dry.Launch, target: str, model: Model = MODEL) -> Estimate
 def of_facts(facts: Facts, target: str, model: Model = MODEL) -> Estimate:
     """The estimate of a launch of which the facts are known."""
     device, gpu = DEVICES[target], dry.TARGETS[target]
-    moved, programs, resident = facts.moved, facts.programs, facts.resident
+    # what does not launch at all is estimated as if one block fitted
+    moved, programs, resident = facts.moved, facts.programs, max(1, facts.resident)
     counted = _counted(facts.code, moved, facts.warps, gpu.warp_size)
     pipes = _pipes(counted, moved, facts.warps, gpu.warp_size, device, model)
     busiest = max(pipes.values())

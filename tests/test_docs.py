@@ -19,6 +19,7 @@ PAGES = [
         "CONTRIBUTING.md",
         "bench/README.md",
         "docs/check.md",
+        "docs/inspect.md",
         "examples/README.md",
         "kernels/README.md",
     )

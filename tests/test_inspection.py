@@ -18,6 +18,7 @@ from tritorch.bench import (
     estimate,
     inspection,
     inspection_tables,
+    ranking,
     recording,
     traffic,
 )
@@ -315,6 +316,19 @@ def test_two_configurations_are_compared():
     assert "no kernel has the configuration" in invoke(
         "softmax", *options, "--diff", "M 8", "nothing", status=2
     )
+
+
+def test_configurations_are_ranked():
+    (spec,) = inspection.own_ops(["softmax"])
+    ((title, entries),) = ranking.of_op(spec, "sm_90", torch.float16, "logits")
+    assert title == "softmax logits: softmax_config"
+    assert [one.us for one in entries] == sorted(one.us for one in entries)
+    assert sum(one.chosen for one in entries) == 1
+    # a row of 1000 columns: tiles of 16 go over it many times
+    assert entries[-1].entry.kwargs["BLOCK_N"] == 16
+    shown = invoke("softmax", "--calls", "logits", "--rank")
+    assert shown.count(" us ") == len(entries)
+    assert shown.count("chosen") == 1
 
 
 def test_kernels_are_shown_at_every_stage(tmp_path):

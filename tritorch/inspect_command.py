@@ -19,6 +19,7 @@ _USAGE, _UNABLE = 2, 3
 _KIND = "inspect"
 # of `tritorch.bench.inspection`, which is not imported before it is known that Triton is there
 _STAGES = ("ttir", "ttgir", "llir", "ptx", "sass", "amdgcn")
+_ESTIMATED = "estimate: what the launch should take by its code and grid; nothing was measured"
 # tables on paper, in a file, in a pipe
 _WIDTH = 180
 
@@ -61,6 +62,11 @@ def _names(context: click.Context, option: click.Parameter, value: str) -> tuple
     help="all: an op's workloads also in every shipped configuration.",
 )
 @click.option("--details", is_flag=True, help="The instruction mix of every kernel.")
+@click.option(
+    "--rank",
+    is_flag=True,
+    help="An op's shipped configurations for each workload, the fastest by the estimate first.",
+)
 @click.option(
     "--emit",
     "stages",
@@ -114,6 +120,9 @@ def inspect(target: str | None, json_file: Path | None, force: bool, **options: 
         return
     if target is None:
         raise click.UsageError("Missing argument 'TARGET', or two reports after --diff.")
+    if options["rank"]:
+        _rank(target, options, console)
+        return
     found = _inspected(target, options)
     rows = [one.to_json() for one in found]
     if not rows:
@@ -184,6 +193,31 @@ def _inspected(target: str, options: dict[str, Any]) -> list[Any]:
     except dry.CompileError as error:
         _stop(f"{error}", _UNABLE)
     return [one for one in found if options["kernel"] in one.label.kernel]
+
+
+def _rank(target: str, options: dict[str, Any], console: Console) -> None:
+    import torch
+
+    from tritorch.bench import inspection, ranking
+    from tritorch.testing import requests
+    from tritorch.testing.errors import RequestError
+
+    if ":" in target:
+        raise click.UsageError("--rank is of the tables of tritorch's own ops")
+    try:
+        dtypes = [requests.dtype_of(name) for name in options["dtypes"]] or [torch.float16]
+        specs = inspection.own_ops([] if target == "all" else [target])
+    except RequestError as error:
+        _stop(f"{error}", _USAGE)
+    for arch in options["targets"]:
+        for dtype in dtypes:
+            for spec in specs:
+                for title, entries in ranking.of_op(spec, arch, dtype, options["calls"]):
+                    console.print(f"{title}, {arch}, {dtype}, all passes", style="bold")
+                    for one in entries:
+                        mark = "  chosen" if one.chosen else ""
+                        console.print(f"{one.us:10.1f} us  {inspection.shown(one.entry)}{mark}")
+    console.print(_ESTIMATED)
 
 
 def _show(rows: list[dict[str, Any]], options: dict[str, Any], console: Console) -> None:
