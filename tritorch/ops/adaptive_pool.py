@@ -195,6 +195,7 @@ def _samples1d(make: Maker) -> Iterator[Sample]:
     yield Sample("overlap", input=make(2, 5, 13), output_size=4, layouts=True)
     yield Sample("global", input=make(2, 3, 9), output_size=(1,))
     yield Sample("global-long", input=make(1, 2, 300), output_size=1)
+    yield Sample("global-splits", input=make(1, 3, 4160), output_size=1)
     yield Sample("even", input=make(2, 3, 8), output_size=4)
     yield Sample("unbatched", input=make(3, 9), output_size=2)
     yield Sample("empty", input=make(0, 3, 5), output_size=2)
@@ -222,6 +223,7 @@ def _samples3d(make: Maker) -> Iterator[Sample]:
     yield Sample("overlap", input=make(2, 3, 5, 4, 7), output_size=(2, 3, 4), layouts=True)
     volumes = make(2, 5, 3, 4, 2).to(memory_format=torch.channels_last_3d)
     yield Sample("global", input=volumes, output_size=1)
+    yield Sample("global-splits", input=make(1, 3, 16, 13, 20), output_size=1)
     kept: Any = (None, 2, 1)
     yield Sample("even", input=volumes, output_size=kept)
     yield Sample("unbatched", input=make(3, 4, 3, 5), output_size=2)
@@ -289,7 +291,7 @@ register(
         name="adaptive_avg_pool1d",
         op=adaptive_avg_pool1d,
         reference=adaptive_avg_pool1d_reference,
-        kernels=(*_MEAN, *_EVEN2D),
+        kernels=(*_MEAN, "reduce.split_sum_kernel", *_EVEN2D),
         gradients=("input",),
         samples=_samples1d,
         workloads=_workloads1d,
@@ -324,7 +326,12 @@ register(
         name="adaptive_avg_pool3d",
         op=adaptive_avg_pool3d,
         reference=adaptive_avg_pool3d_reference,
-        kernels=(*_MEAN, "pool3d.avg_pool3d_forward_kernel", "pool3d.avg_pool3d_backward_kernel"),
+        kernels=(
+            *_MEAN,
+            "reduce.split_sum_kernel",
+            "pool3d.avg_pool3d_forward_kernel",
+            "pool3d.avg_pool3d_backward_kernel",
+        ),
         gradients=("input",),
         samples=_samples3d,
         workloads=_workloads3d,

@@ -151,6 +151,8 @@ def _max_samples(make: Maker) -> Iterator[Sample]:
         ceil_mode=True,
         return_indices=True,
     )
+    # more windows at a pixel than one unrolled program takes
+    yield Sample("long", input=make(2, 3, 20), kernel_size=10, stride=1)
     yield Sample("unbatched", input=make(3, 9), kernel_size=(2,), return_indices=True)
     yield Sample("empty", input=make(0, 3, 5), kernel_size=2)
     yield Sample("tiny", input=make(1, 2, 5), kernel_size=2, stride=1, gradcheck=True)
@@ -231,6 +233,7 @@ register(
         kernels=(
             "pool.max_pool2d_forward_kernel",
             "pool.max_pool2d_backward_kernel",
+            "pool.max_pool2d_backward_loop_kernel",
             "pool.max_pool2d_gather_kernel",
         ),
         gradients=("input",),
