@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tritorch import __version__, bench_command, check_command, doctor_command, inspect_command
+from tritorch import (
+    __version__,
+    bench_command,
+    check_command,
+    doctor_command,
+    inspect_command,
+    tune_command,
+)
 
 if TYPE_CHECKING:
     from tritorch.screen import Screen
@@ -50,6 +57,7 @@ main.add_command(check_command.check)
 main.add_command(inspect_command.inspect)
 main.add_command(doctor_command.doctor)
 main.add_command(bench_command.bench)
+main.add_command(tune_command.tune)
 
 
 @main.command()

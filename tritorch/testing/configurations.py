@@ -18,14 +18,14 @@ def entries(spec: OpSpec, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     dtype, as `launch.override` takes them.
     """
     for family in sorted({kernel.partition(".")[0] for kernel in spec.kernels}):
-        for name, table in _tables(family).items():
+        for name, table in tables(family).items():
             by_dtype = table.get(dtype.itemsize, ()) if isinstance(table, dict) else table
             for entry in by_dtype:
                 yield name, entry
 
 
 @functools.cache
-def _tables(family: str) -> dict[str, Any]:
+def tables(family: str) -> dict[str, Any]:
     """The entries of each `<KERNEL>_CONFIGS` by the name of the function that chooses."""
     module = importlib.import_module(f"tritorch.kernels.{family}")
     return {

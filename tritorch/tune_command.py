@@ -1,0 +1,119 @@
+"""`tritorch tune`: measures configurations on this GPU, for launches to take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tritorch.bench.tune import Answer, Task
+
+_UNABLE, _USAGE = 3, 2
+
+
+@click.command()
+@click.argument("ops", nargs=-1)
+@click.option(
+    "--model",
+    metavar="MODULE:FACTORY",
+    help="Tune what this runs: the factory returns (model, *inputs), or a callable.",
+)
+@click.option("--dtype", default="bfloat16", show_default=True, help="Of the tensors of OPS.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="At most for each question.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="The table.  [that of this GPU]")
+def tune(
+    ops: tuple[str, ...], model: str | None, dtype: str, seconds: float, out: Path | None
+) -> None:
+    """Find the fastest configurations for OPS, or for what a model runs, on this GPU.
+
+    Every configuration that a kernel's table offers is timed beside the kernel's own choice and
+    checked against it, and the fastest is kept in a table that later launches read.  An interrupted
+    run keeps what it has, and the next one goes on there.
+
+    Exit status: 0, 2 for a wrong request, 3 without a GPU.
+    """
+    import torch
+
+    from tritorch import tuned
+    from tritorch.bench import timing, tune
+
+    if not ops and model is None:
+        raise click.UsageError("name ops, or a program by --model")
+    console = Console(stderr=True, highlight=False, emoji=False)
+    if not torch.cuda.is_available():
+        console.print("tune: there is no GPU to measure on")
+        sys.exit(_UNABLE)
+    device = torch.device("cuda", torch.cuda.current_device())
+    file = out if out is not None else tuned.path()
+    plan = timing.Plan(seconds=seconds, precision=0.005)
+    try:
+        tasks = [task for run in _programs(ops, model, dtype) for task in tune.tasks_of(run)]
+        tasks = list({str(task) + repr(task.arguments): task for task in tasks}.values())
+        answers = _tuned(tasks, lambda told: tune.tune(tasks, file, device, plan, told), console)
+    except ValueError as error:
+        console.print(str(error), style="red")
+        sys.exit(_USAGE)
+    Console(highlight=False, emoji=False).print(_table(answers))
+    console.print(f"table: {file}")
+
+
+def _programs(
+    ops: tuple[str, ...], model: str | None, dtype: str
+) -> Iterator[Callable[[], object]]:
+    import torch
+
+    from tritorch.bench import tune
+
+    chosen = getattr(torch, dtype, None)
+    if not isinstance(chosen, torch.dtype):
+        raise ValueError(f"tune: {dtype} is no dtype")
+    if ops:
+        yield from tune.programs(ops, chosen, torch.device("cuda"))
+    if model is not None:
+        yield tune.program(model)
+
+
+def _tuned(
+    tasks: list[Task],
+    run: Callable[[Callable[[Task], object]], Iterator[Answer]],
+    console: Console,
+) -> list[Answer]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("tuning", total=len(tasks))
+        seen: list[Task] = []
+
+        def told(task: Task) -> None:
+            progress.update(bar, description=str(task)[:60], completed=len(seen))
+            seen.append(task)
+
+        found = list(run(told))
+        progress.update(bar, completed=len(tasks))
+    return found
+
+
+def _table(answers: list[Answer]) -> Table:
+    table = Table("function", "sizes", "own us", "best us", "configuration", box=None)
+    for one in answers:
+        sizes = " ".join(map(str, one.sizes))
+        config = "its own" if one.best == one.own else str(one.config)
+        table.add_row(one.function, sizes, f"{one.own:.1f}", f"{one.best:.1f}", config)
+    return table
