@@ -1,0 +1,225 @@
+"""`tritorch bench`: what it says, what it writes, its exit status."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tritorch.bench import rows
+from tritorch.cli import main
+
+pytestmark = pytest.mark.reference
+
+QUICK = ("--seconds", "0.01", "--device", "cpu")
+
+
+def bench(*arguments):
+    return CliRunner().invoke(main, ("bench", *map(str, arguments)))
+
+
+@pytest.fixture(autouse=True)
+def settings_are_restored():
+    products = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [flags.fp32_precision for flags in products]
+    searched = torch.backends.cudnn.benchmark
+    yield
+    torch.backends.cudnn.benchmark = searched
+    for flags, precision in zip(products, before, strict=True):
+        flags.fp32_precision = precision
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A user's file: a product and its reference, one that is wrong, one that is not a function."""
+    file = tmp_path / "theirs.py"
+    file.write_text(
+        "import torch\n"
+        "INPUTS = 'a[M, K] b[K, N]'\n"
+        "def reference(a, b):\n    return a @ b\n"
+        "def product(a, b):\n    return (b.T @ a.T).T\n"
+        "def wrong(a, b):\n    return a @ b + 1\n"
+        "constant = 3\n"
+    )
+    return file
+
+
+def test_rows_of_an_op_are_shown_and_written(tmp_path):
+    files = {name: tmp_path / "new" / f"result.{name}" for name in ("json", "csv", "md", "html")}
+    options = [word for name, path in files.items() for word in (f"--{name}", path)]
+    result = bench("softmax", "relu", "--pass", "forward,backward", *QUICK, *options)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"no GPU: wall time of the reference path on the CPU, \d calls", result.output)
+    assert re.search(r"softmax +images +backward +tritorch +[\d.]+ +[\d.]+", result.output)
+    assert re.search(r"tritorch, forward: [\d.]+ times torch's speed, geom", result.output)
+
+    written = json.loads(files["json"].read_text())
+    assert written["schema"] == 1
+    assert written["command"].startswith("tritorch bench softmax relu --dtype bfloat16")
+    found = {(r["op"], r["pass"], r["implementation"]): r for r in written["rows"]}
+    row = found["softmax", "backward", "tritorch"]
+    assert row["verified"]
+    assert row["speedup"] == pytest.approx(row["baseline_us"] / row["median_us"])
+    assert sum(map(len, row["samples_us"])) >= 3
+    assert row["host_us"] > 0
+    assert ("relu", "both", "tritorch") not in found
+
+    lines = list(csv.DictReader(files["csv"].read_text().splitlines()))
+    (value,) = (
+        float(line["value"])
+        for line in lines
+        if (line["op"], line["pass"], line["implementation"], line["metric"])
+        == ("softmax", "backward", "tritorch", "median_us")
+    )
+    assert value == row["median_us"]
+    assert "| softmax | images: input[2, 3, 4, 5] dim=1" in files["md"].read_text()
+    page = files["html"].read_text()
+    assert page.count("<svg") == 2
+    assert "http" not in re.sub(r'xmlns\S*="[^"]*"|<metadata>.*?</metadata>', "", page, flags=re.S)
+
+
+def test_a_users_function_is_measured_beside_its_reference(theirs, tmp_path):
+    path = tmp_path / "result.json"
+    sizes = ("--sizes", "M=8,K=16; M=64,N=8,K=4")
+    options = ("--dtype", "float32", "--json", path, *QUICK)
+    # the letter that has no number gets one
+    result = bench(f"{theirs}:product", *sizes, "--pass", "forward", *options)
+    assert result.exit_code == 0, result.output
+    ours = [r for r in json.loads(path.read_text())["rows"] if r["implementation"] == "product"]
+    assert [row["arguments"] for row in ours] == [
+        "a[8, 16] b[16, 2048]",
+        "a[64, 4] b[4, 8]",
+    ]
+    assert all(row["verified"] and row["speedup"] for row in ours)
+
+
+def test_a_wrong_function_has_no_speed_up_and_status_1(theirs):
+    sizes = ("--sizes", "M=8,K=16,N=8")
+    result = bench(f"{theirs}:wrong", *sizes, "--pass", "forward", "--dtype", "float32", *QUICK)
+    assert result.exit_code == 1
+    (line,) = (one for one in result.output.splitlines() if "FAILED" in one)
+    assert re.search(r"forward +wrong +[\d.]+ +- .*FAILED output 0: C1", line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("softmx",), "there is no op 'softmx'; did you mean softmax"),
+        (("{}:constant",), "is no function"),
+        (("{}:prodct",), "did you mean product?"),
+        (("{}:product", "--sizes", "Q=3"), "--sizes: no letter Q in M, K, N"),
+        (("{}:product", "--sizes", "M"), "--sizes: expects M=4096"),
+        (("relu", "--pass", "sideways"), "expects forward, backward, both, received sideways"),
+        (("relu", "--vs", "cutlass"), "--vs: expects compile, peers, flag_gems"),
+        (("relu", "--dtype", "int8"), "received int8"),
+        (("sgd_step", "--pass", "backward"), "nothing to measure"),
+        (("relu", "--precision", "2"), "is not a share"),
+        (("relu", "--json", "{}"), "exists: name a new file, or add --force"),
+        (("relu", "--md", "{}/x.md"), "is not a folder to write in"),
+        (("compare", "{}", "{}"), "theirs.py: Expecting value"),
+        (("show", "{}", "--md", "x.md"), "theirs.py: Expecting value"),
+    ],
+)
+def test_a_wrong_call_is_status_2(theirs, arguments, said):
+    result = bench(*(word.format(theirs) for word in arguments))
+    assert said in result.output
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--device", "cuda"), "torch finds no GPU"),
+        (("--vs", "attorch"), "attorch is not installed here"),
+    ],
+)
+def test_what_is_missing_is_status_3(monkeypatch, arguments, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = bench("relu", *arguments)
+    assert (result.exit_code, said in result.output) == (3, True), result.output
+
+
+def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
+    measured = rows.Bench.rows
+
+    def interrupted(self, case, which, slots):
+        if which == "backward":
+            raise KeyboardInterrupt
+        return measured(self, case, which, slots)
+
+    monkeypatch.setattr(rows.Bench, "rows", interrupted)
+    path = tmp_path / "result.json"
+    result = bench("relu", "--json", path, *QUICK)
+    assert result.exit_code == 130
+    assert "interrupted: what was measured is kept" in result.output
+    assert {row["pass"] for row in json.loads(path.read_text())["rows"]} == {"forward"}
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_file(monkeypatch, tmp_path):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tritorch.bench.store.write_whole", full)
+    result = bench("relu", "--json", tmp_path / "result.json", *QUICK)
+    assert result.exit_code == 3
+    assert "could not be written: [Errno 28] No space left on device" in result.output
+
+
+def test_a_case_that_raises_leaves_the_others(monkeypatch, tmp_path):
+    slots = rows.Bench.slots
+
+    def fails(self, case):
+        if case.op == "relu":
+            raise torch.OutOfMemoryError("too large")
+        return slots(self, case)
+
+    monkeypatch.setattr(rows.Bench, "slots", fails)
+    result = bench("relu", "softmax", "--pass", "forward", *QUICK)
+    assert result.exit_code == 1
+    assert "not measured: relu images: out of memory with input[2, 3, 5, 7]" in result.output
+    assert re.search(r"softmax +images +forward +tritorch", result.output)
+
+
+def result_file(path, factor):
+    shape = {"op": "relu", "name": "", "dtype": "float32", "layout": "contiguous"}
+    row = {
+        **shape,
+        "shape": [8],
+        "pass": "forward",
+        "implementation": "tritorch",
+        "median_us": 10.0 * factor,
+        "samples_us": [[(10 + 0.01 * i) * factor for i in range(10)] for _ in range(6)],
+        "verified": True,
+    }
+    environment = {"gpu": f"GPU {factor}"}
+    path.write_text(json.dumps({"schema": 1, "rows": [row], "environment": environment}))
+    return path
+
+
+def test_compare_says_who_is_slower(tmp_path):
+    old, new = result_file(tmp_path / "old", 1), result_file(tmp_path / "new", 1.2)
+    result = bench("compare", old, new)
+    assert result.exit_code == 0
+    assert "gpu: GPU 1 -> GPU 1.2" in result.output
+    assert re.search(r"SLOWER +relu .*10 -> 12 us +\+20.0 % \[\+1", result.output)
+    assert "0 FASTER, 1 SLOWER, 0 SAME" in result.output
+    assert bench("compare", old, new, "--fail-on-slower").exit_code == 1
+    assert bench("compare", new, old, "--fail-on-slower").exit_code == 0
+    assert "1 SAME" in bench("compare", old, new, "--threshold", "30%").output
+
+
+def test_show_makes_a_page_of_an_old_result(tmp_path):
+    page = tmp_path / "page.html"
+    assert bench("show", result_file(tmp_path / "old", 1), "--html", page).exit_code == 0
+    assert "GPU 1" in page.read_text()
+    assert "say what to make" in bench("show", tmp_path / "old").output
+
+
+def test_help_tells_of_options_and_of_compare():
+    text = bench("--help").output
+    assert "--sizes" in text
+    assert "tritorch bench compare OLD NEW" in text
