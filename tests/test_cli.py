@@ -35,8 +35,9 @@ def call(*arguments):
 def test_help_names_each_command_in_a_line():
     lines = call("--help").output.splitlines()
     listed = [line.split(maxsplit=1) for line in lines[lines.index("Commands:") + 1 :]]
-    names = ("bench", "check", "doctor", "inspect", "train")
-    assert [(name, bool(text)) for name, text in listed] == [(name, True) for name in names]
+    assert {"bench", "check", "train"} <= set(main.commands)
+    expected = [(name, True) for name in sorted(main.commands)]
+    assert [(name, bool(text)) for name, text in listed] == expected
 
 
 def test_version_is_the_package_s():
