@@ -22,6 +22,7 @@ from tritorch.registry import Maker, OpSpec, specs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
+_RAISES = "raises"
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHORT = {
     torch.float32: "f32",
@@ -47,7 +48,10 @@ def ops_table() -> str:
         )
         for layer, spec in ordered
     ]
-    return _markdown(("layer", "op", "kernels", "dtypes", "layouts", "double backward"), rows)
+    table = _markdown(("layer", "op", "kernels", "dtypes", "layouts", "double backward"), rows)
+    if any(row[-1] == _RAISES for row in rows):
+        table += f'\n"{_RAISES}": the first gradient is right, a second one is an error.\n'
+    return table
 
 
 def _named(row: tuple[str, OpSpec]) -> tuple[str, str]:
@@ -82,7 +86,7 @@ def _kernels(spec: OpSpec) -> str:
 def _second_gradient(spec: OpSpec) -> str:
     if not spec.gradients:
         return ""
-    return "yes" if spec.double_backward else "raises"
+    return "yes" if spec.double_backward else _RAISES
 
 
 def results_table(folder: Path = RESULTS) -> str:

@@ -1,5 +1,6 @@
 """The README's tables are those of the code, and its examples run."""
 
+import dataclasses
 import inspect
 import json
 import re
@@ -20,7 +21,7 @@ README = ROOT / "README.md"
 def test_tables_are_fresh():
     pages = README, ROOT / "bench" / "README.md"
     named = [re.findall(r"<!-- table: ([a-z-]+) -->", page.read_text()) for page in pages]
-    assert sorted(sum(named, [])) == sorted(tables.TABLES)
+    assert sorted(name for names in named for name in names) == sorted(tables.TABLES)
     for page in pages:
         text = page.read_text()
         assert tables.regenerated(text) == text, f"run python -m tritorch.bench.tables {page}"
@@ -34,6 +35,16 @@ def test_every_layer_has_a_row():
     }
     first = {line.split("|")[1].strip(" `") for line in tables.ops_table().splitlines()[2:]}
     assert layers == {name for name in first if hasattr(torch.nn, name)}
+
+
+def test_a_second_gradient_that_raises_is_explained_where_there_is_one(monkeypatch):
+    first = tables.specs()[0]
+    explained = '"raises": the first gradient is right'
+    for supported in (True, False):
+        spec = dataclasses.replace(first, double_backward=supported)
+        monkeypatch.setattr(tables, "specs", lambda spec=spec: (spec,))
+        assert (explained in tables.ops_table()) == (not supported)
+    assert explained not in README.read_text()
 
 
 def test_a_stale_table_is_seen():
