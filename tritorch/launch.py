@@ -59,10 +59,8 @@ def config(choose: Callable[..., Any], *sizes: int) -> Any:
     `triton.Config`, or to None where its kernel is not the one to launch.
     """
     name = choose.__name__
-    if name in _overrides:
-        chosen = _overrides[name]
-    else:
-        chosen = tuned.find(name, sizes) or choose(*sizes)
+    forced = name in _overrides
+    chosen = _overrides[name] if forced else tuned.find(name, sizes) or choose(*sizes)
     for questions in _questions:
         questions.append((name, sizes))
     if chosen is not None:
@@ -252,7 +250,8 @@ def run(
 class Prepared:
     """A launch of which all but the tensors is known: what a plan holds, and costs the least.
 
-    The kernel takes tensors (or None), then `numbers`, then floats, and `constants` as `run` does.
+    The kernel takes tensors (descriptors, None), then `numbers`, then floats, and `constants` as
+    `run` does.
     """
 
     __slots__ = ("_bound", "_grid", "config", "constants", "grid", "kernel", "numbers")
@@ -271,7 +270,7 @@ class Prepared:
         # compiled kernels by what Triton compiles tensors for
         self._bound: dict[tuple[Any, ...], _Bound] = {}
 
-    def __call__(self, on: Tensor, *tensors: Tensor | None, floats: tuple[float, ...] = ()) -> None:
+    def __call__(self, on: Tensor, *tensors: Any, floats: tuple[float, ...] = ()) -> None:
         """Launches on the device of `on`."""
         device = _gpu(on)
         if device < 0 or backend.INTERPRETING or _recorders or _is_watched():
@@ -284,7 +283,17 @@ class Prepared:
             # a launch goes to the current device, which need not be the tensor's
             with torch.cuda.device(device):
                 return self(on, *tensors, floats=floats)
-        key = (device, *[t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors])
+        key = (
+            device,
+            *[
+                (t.dtype, t.data_ptr() % 16)
+                if isinstance(t, Tensor)
+                else t
+                if t is None
+                else _described(t)
+                for t in tensors
+            ],
+        )
         bound = self._bound.get(key)
         if bound is None:
             arguments = (*tensors, *self.numbers, *floats)

@@ -51,14 +51,31 @@ def convolve(
     if channels_last and weight.stride(0) != 1:
         # channels along memory, as in x and y: one small copy, where every tap would gather weights
         weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-    x_layout, weight_layout, y_layout = map(Layout.of, (x, weight, y))
-    w = oriented(weight_layout, geometry.groups, transposed)
+    stride = None if bias is None else bias.stride(0)
+    layouts = map(Layout.of, (x, weight, y))
+    run = _plan_convolve(*layouts, geometry, transposed, stride, activation, before is not None)
+    run(y, x, weight, bias, y, before)
+
+
+@launch.planned
+def _plan_convolve(
+    x: Layout,
+    weight: Layout,
+    y: Layout,
+    geometry: Geometry,
+    transposed: bool,
+    bias_stride: int | None,
+    activation: str | None,
+    keeps_before: bool,
+) -> launch.Prepared:
+    channels_last = y.stride(1) == 1
+    w = oriented(weight, geometry.groups, transposed)
     n, channels, p, q = y.shape
     # transposed, every residue modulo the stride is an image of its own
     stride_h, stride_w = geometry.stride if transposed else (1, 1)
     # several outputs for an input, or inputs for an output, are no vector
     single = w.read == w.written == 1
-    unit = vector_unit(x_layout, y_layout, channels, *w.strides[3:]) if single else 1
+    unit = vector_unit(x, y, channels, *w.strides[3:]) if single else 1
     if unit > 1:
         config = launch.config(kernels.depthwise_conv2d_config, channels, x.itemsize)
     else:
@@ -67,85 +84,68 @@ def convolve(
     tap_steps, inverses = geometry.residues(transposed)
     block_npq, block_k = config.kwargs["BLOCK_NPQ"], config.kwargs["BLOCK_K"]
     block_p, block_q, tiles = pixel_blocks(n, rows, columns, block_npq, channels_last)
-    launch.run(
+    numbers = (
+        *(n, w.read, *x.shape[2:], geometry.groups // unit, w.written, *w.taps),
+        *(p, q, block_p, block_q, 1 if bias_stride is None else bias_stride),
+        *strides(x, unit),
+        *(*w.strides[:3], *(s // unit for s in w.strides[3:])),
+        *strides(y, unit),
+        *(*geometry.scalars(), *tap_steps, *inverses),
+    )
+    return launch.Prepared(
         kernels.depthwise_conv2d_kernel,
         (tiles * stride_h * stride_w * math.ceil(channels / block_k),),
-        x,
-        weight,
-        bias,
-        y,
-        before,
-        n,
-        w.read,
-        *x.shape[2:],
-        geometry.groups // unit,
-        w.written,
-        *w.taps,
-        p,
-        q,
-        block_p,
-        block_q,
-        bias.stride(0) if bias is not None else 1,
-        *strides(x_layout, unit),
-        *w.strides[:3],
-        *(s // unit for s in w.strides[3:]),
-        *strides(y_layout, unit),
-        *geometry.scalars(),
-        *tap_steps,
-        *inverses,
-        on=y,
-        config=config,
+        numbers,
+        config,
         TRANSPOSED=transposed,
         UNIT=unit,
         CHANNELS_LAST=channels_last,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=bias_stride is not None,
         ACTIVATION=activation,
-        KEEPS_BEFORE=before is not None,
-        INDEX_64=is_wide(x_layout, weight_layout, y_layout),
+        KEEPS_BEFORE=keeps_before,
+        INDEX_64=is_wide(x, weight, y),
     )
 
 
 def grad_weight(grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry) -> Tensor:
     """Partial sums (splits, K, R, S, 1) of `output`, the gradient of the weight."""
     outputs, _, *taps = output.shape
-    n, _, p, q = grad_output.shape
-    channels_last = grad_output.stride(1) == 1
+    splits, run = _plan_grad_weight(*map(Layout.of, (grad_output, input, output)), geometry)
+    shape, dtype = (splits, outputs, *taps, 1), accumulator_dtype(input.dtype)
+    partial = input.new_empty(shape, dtype=dtype)
+    run(input, grad_output, input, partial)
+    return partial
+
+
+@launch.planned
+def _plan_grad_weight(
+    y: Layout, x: Layout, weight: Layout, geometry: Geometry
+) -> tuple[int, launch.Prepared]:
+    """Partial sums, and the launch that writes them."""
+    outputs, _, *taps = weight.shape
+    n, _, p, q = y.shape
+    channels_last = y.stride(1) == 1
     multiplier = outputs // geometry.groups
-    x, y = Layout.of(input), Layout.of(grad_output)
     unit = vector_unit(x, y, outputs) if multiplier == 1 else 1
     if unit > 1:
-        config = launch.config(kernels.depthwise_conv2d_grad_weight_config, input.itemsize)
+        config = launch.config(kernels.depthwise_conv2d_grad_weight_config, x.itemsize)
     else:
         config = launch.config(kernels.depthwise_conv2d_grad_weight_gather_config, channels_last)
     block_rs, block_npq, block_k = (config.kwargs[f"BLOCK_{axes}"] for axes in ("RS", "NPQ", "K"))
     block_p, block_q, pixel_tiles = pixel_blocks(n, p, q, block_npq, channels_last)
     tiles = math.ceil(outputs / block_k) * math.ceil(math.prod(taps) / block_rs)
     splits, steps = split(tiles, pixel_tiles, _MIN_TILES)
-    shape, dtype = (splits, outputs, *taps, 1), accumulator_dtype(input.dtype)
-    partial = input.new_empty(shape, dtype=dtype)
-    launch.run(
+    numbers = (
+        *(*x.shape[2:], geometry.groups // unit, multiplier, *taps),
+        *(n, p, q, block_p, block_q, steps),
+        *(*strides(y, unit), *strides(x, unit), *geometry.scalars()),
+    )
+    return splits, launch.Prepared(
         kernels.depthwise_conv2d_grad_weight_kernel,
         (tiles, splits),
-        grad_output,
-        input,
-        partial,
-        *input.shape[2:],
-        geometry.groups // unit,
-        multiplier,
-        *taps,
-        n,
-        p,
-        q,
-        block_p,
-        block_q,
-        steps,
-        *strides(y, unit),
-        *strides(x, unit),
-        *geometry.scalars(),
-        on=input,
-        config=config,
+        numbers,
+        config,
         UNIT=unit,
         CHANNELS_LAST=channels_last,
-        INDEX_64=is_wide(x, y, Layout.of(partial)),
+        INDEX_64=is_wide(x, y) or splits * outputs * math.prod(taps) >= 2**31,
     )
-    return partial

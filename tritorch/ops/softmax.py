@@ -47,18 +47,24 @@ def _softmax_backward(
 
 
 def _launch(kernel: Any, dim: int, log: bool, *tensors: Tensor) -> None:
-    shape = tensors[0].shape
+    if tensors[0].numel():
+        strides = (tensor.stride() for tensor in tensors)
+        _plan(kernel, dim, log, tensors[0].shape, *strides)(tensors[-1], *tensors)
+
+
+@launch.planned
+def _plan(
+    kernel: Any, dim: int, log: bool, shape: tuple[int, ...], *of_tensors: tuple[int, ...]
+) -> launch.Prepared:
     # of a scalar every dimension is the only one
     n = shape[dim] if shape else 1
-    if n == 0:
-        return
     rest = [i for i in range(len(shape)) if i != dim]
     nest = strided.nest_of(
         "softmax",
         tuple(shape[i] for i in rest),
-        *(tuple(tensor.stride(i) for i in rest) for tensor in tensors),
+        *(tuple(strides[i] for i in rest) for strides in of_tensors),
     )
-    along = [tensor.stride(dim) if shape else 1 for tensor in tensors]
+    along = [strides[dim] if shape else 1 for strides in of_tensors]
     # the written tensor, which comes last, is contiguous
     config = launch.config(kernels.softmax_config, n, along[-1] == 1)
     block_m, block_n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
@@ -68,16 +74,12 @@ def _launch(kernel: Any, dim: int, log: bool, *tensors: Tensor) -> None:
         strided.is_wide((end, *nest.sizes), (step, *strides))
         for step, strides in zip(along, nest.strides, strict=True)
     )
-    launch.run(
+    steps = zip(along, nest.strides, strict=True)
+    return launch.Prepared(
         kernel,
         (math.ceil(nest.numel / block_m),),
-        *tensors,
-        nest.numel,
-        n,
-        *nest.sizes[1:],
-        *(i for step, strides in zip(along, nest.strides, strict=True) for i in (step, *strides)),
-        on=tensors[-1],
-        config=config,
+        (nest.numel, n, *nest.sizes[1:], *(i for step, along in steps for i in (step, *along))),
+        config,
         LOG=log,
         ONE_BLOCK=n <= block_n,
         INDEX_64=wide,
