@@ -35,6 +35,8 @@ def check_indices(op: str, input: Tensor, target: Tensor, otherwise: str = "") -
         )
     if target.dtype not in (torch.int64, torch.uint8):
         checks.fail(RuntimeError, op, "class indices must be int64 or uint8", target=target)
+    if target.dtype == torch.uint8 and target.dim() > 1 and target.numel():
+        checks.fail(RuntimeError, op, "class indices of images must be int64", target=target)
 
 
 def check_weight(op: str, input: Tensor, weight: Tensor | None, differentiable: bool) -> None:

@@ -48,8 +48,8 @@ def cross_entropy(
     Args:
         input: logits, (N, C), (N, C, d1, ...) or (C,), any strides; float32, float16, bfloat16 or
             float64 for the kernels.
-        target: classes in [0, C) of dtype int64 or uint8, of the input's shape without C; or
-            probabilities of the input's shape.
+        target: classes in [0, C) of dtype int64, or uint8 if it is (N,), of the input's shape
+            without C; or probabilities of the input's shape.
         weight: (C,), a factor of each class, with class indices of the input's dtype.
         ignore_index: the class whose losses are 0 and count in no mean.
         reduction: "none", "mean" or "sum"; a mean divides by the sum of the weights of the target
@@ -299,6 +299,12 @@ def _rejects(make: Maker) -> Iterator[Reject]:
         r"class indices must be int64 or uint8 \(target \(4,\) int32",
         input=x,
         target=y.int(),
+    )
+    yield Reject(
+        "bytes",
+        r"class indices of images must be int64 \(target \(2, 4, 5\) uint8",
+        input=make(2, 3, 4, 5),
+        target=make.classes(2, 4, 5, count=3, dtype=torch.uint8),
     )
     yield Reject(
         "same-shape",

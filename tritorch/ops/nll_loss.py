@@ -251,7 +251,8 @@ def nll_loss(
     Args:
         input: (N, C), (N, C, d1, ...) or (C,), any strides; float32, float16, bfloat16 or float64
             for the kernels.
-        target: classes in [0, C) of dtype int64 or uint8, of the input's shape without C.
+        target: classes in [0, C) of dtype int64, or uint8 if it is (N,), of the input's shape
+            without C.
         weight: (C,), a factor of each class, of the input's dtype.
         ignore_index: the class whose losses are 0 and count in no mean.
         reduction: "none", "mean" or "sum"; a mean divides by the sum of the weights of the target
@@ -348,6 +349,9 @@ def _rejects(make: Maker) -> Iterator[Reject]:
     yield Reject("spatial", rule, input=make(2, 3, 4, 5), target=target)
     rule = r"class indices must be int64 or uint8 \(target \(4,\) int32"
     yield Reject("int32", rule, input=x, target=y.int())
+    rule = r"class indices of images must be int64 \(target \(2, 4, 5\) uint8"
+    target = make.classes(2, 4, 5, count=3, dtype=torch.uint8)
+    yield Reject("bytes", rule, input=make(2, 3, 4, 5), target=target)
     rule = r"weight must have one element for each of 3 classes \(weight \(2,\)"
     yield Reject("weight", rule, input=x, target=y, weight=make(2))
     weight = make(3).requires_grad_()

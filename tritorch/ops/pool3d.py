@@ -140,7 +140,7 @@ def avg_pool3d(
 
     Raises:
         RuntimeError: an argument that is not one number or three or is out of range, an input of
-            other dimensions or with a size of 0 other than N, an output without a pixel.
+            other dimensions, with a size of 0 other than N or smaller than `kernel_size`.
         TypeError: `input` is not a tensor.
 
     Source: `torch.nn.functional.avg_pool3d`.
@@ -150,6 +150,10 @@ def avg_pool3d(
     if divisor_override == 0:
         checks.fail(RuntimeError, op, "divisor_override must not be 0", input=input)
     window, size = windows.check(op, input, kernel_size, stride, padding, 1, ceil_mode, 3)
+    # of volumes alone torch asks this, whatever the padding
+    if any(k > pixels for k, pixels in zip(window[:3], input.shape[-3:], strict=True)):
+        rule = "input must not be smaller than kernel_size"
+        checks.fail(RuntimeError, op, rule, input=input, kernel_size=window[:3])
     if not backend.runs_triton(op, input):
         return avg_pool3d_reference(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
@@ -231,6 +235,8 @@ def _rejects(op: str) -> Callable[[Maker], Iterator[Reject]]:
         if op == "avg_pool3d":
             rule = "divisor_override must not be 0"
             yield Reject("divisor-zero", rule, input=x, kernel_size=2, divisor_override=0)
+            rule = r"input must not be smaller than kernel_size.*kernel_size \(3, 5, 3\)"
+            yield Reject("small", rule, input=x, kernel_size=(3, 5, 3), padding=1)
 
     return rejects
 
