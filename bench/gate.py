@@ -114,16 +114,16 @@ def _launches(
     spec: OpSpec, target: str, dtype: torch.dtype
 ) -> Iterator[tuple[inspection.Label, list[tuple[str, dry.Launch]]]]:
     """What is launched in each shipped configuration, then by the first workload as it is."""
-    first = None
-    for label, recorded in inspection.recordings(spec, target, dtype, tables=True):
+    chosen = None
+    for label, recorded in inspection.recordings(spec, target, dtype, tables=True, most=1):
         launches = [("forward", one) for one in recorded.forward]
         launches += [("backward", one) for one in recorded.backward]
         if label.configuration:
             yield label, launches
-        elif first is None:
-            first = label, launches
-    if first is not None:
-        yield first
+        else:
+            chosen = label, launches
+    if chosen is not None:
+        yield chosen
 
 
 def _kept(one: inspection.Inspection) -> dict[str, Any]:
@@ -179,10 +179,10 @@ def _write(found: Sequence[Row]) -> None:
     os.replace(temporary, path())
 
 
-def _rows_of(task: tuple[str, str, list[Row]]) -> tuple[str, str, list[dict[str, Any]]]:
+def _rows_of(task: tuple[str, str, list[Row]]) -> list[dict[str, Any]]:
     name, target, known = task
     (spec,) = inspection.own_ops([name])
-    return name, target, rows(spec, target, known)
+    return rows(spec, target, known)
 
 
 def main() -> None:
@@ -194,47 +194,52 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
     options = parser.parse_args()
     baseline = load()
+    version = metadata.version("triton")
     if baseline is None and not options.write:
         versions = ", ".join(sorted(file.stem for file in BASELINES.glob("*.json"))) or "none"
-        sys.exit(
-            f"there is no baseline of triton {metadata.version('triton')}, there is {versions}"
-        )
+        sys.exit(f"there is no baseline of triton {version}, there is {versions}")
+    old: list[Row] = [] if baseline is None else baseline["rows"]
+    same_readers = baseline is None or baseline["readers"] == readers()
+    if options.write and options.ops and not same_readers:
+        sys.exit("what reads the code has changed: write all ops, not some")
     specs = [spec for spec in inspection.own_ops(options.ops) if not spec.configurations_of]
-    known = baseline["rows"] if baseline and baseline["readers"] == readers() else []
-    if baseline and not options.write:
-        known = baseline["rows"]
-    tasks = [
-        (spec.name, target, [r for r in known if (r["op"], r["target"]) == (spec.name, target)])
-        for spec in specs
-        for target in TARGETS
-    ]
-    by_name = {spec.name: spec for spec in specs}
-    done = {(name, target) for name, target, _ in tasks}
-    # what nobody asks about stays
-    others = [r for r in baseline["rows"] if (r["op"], r["target"]) not in done] if baseline else []
-    if not options.ops:
-        others = []
-    found: list[dict[str, Any]] = []
+    found: list[Row] = []
     failed = False
-    # Triton and threads do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for name, target, made in pool.map(_rows_of, tasks):
-            found += made
-            if options.write or baseline is None:
-                print(f"{name} {target}: {len(made)} rows", file=sys.stderr, flush=True)
-                continue
-            verdict = judge(baseline, made, by_name[name], target)
-            failed |= not verdict.ok
-            for line in verdict.lines():
-                print(line)
+    for spec, target, made in _measured(specs, old if same_readers else [], options.jobs):
+        found += made
+        if options.write or baseline is None:
+            print(f"{spec.name} {target}: {len(made)} rows", file=sys.stderr, flush=True)
+            continue
+        verdict = judge(baseline, made, spec, target)
+        failed |= not verdict.ok
+        for line in verdict.lines():
+            print(line)
     if options.write:
+        names = {spec.name for spec in specs}
+        # what nobody asks about stays
+        others = [row for row in old if row["op"] not in names] if options.ops else []
         _write([*others, *found])
         print(f"{path()}: {len(found)} rows written")
     elif failed:
         sys.exit(1)
     else:
         print(f"{len(found)} kernels are no worse than their baseline")
+
+
+def _measured(
+    specs: Sequence[OpSpec], known: Sequence[Row], jobs: int
+) -> Iterator[tuple[OpSpec, str, list[dict[str, Any]]]]:
+    """The rows of each op and target, by several processes."""
+    pairs = [(spec, target) for spec in specs for target in TARGETS]
+    tasks = [
+        (spec.name, target, [r for r in known if (r["op"], r["target"]) == (spec.name, target)])
+        for spec, target in pairs
+    ]
+    # Triton and threads do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for (spec, target), made in zip(pairs, pool.map(_rows_of, tasks), strict=True):
+            yield spec, target, made
 
 
 if __name__ == "__main__":

@@ -202,9 +202,18 @@ def of_op(
 
 
 def recordings(
-    spec: OpSpec, target: str, dtype: torch.dtype, *, calls: str = "", tables: bool = False
+    spec: OpSpec,
+    target: str,
+    dtype: torch.dtype,
+    *,
+    calls: str = "",
+    tables: bool = False,
+    most: int | None = None,
 ) -> Iterator[tuple[Label, Recorded]]:
-    """The same before anything is read off the machine code."""
+    """The same before anything is read off the machine code.
+
+    `most`: workloads that run as selection chooses; all are asked for the tables' configurations.
+    """
     short = str(dtype).removeprefix("torch.")
 
     def recorded(sample: Sample, configuration: str) -> tuple[Label, Recorded]:
@@ -212,7 +221,7 @@ def recordings(
         return label, record(spec.op, sample.arguments, target, gradients=spec.gradients)
 
     samples = [sample for sample in spec.workloads(Maker(dtype)) if calls in sample.name]
-    for sample in samples:
+    for sample in samples[:most]:
         yield recorded(sample, "")
     for name, entry, sample in shipped(spec, target, dtype, samples) if tables else ():
         with launching.override(name, entry):
