@@ -74,6 +74,24 @@ class Plan(NamedTuple):
     splits: int
     config: Any
     constants: dict[str, Any]
+    # by epilogue, as they are asked for
+    launches: dict[tuple[Any, ...], launch.Prepared]
+
+    def with_epilogue(self, activation: str | None, bias_stride: int | None) -> launch.Prepared:
+        """The launch with this epilogue."""
+        key = activation, bias_stride
+        prepared = self.launches.get(key)
+        if prepared is None:
+            numbers = (*self.numbers, 1 if bias_stride is None else bias_stride)
+            prepared = self.launches[key] = launch.Prepared(
+                kernels.matmul_tma_kernel,
+                self.grid,
+                numbers,
+                self.config,
+                ACTIVATION=activation,
+                **self.constants,
+            )
+        return prepared
 
 
 def processors(on: Tensor) -> int:
@@ -171,7 +189,8 @@ def plan(
         "FILLS": fill != _DENSE,
     }
     width = m if swapped else n
-    return Plan((grid,), *views, (width, *counts, *entry_steps, *fill), splits, config, constants)
+    numbers = (width, *counts, *entry_steps, *fill)
+    return Plan((grid,), *views, numbers, splits, config, constants, {})
 
 
 def _views(
@@ -237,23 +256,15 @@ def run(
     target = y
     if not single:
         target = y.new_empty((plan.splits, y.numel()), dtype=accumulator_dtype(y.dtype))
-    launch.run(
-        kernels.matmul_tma_kernel,
-        plan.grid,
-        _descriptor(a, plan.a),
-        _descriptor(b, plan.b),
-        bias if single else None,
-        _descriptor(target, plan.y),
-        _descriptor(before, plan.y) if before is not None and single else None,
-        *plan.numbers,
-        bias.stride(0) if bias is not None else 1,
-        on=y,
-        config=plan.config,
-        ACTIVATION=activation if single else None,
-        **plan.constants,
-    )
-    if not single:
-        _add_up(plan, target, y, bias, activation, before)
+    operands = _descriptor(a, plan.a), _descriptor(b, plan.b)
+    result = _descriptor(target, plan.y)
+    if single:
+        stride = None if bias is None else bias.stride(0)
+        kept = None if before is None else _descriptor(before, plan.y)
+        plan.with_epilogue(activation, stride)(y, *operands, bias, result, kept)
+        return
+    plan.with_epilogue(None, None)(y, *operands, None, result, None)
+    _add_up(plan, target, y, bias, activation, before)
 
 
 def _add_up(
@@ -265,22 +276,23 @@ def _add_up(
     before: Tensor | None,
 ) -> None:
     if plan.splits >= _MANY_SPLITS and bias is None and activation is None:
-        launch.run(
-            kernels.matmul_tma_sum_kernel,
-            (math.ceil(y.numel() / kernels.BLOCK),),
-            partial,
-            y,
-            y.numel(),
-            plan.splits,
-            on=y,
-            ROWS=kernels.ROWS,
-            BLOCK=kernels.BLOCK,
-        )
+        _plan_sum(y.numel(), plan.splits)(y, partial, y)
         return
     # as it lies in memory, whatever torch calls its dimensions: a bias runs along the rows
     columns = plan.numbers[0]
     rows = y.as_strided((y.numel() // columns, columns), (columns, 1))
     split_sum(partial, rows, bias, activation, before)
+
+
+@launch.planned
+def _plan_sum(elements: int, splits: int) -> launch.Prepared:
+    return launch.Prepared(
+        kernels.matmul_tma_sum_kernel,
+        (math.ceil(elements / kernels.BLOCK),),
+        (elements, splits),
+        ROWS=kernels.ROWS,
+        BLOCK=kernels.BLOCK,
+    )
 
 
 def _descriptor(tensor: Tensor, view: View) -> Any:
