@@ -215,6 +215,7 @@ table { border-collapse: collapse; margin: 8px 0; font-size: 13px;
 th, td { padding: 3px 18px 3px 0; text-align: left; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th { color: var(--soft); font-weight: 500; }
+td:nth-child(n+5):nth-child(-n+8), th { white-space: nowrap; }
 .fast td:nth-child(7) { color: var(--good); } .slow td:nth-child(7) { color: var(--slow); }
 .bad, .bad td:last-child { color: var(--bad); }
 code { background: var(--card); border: 1px solid var(--line); border-radius: 5px;

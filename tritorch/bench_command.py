@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tritorch.check_command import check_folder
+from tritorch import results_command
+from tritorch.results_command import SLOWER, UNABLE, USAGE, check_free, output, percent, stop, write
 
 if TYPE_CHECKING:
-    from tritorch.bench import compare as comparing
     from tritorch.bench.store import Store
 
-_SLOWER, _USAGE, _UNABLE, _STOPPED = 1, 2, 3, 130
+_STOPPED = 130
 _OUTPUTS = ("json", "csv", "md", "png", "html")
 _LINE = "{:<22} {:<26} {:<13} {:<14} {:>11} {:>8} {:>9}  {}"
 
@@ -39,27 +37,12 @@ def bench() -> None:
     """Measure how fast kernels are, or compare two results."""
 
 
+bench.add_command(results_command.compare)
+bench.add_command(results_command.show)
+
+
 def _words(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in value.split(",") if word.strip())
-
-
-def _percent(context: click.Context, option: click.Parameter, value: str) -> float:
-    try:
-        number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
-    except ValueError:
-        number = -1.0
-    if not 0 < number < 1:
-        raise click.BadParameter(f"{value!r} is not a share such as 3% or 0.03", context, option)
-    return number
-
-
-def _output(name: str, what: str) -> Callable[[Any], Any]:
-    return click.option(
-        f"--{name}",
-        type=click.Path(dir_okay=False, allow_dash=name == "json", path_type=Path),
-        metavar="FILE",
-        help=what,
-    )
 
 
 @bench.command("run")
@@ -109,17 +92,17 @@ def _output(name: str, what: str) -> Callable[[Any], Any]:
 )
 @click.option(
     "--precision",
-    callback=_percent,
+    callback=percent,
     default="1%",
     show_default=True,
     help="Half of the 95 % interval of a median that is precise enough.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
-@_output("json", "Every number and every sample; - is stdout, and the text goes to stderr.")
-@_output("csv", "One line for each number.")
-@_output("md", "A table.")
-@_output("png", "The pictures; needs matplotlib.")
-@_output("html", "A page with pictures that needs nothing else.")
+@output("json", "Every number and every sample; - is stdout, and the text goes to stderr.")
+@output("csv", "One line for each number.")
+@output("md", "A table.")
+@output("png", "The pictures; needs matplotlib.")
+@output("html", "A page with pictures that needs nothing else.")
 @click.option("--force", is_flag=True, help="Let these files replace what is there.")
 def run(targets: tuple[str, ...], **options: Any) -> None:
     """Time ops of tritorch's, or functions of yours, beside torch.
@@ -135,9 +118,9 @@ def run(targets: tuple[str, ...], **options: Any) -> None:
     interrupted; what was measured is written in any case.
     """
     files = {name: options.pop(name) for name in _OUTPUTS}
-    _check_free(files, options.pop("force"))
+    check_free(files, options.pop("force"))
     if files["png"] is not None and importlib.util.find_spec("matplotlib") is None:
-        _stop("--png needs matplotlib: pip install matplotlib", _UNABLE)
+        stop("--png needs matplotlib: pip install matplotlib", UNABLE)
     import torch
 
     from tritorch.bench import session, timing
@@ -161,9 +144,9 @@ def run(targets: tuple[str, ...], **options: Any) -> None:
         )
         found = session.plan(wanted)
     except RequestError as error:
-        _stop(str(error), _USAGE)
+        stop(str(error), USAGE)
     if not found:
-        _stop("nothing to measure: none of these has such a pass", _USAGE)
+        stop("nothing to measure: none of these has such a pass", USAGE)
     console = Console(stderr=str(files["json"]) == "-", highlight=False, soft_wrap=True)
     console.print(_head(device, small, len(found)), markup=False)
     plan = timing.Plan(options["seconds"], options["precision"])
@@ -183,8 +166,8 @@ def run(targets: tuple[str, ...], **options: Any) -> None:
         status = _STOPPED
     except OSError as error:
         console.print(f"the result could not be written: {error}", style="bold red", markup=False)
-        status = _UNABLE
-    _write(store, files, console)
+        status = UNABLE
+    write(store, files, console)
     sys.exit(status)
 
 
@@ -210,7 +193,7 @@ def _beside(names: tuple[str, ...]) -> tuple[str, ...]:
             known = ", ".join(("compile", "peers", *peers.NAMES))
             raise click.UsageError(f"--vs: expects {known}, received {name}")
         elif name not in peers.installed():
-            _stop(f"--vs {name}: {name} is not installed here", _UNABLE)
+            stop(f"--vs {name}: {name} is not installed here", UNABLE)
         else:
             found.append(name)
     return tuple(dict.fromkeys(found))
@@ -221,7 +204,7 @@ def _device(name: str) -> str:
 
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
-        _stop("--device cuda: torch finds no GPU", _UNABLE)
+        stop("--device cuda: torch finds no GPU", UNABLE)
     return "cuda" if there and name != "cpu" else "cpu"
 
 
@@ -305,137 +288,4 @@ def _tell(store: Store, problems: list[str], console: Console) -> int:
     wrong = sum(not row["verified"] for row in store.rows)
     if wrong:
         console.print(f"{wrong} of {len(store.rows)} rows failed verification", style="bold red")
-    return _SLOWER if wrong or problems else 0
-
-
-def _write(store: Store, files: Mapping[str, Path | None], console: Console) -> None:
-    from tritorch.bench import plots, reports
-
-    result = store.content()
-    makers: dict[str, Callable[[Any], str]] = {
-        "csv": reports.csv_text,
-        "md": reports.markdown,
-        "html": reports.page,
-    }
-    try:
-        if str(files["json"]) == "-":
-            click.echo(json.dumps(result, indent=1))
-        elif files["json"] is not None:
-            store.write()
-            console.print(f"numbers: {files['json']}", markup=False)
-        for name, make in makers.items():
-            path = files[name]
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(make(result), encoding="utf-8")
-                console.print(f"{name}: {path}", markup=False)
-        if files["png"] is not None:
-            files["png"].parent.mkdir(parents=True, exist_ok=True)
-            plots.png(result["rows"], files["png"])
-            console.print(f"png: {files['png']}", markup=False)
-    except ValueError as error:
-        _stop(str(error), _UNABLE)
-    except OSError as error:
-        _stop(f"the result could not be written: {error}", _UNABLE)
-
-
-def _check_free(files: Mapping[str, Path | None], force: bool) -> None:
-    """Before minutes of work whose result could not be written."""
-    for name, path in files.items():
-        if path is None or str(path) == "-":
-            continue
-        check_folder(path.parent)
-        if path.exists() and not force:
-            raise click.UsageError(f"--{name} {path} exists: name a new file, or add --force")
-
-
-def _stop(message: str, status: int) -> Any:
-    click.echo(f"Error: {message}", err=True)
-    sys.exit(status)
-
-
-@bench.command()
-@click.argument("result", type=click.Path(path_type=Path))
-@_output("csv", "One line for each number.")
-@_output("md", "A table.")
-@_output("png", "The pictures; needs matplotlib.")
-@_output("html", "A page with pictures that needs nothing else.")
-@click.option("--force", is_flag=True, help="Let these files replace what is there.")
-def show(result: Path, force: bool, **files: Path | None) -> None:
-    """Make tables and pictures of a result: a file of --json or of `make gpu`."""
-    from tritorch.bench import compare as comparing
-    from tritorch.bench.store import Store
-
-    _check_free(files, force)
-    try:
-        found = comparing.read(result)
-    except comparing.NoResult as error:
-        _stop(str(error), _USAGE)
-    if not any(files.values()):
-        raise click.UsageError("say what to make: --html FILE, --md FILE, --csv FILE, --png FILE")
-    _write(Store.of(found), {"json": None, **files}, Console(highlight=False, soft_wrap=True))
-
-
-@bench.command()
-@click.argument("old", type=click.Path(path_type=Path))
-@click.argument("new", type=click.Path(path_type=Path))
-@click.option(
-    "--threshold",
-    callback=_percent,
-    default="3%",
-    show_default=True,
-    help="A difference that counts.",
-)
-@click.option("--fail-on-slower", is_flag=True, help="Exit with 1 if a row is slower or wrong.")
-def compare(old: Path, new: Path, threshold: float, fail_on_slower: bool) -> None:
-    """Say of every row of two results whether it is FASTER, SLOWER, the SAME, or UNSURE.
-
-    OLD and NEW are files of `tritorch bench --json` or of `make gpu`.  FASTER and SLOWER: the
-    medians differ surely, by more than the threshold; SAME: surely by less; WRONG: not verified in
-    one of them.  Of all rows together a false alarm has a chance of 5 %.
-    """
-    from tritorch.bench import compare as comparing
-
-    try:
-        before, after = (comparing.read(path) for path in (old, new))
-    except comparing.NoResult as error:
-        _stop(str(error), _USAGE)
-    report = comparing.compare(before, after, threshold)
-    _show(report, Console(highlight=False, soft_wrap=True))
-    if fail_on_slower and report.count("SLOWER") + report.count("WRONG"):
-        sys.exit(_SLOWER)
-
-
-def _show(report: comparing.Report, console: Console) -> None:
-    from tritorch.bench.reports import number
-
-    def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, markup=False)
-
-    for name, (then, now) in report.environment.items():
-        say(f"{name}: {then} -> {now}", "yellow")
-    styles = {"SLOWER": "bold red", "FASTER": "bold green", "WRONG": "bold red", "UNSURE": "yellow"}
-    for one in report.rows:
-        row = one.row
-        call = f"{row['op']} {row.get('name', '')} {row['shape']} {row['pass']}"
-        change = one.why
-        if one.ratio is not None:
-            value, low, high = (100 * (ratio - 1) for ratio in one.ratio)
-            change = f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]"
-        times = f"{number(one.old_us or 0)} -> {number(one.new_us or 0)} us"
-        say(
-            f"{one.verdict:<7} {call:<60} {row['implementation']:<13} {times:<24} {change}",
-            styles.get(one.verdict),
-        )
-    for where, names in (("old", report.only_old), ("new", report.only_new)):
-        for name in names:
-            say(f"only in the {where} result: {name}", "yellow")
-    counts = ", ".join(
-        f"{report.count(verdict)} {verdict}"
-        for verdict in ("FASTER", "SLOWER", "SAME", "UNSURE", "WRONG")
-    )
-    if report.geomean is None:
-        say(f"{counts}; there is nothing to compare")
-    else:
-        value, low, high = (100 * (ratio - 1) for ratio in report.geomean)
-        say(f"{counts}; geometric mean {value:+.1f} % [{low:+.1f}, {high:+.1f}]", "bold")
+    return SLOWER if wrong or problems else 0
