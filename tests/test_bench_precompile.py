@@ -1,0 +1,56 @@
+"""Kernels are compiled before they are timed, for shapes whose memory nobody touches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tritorch.bench import precompile
+from tritorch.bench.cases import OURS, workloads
+from tritorch.bench.launches import resources
+from tritorch.testing import dry
+
+pytestmark = pytest.mark.compile
+
+
+def test_a_case_is_compiled_for_all_its_passes(monkeypatch):
+    built = []
+    monkeypatch.setattr(precompile, "_launcher", lambda compiled: built.append(compiled))
+    case = next(workloads(["relu"]))
+    assert precompile.compile_case(case, "sm_90") == ""
+    names = {compiled.metadata.name for compiled in built}
+    assert names == {"activation_forward_kernel", "activation_backward_kernel"}
+    assert {compiled.metadata.target.arch for compiled in built} == {90}
+
+
+def test_what_the_host_looks_at_has_its_value():
+    assert precompile.compile_case(next(workloads(["adam_step"])), "sm_90") == ""
+
+
+def test_what_does_not_compile_is_said():
+    def fails(input):
+        raise ValueError("no kernel for this")
+
+    case = replace(next(workloads(["relu"])), implementations={OURS: fails})
+    said = precompile.compile_case(case, "sm_90")
+    assert said == "relu resnet50-stem: ValueError: no kernel for this"
+
+
+def test_targets_are_those_of_the_dry_driver():
+    assert precompile.target_of("9.0") == "sm_90"
+    assert precompile.target_of("10.0") == "sm_100"
+    assert precompile.target_of("7.5") is None
+    assert precompile.target_of(None) is None
+
+
+def test_the_kernels_of_a_call_are_known():
+    import tritorch
+
+    x = torch.empty(64, 64, dtype=torch.float16)
+    with tritorch.backend.use("triton"), dry.compiling_for("sm_90"):
+        (kernel,) = resources(lambda: tritorch.ops.relu(x))
+    assert kernel["kernel"] == "activation_forward_kernel"
+    assert kernel["num_warps"] in (1, 2, 4, 8)
+    assert kernel["shared_bytes"] == 0
