@@ -121,6 +121,16 @@ def test_memory_does_not_grow_with_the_classes(classes, device):
     assert_close(x.grad, expected)
 
 
+def test_the_gradient_of_a_mean_square_divides_before_it_doubles(device):
+    """Twice the difference is no float32; torch's CPU multiplies it by 2 / N as well."""
+    x = torch.tensor([3e38, 1.0, -2.0, 0.5], device=device, requires_grad=True)
+    y = torch.zeros(4, device=device, requires_grad=True)
+    grad_x, grad_y = torch.autograd.grad(ops.mse_loss(x, y), (x, y))
+    expected = [1.5e38, 0.5, -1.0, 0.25]
+    assert_close(grad_x, torch.tensor(expected, device=device))
+    assert_close(grad_y, -grad_x)
+
+
 DISTANCES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 
 
