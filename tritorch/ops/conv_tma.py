@@ -53,6 +53,19 @@ class Plan(NamedTuple):
     splits: int
     config: Any
     constants: dict[str, Any]
+    # by epilogue, as they are asked for
+    launches: dict[tuple[Any, ...], launch.Prepared]
+
+    def prepared(self, kernel: Any, *between: int, **epilogue: Any) -> launch.Prepared:
+        """The launch with this epilogue; `between` sizes and steps is what it needs."""
+        key = (*between, *epilogue.values())
+        found = self.launches.get(key)
+        if found is None:
+            numbers = (*self.sizes, *between, *self.steps)
+            found = self.launches[key] = launch.Prepared(
+                kernel, self.grid, numbers, self.config, **epilogue, **self.constants
+            )
+        return found
 
 
 def plan_convolve(
@@ -141,6 +154,7 @@ def plan_layouts(
             "BLOCK_P": blocks[1],
             "BLOCK_Q": blocks[2],
         },
+        {},
     )
 
 
@@ -196,23 +210,13 @@ def convolve(
         dtype = accumulator_dtype(y.dtype)
         target = torch.empty((plan.splits, y.numel()), dtype=dtype, device=y.device)
     of_x, of_w, of_y = plan.views
-    keeps_before = before is not None and not is_split
-    launch.run(
+    kept = None if before is None or is_split else of_y.at(before)
+    run = plan.prepared(
         kernels.conv2d_tma_kernel,
-        plan.grid,
-        of_x.at(x),
-        of_w.at(weight),
-        bias,
-        of_y.at(target),
-        of_y.at(before) if before is not None and keeps_before else None,
-        *plan.sizes,
-        bias.stride(0) if bias is not None else 1,
-        *plan.steps,
-        on=y,
-        config=plan.config,
+        1 if bias is None else bias.stride(0),
         ACTIVATION=None if is_split else activation,
-        **plan.constants,
     )
+    run(y, of_x.at(x), of_w.at(weight), bias, of_y.at(target), kept)
     if is_split:
         split_sum(target, y, activation=activation, before=before)
 
@@ -283,6 +287,7 @@ def plan_grad_layouts(
         splits,
         config,
         {"ALONG_Q": along_q},
+        {},
     )
 
 
@@ -313,16 +318,6 @@ def partial_sums(plan: Plan, grad_output: Tensor, input: Tensor) -> Tensor:
     """The same, of all taps in one dimension."""
     of_grad, of_input, of_partial = plan.views
     partial = input.new_empty(of_partial.shape, dtype=accumulator_dtype(input.dtype))
-    launch.run(
-        weight_kernels.conv2d_grad_weight_tma_kernel,
-        plan.grid,
-        of_grad.at(grad_output),
-        of_input.at(input),
-        of_partial.at(partial),
-        *plan.sizes,
-        *plan.steps,
-        on=input,
-        config=plan.config,
-        **plan.constants,
-    )
+    run = plan.prepared(weight_kernels.conv2d_grad_weight_tma_kernel)
+    run(input, of_grad.at(grad_output), of_input.at(input), of_partial.at(partial))
     return partial
