@@ -113,7 +113,8 @@ def _adam_step_(
         corrections = _corrections_on_device(steps, beta1, beta2)
         _launch(lists, corrections, *scalars, 1.0, 1.0, **flags)
         return
-    torch._foreach_add_(steps, 1)
+    # a number would become a tensor once for each step; alpha picks the overload that takes one
+    torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1)
     # tensors that had their first gradient together have the same step
     groups: dict[float, list[int]] = {}
     for index, step in enumerate(steps):
