@@ -259,7 +259,8 @@ def _line(row: dict[str, Any]) -> str:
     what = f"{row['op']} {row['name']} {row['shape']} {row['pass']} {row['implementation']}"
     times = f"{number('median_us')} us, torch {number('baseline_us')}, {number('speedup')}x"
     wrong = "" if row["verified"] else f" NOT VERIFIED: {row.get('failure')}"
-    return f"{what}: {times}, roofline {number('roofline')}{wrong}"
+    torchs = f" FALLBACK: {row['fallbacks']}" if row.get("fallbacks") else ""
+    return f"{what}: {times}, roofline {number('roofline')}{wrong}{torchs}"
 
 
 def _correctness(out: Path, limit: float) -> None:

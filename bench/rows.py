@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from tritorch import backend
 from tritorch.bench import guards, intervals, launches, timing
 from tritorch.bench.baselines import COMPILED
-from tritorch.bench.cases import TORCH, Case, Slot
+from tritorch.bench.cases import OURS, TORCH, Case, Slot
 from tritorch.bench.ceilings import Ceilings
 from tritorch.bench.passes import Prepared, ring
 from tritorch.testing import cases as running
@@ -66,6 +67,7 @@ class Bench:
     def rows(self, case: Case, which: str, slots: list[Slot]) -> list[Row]:
         """The rows of one pass, the first implementation's first."""
         prepared = Prepared(case, which, slots)
+        backend.reset()
         judge = guards.Judge(prepared)
         failures, verdicts = self._prepare(prepared, judge)
         timed, kept = self._timed(prepared, failures)
@@ -84,6 +86,9 @@ class Bench:
             row["verified"] = not failures.get(name) and (verdict is None or verdict.accepted)
             row["failure"] = failures.get(name, "")
             row["headroom"] = None if verdict is None else min(verdict.headroom, 1e9)
+            if name == OURS:
+                # calls that the kernels did not take are torch's speed, not ours
+                row["fallbacks"] = backend.explain()
             if name != TORCH and name in timed and baseline is not None:
                 row |= _beside(row, timed[name], baseline)
             found.append(row)

@@ -199,3 +199,18 @@ def test_wrong_gradient_is_caught():
 
     refused(measured(Wrong.apply, {"backward": ("a", "b")}), "gradient of b: C1")
     assert measured(Wrong.apply, {"backward": ("a",)})["verified"]
+
+
+def test_a_call_that_the_kernels_do_not_take_is_told(monkeypatch):
+    from tritorch import backend
+    from tritorch.bench.cases import workloads
+
+    case = next(workloads(["relu"], small=True))
+    bench = Bench(torch.device("cpu"), timing.Plan(seconds=0.01, least=3))
+    (row, _) = bench.rows(case, "forward", bench.slots(case))
+    assert row["fallbacks"] == {}
+    monkeypatch.setattr(backend, "_choice", "triton")
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    (row, baseline) = bench.rows(case, "forward", bench.slots(case))
+    assert row["fallbacks"]["relu"].keys() == {"triton is not installed"}
+    assert "fallbacks" not in baseline
