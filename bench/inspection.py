@@ -89,18 +89,6 @@ class Inspection:
         row = {name: value for name, value in vars(self).items() if name not in ("label", "launch")}
         return {**asdict(self.label), **row, "grid": list(self.grid)}
 
-    @property
-    def copies(self) -> str:
-        """How operands reach shared memory: "TMA", "async 16 B", "load 16 B", in the hot loop."""
-        kinds = self.hot.get("kinds") or self.kinds
-        widths = self.hot.get("widths") or self.widths
-        if "TMA load" in kinds:
-            return "TMA"
-        for kind, name in (("async copy", "async"), ("global load", "load")):
-            if kind in kinds:
-                return f"{name} {'/'.join(widths.get(kind, ()))} B"
-        return "none"
-
 
 def inspected(launch: dry.Launch, label: Label) -> Inspection:
     """The inspection of one launch that was compiled for the label's target."""

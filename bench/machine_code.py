@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # what an instruction does, by the first pattern that its name begins with
@@ -362,9 +362,3 @@ def sizes_of(shape: str) -> tuple[int, int, int] | None:
     """M, N and K of a shape's name, None where the instruction does not say them."""
     found = re.search(r"(\d+)x(\d+)x(\d+)", shape)
     return None if found is None else (int(found[1]), int(found[2]), int(found[3]))
-
-
-def listing(code: Sequence[Instruction]) -> Iterator[str]:
-    """The instructions as lines of text without addresses, to compare two kernels by."""
-    for one in code:
-        yield f"{one.opcode} {one.operands}".strip()

@@ -51,7 +51,15 @@ class Traffic:
 
 
 def of_launch(launch: dry.Launch) -> Traffic:
-    """The traffic of one launch."""
+    """The traffic of one launch; empty, and `unknown` says why, where it cannot be followed."""
+    try:
+        return _followed(launch)
+    except Exception as error:
+        # what the language will have next year must not hide the registers of a kernel
+        return Traffic((), (), (), (f"what it moves: {type(error).__name__}: {error}",))
+
+
+def _followed(launch: dry.Launch) -> Traffic:
     program = translated(launch.compiled.asm["ttir"], tuple(_parameters(launch)))
     grid = launch.grid
     count = math.prod(grid)

@@ -180,6 +180,8 @@ class _Translator:
         return re.findall(r"%[\w#]+", text)
 
     def _statement(self, line: str) -> None:
+        if "tt.call" in line:
+            self.unknown.append("what a function does that is not inlined")
         left, found, right = line.partition(" = ")
         if not found:
             left, right = "", line
@@ -221,9 +223,12 @@ class _Translator:
 
     def _event(self, op: str, rest: str, operands: list[str]) -> None:
         if op.startswith("tt.dot"):
-            shapes = [(_dims(t), t["kind"]) for t in _TYPE.finditer(rest.rpartition(" : ")[2])]
-            (a, kind), (b, _) = (s for s in (shapes[0], shapes[1]))
-            flops = 2 * math.prod(a) * b[-1]
+            # each operand may bring its scales, behind it
+            left, right = (_TYPE.search(t) for t in rest.rpartition(" : ")[2].split(" * ")[:2])
+            assert left is not None
+            assert right is not None
+            kind = left["kind"]
+            flops = 2 * math.prod(_dims(left)) * _dims(right)[-1]
             precision = re.search(r"inputPrecision = (\w+)", rest)
             if kind == "f32":
                 kind = "tf32" if precision is not None and precision[1] != "ieee" else "f32"
@@ -252,7 +257,6 @@ class _Translator:
         return number, len(self.loops) - 1
 
     def _for(self, line: str) -> None:
-        results = _results(line)
         found = re.search(
             r"scf\.for (?:unsigned )?(%[\w#]+) = (%[\w#]+) to (%[\w#]+) step (%[\w#]+)", line
         )
@@ -268,9 +272,8 @@ class _Translator:
         low, high, step = (_py(bound) for bound in bounds)
         turns = f"max(0, -(({low} - {high}) // max({step}, 1)))" if computed else "1"
         self._emit(f"t{loop} = {turns}")
-        names = []
+        names = [name for name, _ in carried]
         for name, first in carried:
-            names.append(name)
             self.pointers[name] = self.pointers.get(first, ())
             if first in self.known:
                 self.known.add(name)
@@ -282,6 +285,7 @@ class _Translator:
         if computed:
             self._emit(f"{_py(variable)} = {low} + i{loop} * {step}")
             self.known.add(variable)
+        results = _results(line)
         self.open.append({"kind": "for", "results": results, "carried": names, "loop": loop})
 
     def _while(self, line: str) -> None:

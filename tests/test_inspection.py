@@ -115,6 +115,15 @@ def test_the_rest_of_a_long_loop_is_like_its_beginning():
     assert traffic.of_launch(product(sides=(64, 64, 1 << 20))).turns == (float(1 << 15),)
 
 
+def test_what_cannot_be_followed_is_said(monkeypatch):
+    monkeypatch.setattr(traffic, "translated", None)
+    moved = traffic.of_launch(product())
+    assert moved.total("dot") == 0
+    (why,) = moved.unknown
+    assert why.startswith("what it moves: TypeError")
+    assert math.isfinite(estimate.of_launch(product(), "sm_90").us)
+
+
 def used(registers, shared, warps):
     return SimpleNamespace(registers=registers, shared=shared, num_warps=warps)
 
