@@ -28,7 +28,7 @@ def test_a_declined_call_is_counted_with_its_reason():
     with backend.use("triton"):
         for _ in range(2):
             y = ops.relu(torch.tensor([-1, 2]))
-        ops.matmul(torch.ones(2, 1, 2, 3), torch.ones(4, 3, 2))
+        ops.matmul(torch.ones(2, 1, 2, 3, requires_grad=True), torch.ones(4, 3, 2))
     assert y.tolist() == [0, 2]
     assert backend.explain() == {
         "matmul": {"batches that broadcast": 1},

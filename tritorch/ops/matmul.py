@@ -71,8 +71,9 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     if b.dim() == 2:
         y: Tensor = binding.apply(Matmul, rows_of(a), b).view(*a.shape[:-1], b.shape[-1])
     else:
-        y = binding.apply(Matmul, a.flatten(0, -3), b.flatten(0, -3))
-        y = y.view(*a.shape[:-1], b.shape[-1])
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        factors = (x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (a, b))
+        y = binding.apply(Matmul, *factors).view(*batch, a.shape[-2], b.shape[-1])
     y = y.squeeze(-2) if left else y
     return y.squeeze(-1) if right else y
 
@@ -87,7 +88,8 @@ def _declined(input: Tensor, other: Tensor) -> str | None:
     # its gradient is a sum of products over the batch, which would round every product before
     # adding it
     broadcast = other.dim() > 2 and input.shape[:-2] != other.shape[:-2]
-    return "batches that broadcast" if broadcast else None
+    differentiated = torch.is_grad_enabled() and (input.requires_grad or other.requires_grad)
+    return "batches that broadcast" if broadcast and differentiated else None
 
 
 def linear(
