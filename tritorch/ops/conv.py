@@ -46,7 +46,8 @@ def conv2d(
 
     Args:
         input: (N, C, H, W) or (C, H, W), any strides; fastest as channels_last.
-        weight: (K, C / groups, R, S), the same dtype and device.
+        weight: (K, C / groups, R, S), the same dtype and device; fastest as channels_last:
+            from another order each call, and each gradient of the input, may copy it to that one.
         bias: (K,) or None.
         stride: pixels between positions of the filter.
         padding: zeros on each side; "valid" for none; "same" for an output of the input's size,

@@ -44,7 +44,9 @@ def conv1d(
 
     Args:
         input: (N, C, L) or (C, L), any strides; fastest where the channels are contiguous.
-        weight: (K, C / groups, S), the same dtype and device.
+        weight: (K, C / groups, S), the same dtype and device; fastest where the
+            channels are contiguous: from another order each call, and each gradient of the input,
+            may copy it to that one.
         bias: (K,) or None.
         stride: steps between positions of the filter.
         padding: zeros on each side; "valid" for none; "same" for an output of the input's length,

@@ -46,7 +46,8 @@ def conv3d(
 
     Args:
         input: (N, C, D, H, W) or (C, D, H, W), any strides; fastest as channels_last_3d.
-        weight: (K, C / groups, T, R, S), the same dtype and device.
+        weight: (K, C / groups, T, R, S), the same dtype and device; fastest as channels_last_3d:
+            from another order each call, and each gradient of the input, may copy it to that one.
         bias: (K,) or None.
         stride: voxels between positions of the filter.
         padding: zeros on each side; "valid" for none; "same" for an output of the input's size,

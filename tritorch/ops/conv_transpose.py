@@ -113,7 +113,8 @@ def conv_transpose2d(
 
     Args:
         input: (N, C, H, W) or (C, H, W), any strides; fastest as channels_last.
-        weight: (C, K / groups, R, S), the same dtype and device.
+        weight: (C, K / groups, R, S), the same dtype and device; fastest as channels_last:
+            from another order each call, and each gradient of the input, may copy it to that one.
         bias: (K,) or None.
         stride: pixels of the output between the places that neighbouring pixels of the input reach.
         padding: pixels cut off each side of the output.
