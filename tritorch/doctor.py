@@ -168,14 +168,19 @@ def gpu() -> Iterator[Answer]:
 
 
 def caches() -> Iterator[Answer]:
-    """Whether what Triton compiles can be kept."""
+    """Whether what Triton compiles, and what `tritorch tune` measures, can be kept."""
+    from tritorch import tuned
+
     home = os.environ.get("TRITON_HOME", str(Path.home()))
     folder = Path(os.environ.get("TRITON_CACHE_DIR", str(Path(home) / ".triton" / "cache")))
-    for name, place in (("triton cache", folder), ("temporary", Path(tempfile.gettempdir()))):
+    for name, place, variable in (
+        ("triton cache", folder, "TRITON_CACHE_DIR to a folder"),
+        ("tuned tables", tuned.path("any").parent, "TRITORCH_TUNED to a file"),
+        ("temporary", Path(tempfile.gettempdir()), "TMPDIR to a folder"),
+    ):
         problem = _unwritable(place)
         if problem:
-            advice = "set TRITON_CACHE_DIR to a folder to write in" if "cache" in name else ""
-            yield Answer(name, "warn", f"{place}: {problem}", advice)
+            yield Answer(name, "warn", f"{place}: {problem}", f"set {variable} to write in")
             continue
         free = shutil.disk_usage(_existing(place)).free / 2**30
         state: State = "ok" if free > 1 else "warn"
@@ -223,7 +228,7 @@ def _conclude(found: Diagnosis) -> None:
     if "compile" in good:
         found.works.append("inspect")
     if "kernel on the gpu" in good:
-        found.works.append("bench")
+        found.works += ["bench", "tune"]
     found.next += [a.advice for a in found.answers if a.advice and a.state in ("fail", "warn")]
     if "kernel on the gpu" in good:
         found.next.append("tritorch train, then make gpu in a checkout")
