@@ -5,9 +5,10 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch.testing import assert_close
 
-import tritorch.nn as nn
+import tritorch.ops
 from tests.layers import CASES, ONE_OF_EACH, cases, make_call, make_layer
 from tests.test_transforms import RANDOM
+from tritorch import nn
 
 pytestmark = pytest.mark.interpret
 
@@ -57,6 +58,20 @@ def test_what_a_layer_saved_and_the_program_changed_is_as_it_was(case, device):
     """Eager programs raise, and so do torch's layers when they are compiled."""
     found = gradients(compiled(changing(torch.Tensor.mul_)), nn, case, device)
     assert_close(found, gradients(changing(torch.mul), torch.nn, case, device))
+
+
+def test_a_seed_that_the_program_changes_is_that_of_the_call(device):
+    input = torch.ones(100, device=device, requires_grad=True)
+    seed = torch.tensor([5], device=device)
+
+    def program(input, seed):
+        output = tritorch.ops.dropout(input, 0.5, seed=seed)
+        seed.add_(1)
+        return output
+
+    output = compiled(program)(input, seed)
+    output.sum().backward()
+    assert_close(input.grad, output.detach())
 
 
 def test_inductor_drops_the_copies_where_nothing_writes(device):

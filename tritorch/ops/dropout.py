@@ -136,7 +136,7 @@ class Dropout(torch.autograd.Function):
         inplace: bool = False,
     ) -> Tensor:
         ctx.p, ctx.order = p, order
-        ctx.save_for_backward(seed)
+        binding.save_for_backward(ctx, seed)
         if inplace:
             _dropout_forward_(input, seed, p, order)
             ctx.mark_dirty(input)
