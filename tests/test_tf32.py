@@ -24,15 +24,14 @@ FLAGS = {
 @pytest.fixture
 def precisions(monkeypatch):
     """INPUT_PRECISION of every launch that has one."""
-    found = []
-    run = launch.run
+    found, run = [], launch.Prepared.__call__
 
-    def watched(kernel, *arguments, **constants):
-        if "INPUT_PRECISION" in constants:
-            found.append(constants["INPUT_PRECISION"])
-        run(kernel, *arguments, **constants)
+    def watched(self, *tensors, **floats):
+        if "INPUT_PRECISION" in self.constants:
+            found.append(self.constants["INPUT_PRECISION"])
+        run(self, *tensors, **floats)
 
-    monkeypatch.setattr(launch, "run", watched)
+    monkeypatch.setattr(launch.Prepared, "__call__", watched)
     return found
 
 
