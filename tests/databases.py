@@ -264,6 +264,8 @@ def _different(
     # an expanded gradient costs no memory; torch may or may not write it out
     if 0 not in one.stride() and _steps(one) != _steps(other):
         yield "strides", f"{name} has strides {one.stride()}, torch's {other.stride()}"
+    # a bad call's is the CPU's
+    other = other.to(one.device)
     if one.is_complex():
         # torch compares few complex numbers of half precision
         one, other = torch.view_as_real(one), torch.view_as_real(other)

@@ -84,9 +84,8 @@ def by_layer() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("layer", chosen)
 
 
-def judge(layer: str, test: str, findings: list[Finding]) -> None:
-    listed = [e for e in exclusions.EXCLUSIONS if (e.subject, e.test) == (layer, test)]
-    databases.judge(listed, findings)
+def judge(layer: str, test: str, findings: list[Finding], device: str = "cpu") -> None:
+    databases.judge(exclusions.of(layer, test, device), findings)
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +120,7 @@ def test_kernels(layer: str, device: str) -> None:
     findings = []
     for one in databases.spread(small, FEW):
         findings += compared(layer, one, kernels=True)
-    judge(layer, "kernels", findings)
+    judge(layer, "kernels", findings, device)
 
 
 def bad_inputs(layer: str, device: str) -> Iterator[Input]:
@@ -156,7 +155,7 @@ def test_bad_calls(layer: str, device: str) -> None:
             partial(printed, layer, ours),
             kernels=False,
         )
-    judge(layer, "bad_calls", findings)
+    judge(layer, "bad_calls", findings, device)
 
 
 @pytest.mark.reference

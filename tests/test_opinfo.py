@@ -120,9 +120,8 @@ def size(spec: OpSpec, call: Call) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def judge(spec: OpSpec, test: str, findings: list[Finding]) -> None:
-    listed = [e for e in exclusions.EXCLUSIONS if (e.subject, e.test) == (spec.name, test)]
-    databases.judge(listed, findings)
+def judge(spec: OpSpec, test: str, findings: list[Finding], device: str = "cpu") -> None:
+    databases.judge(exclusions.of(spec.name, test, device), findings)
 
 
 @pytest.mark.reference
@@ -158,7 +157,7 @@ def test_kernels(spec: OpSpec, device: str) -> None:
     for number, variants in enumerate(chosen):
         call = variants[number % len(variants)]
         findings += compared(spec, call, call, gradients=True, kernels=True)
-    judge(spec, "kernels", findings)
+    judge(spec, "kernels", findings, device)
 
 
 @pytest.mark.reference
@@ -172,7 +171,7 @@ def test_bad_calls(spec: OpSpec, device: str) -> None:
             for pair in zip(info.error_inputs(device), info.error_inputs("cpu"), strict=True):
                 ours, theirs = (Call.of(bad.sample_input) for bad in pair)
                 findings += compared(spec, ours, theirs, gradients=False, kernels=False)
-    judge(spec, "bad_calls", findings)
+    judge(spec, "bad_calls", findings, device)
 
 
 @pytest.mark.reference
