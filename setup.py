@@ -16,8 +16,8 @@ setup(
     py_modules=["pytest_tritorch"],
     package_data={
         "tritorch": ["py.typed"],
-        "tritorch.data": ["README.md", "digits.npz"],
-        "tritorch.kernels": ["README.md", "tuned/*.json"],
+        "tritorch.data": ["README.md", "digits.npz", "tuned/*.json"],
+        "tritorch.kernels": ["README.md"],
         "tritorch.bench": ["README.md"],
     },
     # only what is listed above: the sdist holds results that nobody needs installed

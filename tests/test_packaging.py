@@ -75,8 +75,9 @@ def expected_files() -> set[str]:
             file = path.relative_to(ROOT / folder).as_posix()
             if folder != "tritorch" or not file.startswith(("kernels/", "bench/")):
                 files.add(f"{installed}/{file}")
-    tuned = (ROOT / "kernels" / "tuned").glob("*.json")
-    return files | {f"tritorch/kernels/tuned/{path.name}" for path in tuned}
+    tuned = list((ROOT / "tritorch" / "data" / "tuned").glob("*.json"))
+    assert tuned
+    return files | {path.relative_to(ROOT).as_posix() for path in tuned}
 
 
 def run(script: str, path: Path, cwd: Path) -> list[str]:

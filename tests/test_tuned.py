@@ -38,7 +38,7 @@ def test_what_is_no_table_is_said(text, tmp_path):
     file.write_text(text)
     with pytest.raises(ValueError, match=r"table.json holds no table"):
         tuned.read(file)
-    with pytest.warns(UserWarning, match=r"the kernels' own choices are taken"):
+    with pytest.warns(UserWarning, match=r"no row of it is taken"):
         assert tuned._read_once(file) == {}
 
 
@@ -49,6 +49,20 @@ def test_the_file_is_named_or_that_of_the_gpu(monkeypatch, tmp_path):
     assert tuned.path("NVIDIA H100 80GB HBM3") == expected
     monkeypatch.setenv("TRITORCH_TUNED", "here.json")
     assert str(tuned.path("any")) == "here.json"
+
+
+def test_rows_of_the_user_win_over_shipped_ones(monkeypatch, tmp_path):
+    theirs, ours = tmp_path / "user.json", tmp_path / "shipped.json"
+    other = (32, *SIZES[1:])
+    theirs.write_text(json.dumps({"rows": [tuned.row("matmul_config", SIZES, config(16))]}))
+    rows = [tuned.row("matmul_config", sizes, config(64)) for sizes in (SIZES, other)]
+    ours.write_text(json.dumps({"rows": rows}))
+    monkeypatch.setenv("TRITORCH_TUNED", str(theirs))
+    monkeypatch.setattr(tuned, "shipped", lambda: ours)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(tuned.find("matmul_config", SIZES)) == str(config(16))
+    assert str(tuned.find("matmul_config", other)) == str(config(64))
+    assert tuned.find("conv2d_config", SIZES) is None
 
 
 def test_a_measured_configuration_is_taken_for_its_sizes_alone():

@@ -2,7 +2,8 @@
 
 A table is a JSON file: `rows` of `function` (that chooses, such as "matmul_config"), `sizes` (what
 it was asked with), and the configuration as `kwargs`, `num_warps`, `num_stages` and `maxnreg`; what
-else a row holds is for its readers.  `path` says which file a GPU has.
+else a row holds is for its readers.  `path` says which file of the user's a GPU has, and `shipped`
+which of ours, whose rows count where the user's has none.
 """
 
 from __future__ import annotations
@@ -32,9 +33,17 @@ def path(gpu: str | None = None) -> Path:
     if named := os.environ.get("TRITORCH_TUNED"):
         return Path(named)
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches, "tritorch", "tuned", _file_of(gpu))
+
+
+def shipped(gpu: str | None = None) -> Path:
+    """The table that is installed for a GPU, by default the current one; there need not be one."""
+    return Path(__file__).resolve().parent / "data" / "tuned" / _file_of(gpu)
+
+
+def _file_of(gpu: str | None) -> str:
     name = gpu if gpu is not None else torch.cuda.get_device_name()
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return Path(caches, "tritorch", "tuned", f"{slug}.json")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
 
 
 def find(function: str, sizes: Sequence[int]) -> Any:
@@ -101,7 +110,12 @@ def _of_this_machine() -> Mapping[Key, Any] | None:
 
     if backend.INTERPRETING or dry.active() is not None or not torch.cuda.is_available():
         return None
-    return _read_once(path())
+    return _both(path(), shipped())
+
+
+@functools.cache
+def _both(user: Path, ours: Path) -> Mapping[Key, Any]:
+    return {**read(ours), **_read_once(user)}
 
 
 @functools.cache
@@ -110,5 +124,5 @@ def _read_once(file: Path) -> Mapping[Key, Any]:
         return read(file)
     except ValueError as error:
         # a training run is not to end for it
-        warnings.warn(f"{error}; the kernels' own choices are taken", UserWarning, stacklevel=2)
+        warnings.warn(f"{error}; no row of it is taken", UserWarning, stacklevel=2)
         return {}
