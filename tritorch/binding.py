@@ -62,10 +62,19 @@ def _untraced(launch: Callable[..., Any]) -> Callable[..., Any]:
     disabled = _disable_dynamo(launch)
 
     def run(*arguments: Any, **named: Any) -> Any:
-        # to ask a compiler that nobody has loaded would load it, which takes a second
-        return (disabled if "torch._dynamo" in sys.modules else launch)(*arguments, **named)
+        # what keeps the compiler out takes as long as a launch, and mostly none is at work
+        return (disabled if _is_compiler_at_work() else launch)(*arguments, **named)
 
     return run
+
+
+def _is_compiler_at_work() -> bool:
+    """Whether torch.compile looks at the frames that this thread runs."""
+    # to ask a compiler that nobody has loaded would load it, which takes a second
+    if "torch._dynamo" not in sys.modules:
+        return False
+    evaluation: Any = torch._C._dynamo.eval_frame
+    return evaluation.get_eval_frame_callback() is not None
 
 
 class NoContext:
