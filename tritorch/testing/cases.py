@@ -164,6 +164,9 @@ def run(
     with poisoned_memory():
         outputs = outputs_of(call(function, given), spec.name)
         grads = differentiate(outputs, given, grad_outputs)
+        if any(tensor.is_cuda for value in given.values() for tensor in tensors_of(value)):
+            # a fault of a GPU is told to whoever waits for it: here it is this function's
+            torch.cuda.synchronize()
 
     for name, value in given.items():
         if name not in spec.mutates and not bitwise_equal(value, before[name]):
