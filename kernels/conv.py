@@ -67,7 +67,10 @@ CONV2D_FULL_EPILOGUE_CONFIGS = {
     ),
 }
 
-# the others do not have the registers for the walk through a volume too
+# the largest does not have the registers for the walk through a volume too
+CONV3D_CONFIGS = {**CONV2D_CONFIGS, 2: CONV2D_CONFIGS[2][1:]}
+
+# nor have these
 CONV3D_FULL_CONFIGS = {itemsize: configs[1::2] for itemsize, configs in CONV2D_FULL_CONFIGS.items()}
 
 # for operands gathered element by element: each has an address of its own, so fewer per thread
@@ -87,6 +90,12 @@ ENOUGH_TILES = 96
 def conv2d_config(npq, k, groups, itemsize):
     """The largest tile that is not mostly empty and of which there are enough."""
     configs = CONV2D_CONFIGS[itemsize]
+    return configs[-1] if itemsize == 8 else _largest(configs, npq, k, groups)
+
+
+def conv3d_config(npq, k, groups, itemsize):
+    """The same of volumes."""
+    configs = CONV3D_CONFIGS[itemsize]
     return configs[-1] if itemsize == 8 else _largest(configs, npq, k, groups)
 
 

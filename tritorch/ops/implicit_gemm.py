@@ -114,7 +114,9 @@ def _plan_convolve(
     if unit > 1:
         tiles = groups * residues
         with_epilogue = computes(epilogue.activation)
-        choose = kernels.conv2d_epilogue_config if with_epilogue else kernels.conv2d_config
+        choose = kernels.conv3d_config if volume else kernels.conv2d_config
+        if with_epilogue:
+            choose = kernels.conv2d_epilogue_config
         if full and with_epilogue:
             choose = kernels.conv2d_full_epilogue_config
         elif full:
