@@ -1,0 +1,165 @@
+"""What a call costs the host besides the driver: the real way to a launch, without a GPU.
+
+    python -m tritorch.bench.host [--json FILE [--force]]
+
+Tensors on the CPU stand for a GPU's: kernels are compiled for sm_90 and bound as on a GPU, and the
+launcher that they are bound to does nothing.  What is missing is Triton's launcher in C and the
+driver, 4 to 8 microseconds a launch.  Beside it stands torch's own call on the same tiny tensors,
+which on a CPU computes something too.  Times are of this machine, and the least of many rounds;
+the Python functions that a call enters do not depend on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from tritorch import backend, launch, ops
+from tritorch.bench import timing
+from tritorch.bench.environment import Json, write_result
+from tritorch.testing import dry
+
+Pair = tuple[Callable[[], object], Callable[[], object]]
+
+_ROUNDS, _CALLS = 30, 20
+
+
+@contextlib.contextmanager
+def stub_driver(target: str = "sm_90") -> Iterator[None]:
+    """Inside the block tensors of the CPU take the way of a GPU's, up to the launcher."""
+    bind = launch._bind
+
+    def bound(*arguments: Any) -> Any:
+        return bind(*arguments)._replace(run=_nothing)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(backend.use("triton"))
+        stack.enter_context(backend.strict())
+        stack.enter_context(dry.compiling_for(target))
+        replaced: dict[tuple[Any, str], Any] = {
+            (launch, "_gpu"): lambda tensor: 0,
+            (launch, "_bind"): bound,
+            (launch, "_bound"): {},
+            (torch.cuda, "current_device"): lambda: 0,
+            (torch._C, "_cuda_getCurrentRawStream"): lambda device: 0,
+        }
+        for (owner, name), value in replaced.items():
+            stack.enter_context(mock.patch.object(owner, name, value, create=True))
+        yield
+
+
+def _nothing(*arguments: Any) -> None:
+    """The launcher."""
+
+
+def calls() -> dict[str, Pair]:
+    """By name our call and torch's, on tensors of a few elements."""
+    last = torch.channels_last
+    x = torch.randn(8, 64, 8, 8, dtype=torch.bfloat16).contiguous(memory_format=last)
+    w = torch.randn(64, 64, 3, 3, dtype=torch.bfloat16).contiguous(memory_format=last)
+    a, scale, shift = torch.randn(64, 64, dtype=torch.bfloat16), torch.ones(64), torch.zeros(64)
+    target = torch.zeros(64, dtype=torch.long)
+    return {
+        "relu": (lambda: ops.relu(x), lambda: F.relu(x)),
+        "gelu": (lambda: ops.gelu(x), lambda: F.gelu(x)),
+        "conv2d": (lambda: ops.conv2d(x, w, None, 1, 1), lambda: F.conv2d(x, w, None, 1, 1)),
+        "batch_norm": (
+            lambda: ops.batch_norm(x, None, None, scale, shift, True),
+            lambda: F.batch_norm(x, None, None, scale, shift, True),
+        ),
+        "layer_norm": (lambda: ops.layer_norm(a, (64,)), lambda: F.layer_norm(a, (64,))),
+        "matmul": (lambda: ops.matmul(a, a), lambda: torch.matmul(a, a)),
+        "linear": (lambda: ops.linear(a, a), lambda: F.linear(a, a)),
+        "max_pool2d": (lambda: ops.max_pool2d(x, 2), lambda: F.max_pool2d(x, 2)),
+        "avg_pool2d": (lambda: ops.avg_pool2d(x, 2), lambda: F.avg_pool2d(x, 2)),
+        "softmax": (lambda: ops.softmax(a, 1), lambda: F.softmax(a, 1)),
+        "cross_entropy": (
+            lambda: ops.cross_entropy(a, target),
+            lambda: F.cross_entropy(a, target),
+        ),
+    }
+
+
+def rows() -> list[Json]:
+    """A row for each call: microseconds of ours and of torch's, and Python functions entered."""
+    found: list[Json] = []
+    with stub_driver(), torch.no_grad():
+        for name, (ours, torchs) in calls().items():
+            for _ in range(3):
+                ours()
+            least, baseline = (_microseconds(call) for call in (ours, torchs))
+            with launch.recorded() as launches:
+                ours()
+            found.append(
+                {
+                    "op": name,
+                    "pass": "host",
+                    "median_us": least,
+                    "baseline_us": baseline,
+                    "functions": functions_entered(ours),
+                    "launches": len(launches),
+                    "verified": True,
+                }
+            )
+    return found
+
+
+def functions_entered(call: Callable[[], object]) -> int:
+    """Python functions that one call enters, its own included."""
+    count = 0
+
+    def seen(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    previous = sys.getprofile()
+    sys.setprofile(seen)
+    try:
+        call()
+    finally:
+        sys.setprofile(previous)
+    return count
+
+
+def _microseconds(call: Callable[[], object]) -> float:
+    """The least mean of several rounds."""
+    found = []
+    for _ in range(_ROUNDS):
+        start = timing.now()
+        for _ in range(_CALLS):
+            call()
+        found.append((timing.now() - start) / _CALLS * 1e6)
+    return min(found)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--force", action="store_true", help="also where there is a file")
+    options = parser.parse_args(arguments)
+    found: list[Any] = rows()
+    for row in found:
+        print(
+            f"{row['op']:<14} {row['median_us']:6.1f} us, torch on the CPU "
+            f"{row['baseline_us']:6.1f}, {row['functions']} functions, {row['launches']} launches"
+        )
+    mean = statistics.fmean(row["median_us"] for row in found)
+    print(f"mean of {len(found)} calls: {mean:.1f} us")
+    if options.json is not None:
+        write_result(options.json, "host", found, overwrite=options.force)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
