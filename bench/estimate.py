@@ -51,7 +51,7 @@ def _products(half: float, double: float, eighth: float) -> Mapping[str, float]:
 DEVICES: Mapping[str, Device] = MappingProxyType(
     {
         "sm_80": Device(1.41, 2.04e12, 48.0, _products(2048, 128, 4096)),
-        "sm_90": Device(1.755, 3.35e12, 48.0, _products(4096, 256, 8192)),
+        "sm_90": Device(1.98, 3.35e12, 48.0, _products(4096, 256, 8192)),
         "sm_100": Device(1.85, 8.0e12, 56.0, _products(8192, 128, 16384)),
         "gfx942": Device(2.1, 5.3e12, 64.0, _products(2048, 256, 4096)),
     }
@@ -62,23 +62,23 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
 class Model:
     """Shares of a vendor's rates that kernels reach, and latencies in cycles.
 
-    Fitted to half of the rows that one H100 measured, of kernels without descriptors; `python -m
-    tritorch.bench.estimate` says how far off they are now.
+    Fitted to half of the rows of one H100; `python -m tritorch.bench.estimate` says how far off
+    they are on all of them.
     """
 
-    issue: float = 0.6
-    integer: float = 0.65
-    products: float = 0.65
-    l2: float = 1.0
-    dram: float = 0.89
+    issue: float = 1.0
+    integer: float = 0.64
+    products: float = 0.95
+    l2: float = 0.84
+    dram: float = 0.86
     # a block's start and end, a load from memory, a wait of all its warps
     start: float = 500.0
-    load: float = 550.0
-    wait: float = 70.0
+    load: float = 800.0
+    wait: float = 130.0
     # microseconds between launches
-    launch: float = 4.5
+    launch: float = 3.9
     # how much what could overlap does: 1 adds, more takes the longest
-    overlap: float = 1.9
+    overlap: float = 3.1
 
 
 MODEL = Model()

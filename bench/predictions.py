@@ -128,7 +128,9 @@ def predicted(
         launched = record(function, one.case.arguments, one.target, gradients=wanted)
         both = {"forward": launched.forward, "both": launched.launches}
         launches = both.get(one.row["pass"], launched.backward)
-        yield Prediction(one, estimate.of_launches(launches, one.target))
+        # a call that falls back to torch has no kernel to estimate
+        if launches:
+            yield Prediction(one, estimate.of_launches(launches, one.target))
 
 
 def summary(predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
