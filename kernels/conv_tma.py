@@ -5,6 +5,7 @@ what a tap reads outside the image comes as zeros, and what a tile has past the 
 """
 
 import functools
+import math
 
 import triton
 import triton.language as tl
@@ -36,29 +37,25 @@ CONV2D_TMA_CONFIGS = {
 MIN_CHANNELS = 32
 MIN_PIXELS = 1024
 
-# {(C, K, P, taps, stride, transposed): configuration} where a GPU has decided
-MEASURED = {}
-
-# of the GPUs that these kernels are for
+# of the GPUs that these kernels are for; cycles from a load of single pixels to its data
 MULTIPROCESSORS = 132
 SHARED_MEMORY = 227 * 1024
+SINGLE_PIXELS = 3500
 
 
 def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed):
-    """What a GPU has measured, else what the estimate takes for the fastest; None where most of a
-    tile or of the GPU would be idle.
+    """What the estimate takes for the fastest; None where most of a tile or of the GPU would be
+    idle.
     """
-    found = MEASURED.get((c, k, p, taps, stride, transposed))
-    if found is not None:
-        return found
     if min(c, k) < MIN_CHANNELS or n * p * q < MIN_PIXELS:
         return None
     narrow = k <= 64
     configs = [each for each in CONV2D_TMA_CONFIGS[2] if narrow == (each.kwargs["BLOCK_K"] == 64)]
-    return min(configs, key=lambda config: cycles(config, n, p, q, k, c, taps))
+    residues = stride * stride if transposed else 1
+    return min(configs, key=lambda config: cycles(config, n, p, q, k, c, taps, residues))
 
 
-def cycles(config, n, p, q, k, c, taps):
+def cycles(config, n, p, q, k, c, taps, residues=1):
     """An estimate of the cycles that one multiprocessor is busy: products of 16-bit numbers, or
     traffic of shared memory, whichever takes longer, and what is not overlapped at a tile's ends.
     """
@@ -70,10 +67,26 @@ def cycles(config, n, p, q, k, c, taps):
     # a warp group reads 64 channels and all pixels of the tile
     reads = triton.cdiv(block_k, 64) * (64 + block_npq)
     step = max(products, 2 * block_c * (block_k + block_npq + reads) / 128)
-    # the first operands and the last stores of a program, or the stores of a tile alone
-    ends = 3000 if config.kwargs["PERSISTENT"] else 6000
-    alone = triton.cdiv(tiles, residents(config))
-    return tiles * triton.cdiv(c, block_c) * taps * step + alone * ends
+    together = residents(config)
+    if block_n == block_npq:
+        # neighbours share nothing, and a stage is loaded while the others of all are multiplied
+        step = max(step, SINGLE_PIXELS / ((config.num_stages - 1) * together))
+    # what of a tile's first operands and its stores nothing else runs beside
+    ends = 6000
+    if config.kwargs["PERSISTENT"]:
+        ends = 5000
+        taps *= _imbalance(triton.cdiv(k, block_k), residues)
+    elif together == 1:
+        ends = 9000
+    return tiles * triton.cdiv(c, block_c) * taps * step + triton.cdiv(tiles, together) * ends
+
+
+def _imbalance(num_k, residues):
+    """The taps of the busiest persistent program over those of an average one: where its tiles have
+    the same residue along an axis, three taps leave it two of them and others one.
+    """
+    same = math.gcd(MULTIPROCESSORS, num_k * residues) // num_k
+    return (4 / 3) ** math.log2(max(1, same))
 
 
 def residents(config):
@@ -104,8 +117,8 @@ def _shared_memory(config):
 def tile_of_pixels(n, p, q, block):
     """Images, rows and columns of a tile of `block` pixels.
 
-    The fewest tiles, of those the ones with the fewest images.  A tile of single pixels takes a
-    third longer to fetch, as measured: neighbours share nothing.
+    The fewest tiles, of those the ones with the fewest images.  A tile of single pixels takes an
+    eighth longer, as measured: neighbours share nothing.
     """
     best = None
     for log_q in range(block.bit_length()):
@@ -113,7 +126,7 @@ def tile_of_pixels(n, p, q, block):
             block_p, block_q = 1 << log_p, 1 << log_q
             block_n = block >> log_p + log_q
             tiles = triton.cdiv(n, block_n) * triton.cdiv(p, block_p) * triton.cdiv(q, block_q)
-            effort = tiles * (4 if block_n == block else 3)
+            effort = tiles * (9 if block_n == block else 8)
             found = (effort, block_n, abs(log_p - log_q), block_p, block_q)
             best = found if best is None or found < best else best
     return best[1], best[3], best[4]

@@ -17,10 +17,10 @@ def _tile(k, c, pixels, taps, num_warps, num_stages):
 CONV2D_GRAD_WEIGHT_TMA_CONFIGS = {
     2: (
         _tile(128, 256, 64, 1, 8, 4),
-        _tile(128, 128, 64, 3, 8, 3),
+        # several taps of one tile of y are not faster: their stages are fewer
+        _tile(128, 128, 128, 1, 8, 3),
         _tile(128, 128, 64, 1, 8, 3),
-        _tile(64, 64, 64, 3, 4, 3),
-        _tile(64, 64, 64, 4, 4, 2),
+        _tile(64, 64, 128, 1, 4, 3),
         _tile(64, 64, 64, 1, 4, 4),
         # half as many images, and a row of small batches
         _tile(128, 128, 32, 1, 8, 4),
@@ -29,12 +29,11 @@ CONV2D_GRAD_WEIGHT_TMA_CONFIGS = {
     ),
 }
 
-# {(C, K, P, R, stride): configuration} where a GPU has decided
-MEASURED = {}
-
-# what the portable kernel is good enough for
+# what the portable kernel is good enough for, and channels on both sides of three taps in a row up
+# to which it was faster in every measurement
 MIN_CHANNELS = 32
 MIN_PIXELS = 1024
+PORTABLE_CHANNELS = 128
 
 # of the GPUs that this kernel is for; cycles from a load to its data
 MULTIPROCESSORS = 132
@@ -43,12 +42,11 @@ LATENCY = 1500
 
 
 def conv2d_grad_weight_tma_config(k, c, taps, along, n, p, q, stride):
-    """What a GPU has measured, else the largest tile that is not mostly empty, of `along` pixels;
-    None where all are.
+    """The largest tile that is not mostly empty, of `along` pixels; None where all are, and where
+    the portable kernel is faster.
     """
-    found = MEASURED.get((c, k, p, taps, stride))
-    if found is not None:
-        return found
+    if taps == 3 and c % 64 == 0 and max(c, k) <= PORTABLE_CHANNELS:
+        return None
     if min(c, k) < MIN_CHANNELS or n * p * q < MIN_PIXELS:
         return None
     for config in CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2]:
