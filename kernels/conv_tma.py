@@ -5,7 +5,6 @@ what a tap reads outside the image comes as zeros, and what a tile has past the 
 """
 
 import functools
-import math
 
 import triton
 import triton.language as tl
@@ -85,8 +84,11 @@ def _imbalance(num_k, residues):
     """The taps of the busiest persistent program over those of an average one: where its tiles have
     the same residue along an axis, three taps leave it two of them and others one.
     """
-    same = math.gcd(MULTIPROCESSORS, num_k * residues) // num_k
-    return (4 / 3) ** math.log2(max(1, same))
+    common, rest = MULTIPROCESSORS, num_k * residues
+    while rest:
+        common, rest = rest, common % rest
+    # axes along which they are the same
+    return (4 / 3) ** (max(1, common // num_k).bit_length() - 1)
 
 
 def residents(config):

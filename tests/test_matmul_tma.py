@@ -217,7 +217,7 @@ def empty(*shape, dtype=torch.bfloat16):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("entry", range(15))
+@pytest.mark.parametrize("entry", range(20))
 def test_configurations_overlap_their_products(entry):
     """From shared memory to the tensor cores without a stop: nothing is loaded by the threads, and
     no product is waited for before the next.
