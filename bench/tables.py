@@ -8,19 +8,18 @@ of the files named; `--check` only says whether one is stale.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import tritorch.ops  # noqa: F401  declares the specs
+from tritorch.bench import regret, resnet50_tables
+from tritorch.bench.measured import RESULTS, markdown, newest
 from tritorch.registry import Maker, OpSpec, specs
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 _RAISES = "raises"
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -48,7 +47,7 @@ def ops_table() -> str:
         )
         for layer, spec in ordered
     ]
-    table = _markdown(("layer", "op", "kernels", "dtypes", "layouts", "double backward"), rows)
+    table = markdown(("layer", "op", "kernels", "dtypes", "layouts", "double backward"), rows)
     if any(row[-1] == _RAISES for row in rows):
         table += f'\n"{_RAISES}": the first gradient is right, a second one is an error.\n'
     return table
@@ -96,7 +95,7 @@ def results_table(folder: Path = RESULTS) -> str:
     was not verified.
     """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for key, row in _newest(folder, lambda row: row.get("section") != "layers"):
+    for key, row in newest(folder, lambda row: row.get("section") != "layers"):
         gpu, op, which, shape = key
         # sums of whole steps would mix batch sizes
         shape = shape if which == "train_step" else ""
@@ -105,13 +104,13 @@ def results_table(folder: Path = RESULTS) -> str:
         return "No result of a GPU is committed yet: nothing is claimed about speed.\n"
     rows = [(*key[:3], *_summed(key[3], rows)) for key, rows in sorted(groups.items())]
     header = ("GPU", "op", "pass", "shapes", "tritorch, us", "torch, us", "speed-up", "weakest")
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def layers_table(folder: Path = RESULTS) -> str:
     """One row per GPU and op: the newest times of one typical call, forward and backward."""
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for (gpu, op, which, _), row in _newest(folder, lambda row: row.get("section") == "layers"):
+    for (gpu, op, which, _), row in newest(folder, lambda row: row.get("section") == "layers"):
         found.setdefault((gpu, op), {})[which] = row
     if not found:
         return "No result of a GPU is committed yet: nothing is claimed about speed.\n"
@@ -129,26 +128,13 @@ def layers_table(folder: Path = RESULTS) -> str:
         "backward, us",
         "speed-up",
     )
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def _side_by_side(row: dict[str, Any] | None) -> tuple[str, str]:
     if row is None:
         return "", ""
     return f"{row['median_us']:.1f}", f"{row['speedup']:.2f}" if row["speedup"] else "not verified"
-
-
-def _newest(
-    folder: Path, wanted: Callable[[dict[str, Any]], bool]
-) -> Iterator[tuple[tuple[str, str, str, str], dict[str, Any]]]:
-    """GPU, op, pass and shape of what was timed, and its newest row."""
-    newest: dict[tuple[str, str, str, str], dict[str, Any]] = {}
-    for environment, row in _timed(folder):
-        if wanted(row):
-            # a call whose host time counts is any small one
-            shape = "" if row["pass"].startswith("host") else str(row["shape"])
-            newest[str(environment["gpu"]), str(row["op"]), str(row["pass"]), shape] = row
-    yield from newest.items()
 
 
 def _summed(shape: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -166,26 +152,17 @@ def _summed(shape: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
     return shape or str(len(rows)), f"{ours:.0f}", f"{torchs:.0f}", speedup, weakest
 
 
-def _timed(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Our rows that have a baseline, of the oldest result first."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*/**/*.json"))]
-    results = [result for result in results if result["environment"].get("gpu")]
-    for result in sorted(results, key=lambda result: str(result["environment"].get("date"))):
-        for row in result["rows"]:
-            ours = row.get("implementation", "tritorch") == "tritorch"
-            if ours and row.get("baseline_us") and row.get("median_us"):
-                yield result["environment"], row
-
-
-def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [header, ("--",) * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "ops": ops_table,
     "results": results_table,
     "layers": layers_table,
+    "convolutions": resnet50_tables.convolutions,
+    "convolutions-sums": resnet50_tables.sums,
+    "outcome-products": resnet50_tables.outcome_of("Matrix products and 1x1 convolutions"),
+    "outcome-convolutions": resnet50_tables.outcome_of("3x3 convolutions"),
+    "outcome-stem": resnet50_tables.outcome_of("The first convolution"),
+    "outcome-train": resnet50_tables.train_steps,
+    "regret": regret.table,
 }
 
 

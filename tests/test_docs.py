@@ -20,6 +20,7 @@ PAGES = [
         "bench/README.md",
         "docs/check.md",
         "docs/inspect.md",
+        "docs/performance.md",
         "examples/README.md",
         "kernels/README.md",
     )

@@ -1,0 +1,41 @@
+"""What result files say: the rows that a GPU timed, and tables of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+Row = dict[str, Any]
+
+
+def newest(
+    folder: Path, wanted: Callable[[Row], bool]
+) -> Iterator[tuple[tuple[str, str, str, str], Row]]:
+    """GPU, op, pass and shape of what was timed, and its newest row."""
+    found: dict[tuple[str, str, str, str], Row] = {}
+    for environment, row in timed(folder):
+        if wanted(row):
+            # a call whose host time counts is any small one
+            shape = "" if row["pass"].startswith("host") else str(row["shape"])
+            found[str(environment["gpu"]), str(row["op"]), str(row["pass"]), shape] = row
+    yield from found.items()
+
+
+def timed(folder: Path) -> Iterator[tuple[Row, Row]]:
+    """Environment and row of all of ours that have a baseline, of the oldest result first."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*/**/*.json"))]
+    results = [result for result in results if result["environment"].get("gpu")]
+    for result in sorted(results, key=lambda result: str(result["environment"].get("date"))):
+        for row in result["rows"]:
+            ours = row.get("implementation", "tritorch") == "tritorch"
+            if ours and row.get("baseline_us") and row.get("median_us"):
+                yield result["environment"], row
+
+
+def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, ("--",) * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
