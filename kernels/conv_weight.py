@@ -148,8 +148,8 @@ def conv2d_grad_weight_kernel(
     p = begin // num_q % num_p * BLOCK_P
     q = begin % num_q * BLOCK_Q
     acc = tl.zeros((BLOCK_K, BLOCK_CRS), dtype=ACC)
-    # one at least, which masks empty where there is none: a loop that may not run keeps the compiler
-    # from overlapping the products of Hopper
+    # one at least, which masks empty where there is none: a loop that may not run keeps ptxas from
+    # overlapping the products of Hopper
     for _ in range(max(STEPS, 1)):
         mask_npq = (offs_n < N - n) & (offs_p < P - p) & (offs_q < Q - q)
         pixels, channels = tile_axes(mask_npq, mask_k, Y_CHANNELS_LAST)
