@@ -381,7 +381,7 @@ def test_an_output_that_forgets_the_format_of_an_argument_is_told():
     )
     for argument in ("input", "weight"):
         (found,) = battery_torch.format_of_outputs(images, CASE, argument)
-        assert found.message == "output 0 has strides [64, 16, 4, 1], torch's [64, 1, 16, 4]"
+        assert found.message == "output 0 has strides (64, 16, 4, 1), torch's (64, 1, 16, 4)"
         right = replace(images, op=torch.conv2d)
         assert battery_torch.format_of_outputs(right, CASE, argument) == []
 
