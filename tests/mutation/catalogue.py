@@ -77,7 +77,7 @@ def read(folder: Path = FOLDER) -> list[Mutant]:
     An entry is
 
         [id] class: what is wrong
-        in: function, or function #occurrence
+        in: function, function #occurrence, or #occurrence in the whole file
         ops: ...
         - the line
         + the line that replaces it
@@ -109,12 +109,12 @@ def _parsed(text: str) -> Iterator[Mutant]:
             common |= entry
             continue
         fields = common | entry
-        function, _, occurrence = fields.get("in", "").partition(" #")
+        function, _, occurrence = fields.get("in", "").partition("#")
         yield Mutant(
             id=fields["id"],
             family=fields["family"],
             file=fields["file"],
-            function=function,
+            function=function.strip(),
             occurrence=int(occurrence or 0),
             before=fields["before"],
             after=fields["after"],
