@@ -1,7 +1,7 @@
 """Fails where the compiler makes something worse of a shipped configuration than it used to.
 
 For each configuration of the tables that kernels choose from, and for each kernel that has no
-table, a row says what it took and what it should cost; the rows are kept in `baselines/`, in a file
+table, a row says what it took and what it should cost; the rows are kept in `gated/`, in a file
 for each version of Triton, since another compiler makes other code.
 
     python -m tritorch.bench.gate            says what is worse, exits 1 where something is
@@ -34,7 +34,7 @@ from tritorch.bench.environment import SCHEMA
 from tritorch.registry import OpSpec
 from tritorch.testing import dry
 
-BASELINES = Path(__file__).resolve().parent / "baselines"
+BASELINES = Path(__file__).resolve().parent / "gated"
 TARGETS = ("sm_80", "sm_90")
 # the tables are by the size of an element: bfloat16 has float16's; float64 has no tensor cores to
 # keep busy, and its code is a fraction of a GPU's work
