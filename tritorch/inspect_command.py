@@ -68,6 +68,13 @@ def _names(context: click.Context, option: click.Parameter, value: str) -> tuple
     help="An op's shipped configurations for each workload, the fastest by the estimate first.",
 )
 @click.option(
+    "--why",
+    nargs=2,
+    default=None,
+    metavar="OP SHAPE",
+    help="Which kernels and configurations a shape of conv2d, linear or matmul runs, and why.",
+)
+@click.option(
     "--emit",
     "stages",
     multiple=True,
@@ -117,6 +124,9 @@ def inspect(target: str | None, json_file: Path | None, force: bool, **options: 
     diff = options["diff"]
     if diff and all(Path(one).is_file() for one in diff):
         _diff_of_files(diff, console)
+        return
+    if options["why"]:
+        _why(options, console)
         return
     if target is None:
         raise click.UsageError("Missing argument 'TARGET', or two reports after --diff.")
@@ -193,6 +203,25 @@ def _inspected(target: str, options: dict[str, Any]) -> list[Any]:
     except dry.CompileError as error:
         _stop(f"{error}", _UNABLE)
     return [one for one in found if options["kernel"] in one.label.kernel]
+
+
+def _why(options: dict[str, Any], console: Console) -> None:
+    import torch
+
+    from tritorch.bench import decisions
+    from tritorch.testing import requests
+    from tritorch.testing.errors import RequestError
+
+    op, shape = options["why"]
+    try:
+        dtypes = [requests.dtype_of(name) for name in options["dtypes"]] or [torch.bfloat16]
+        for arch in options["targets"]:
+            for dtype in dtypes:
+                console.print(f"{arch}, {str(dtype).removeprefix('torch.')}", style="bold")
+                for line in decisions.lines(decisions.decisions(op, shape, arch, dtype)):
+                    console.print(line, soft_wrap=True)
+    except RequestError as error:
+        _stop(f"{error}", _USAGE)
 
 
 def _rank(target: str, options: dict[str, Any], console: Console) -> None:
