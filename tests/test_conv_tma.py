@@ -268,8 +268,12 @@ def check(kernels, number):
 
 @pytest.mark.compile
 def test_a_loop_that_may_not_run_is_reported_as_serialized():
-    """The check itself, on the kernel without what the compiler is told."""
+    """The check itself, on the kernel without what the compiler is told, which 3.7 sees itself."""
+    import triton
+
     from tests.tiles import product_kernel
+
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
     found = []
     for told in (False, True):
@@ -286,7 +290,7 @@ def test_a_loop_that_may_not_run_is_reported_as_serialized():
                 num_warps=8,
             )
         found.append(dry.resources(recorder.kernels[0]).serialized)
-    assert found == [True, False]
+    assert found == [old, False]
 
 
 def launched(target, *operands, **options):
