@@ -77,8 +77,8 @@ ROOMS = (
     Room(
         "tritorch/tuned.py",
         "a table of choices knows no op, and imports triton when a choice is read",
-        may="stdlib torch",
-        lazily="triton tritorch.backend tritorch.testing.dry",
+        may="stdlib torch tritorch.backend tritorch.testing.dry",
+        lazily="triton",
     ),
     Room(
         "tritorch/binding.py",

@@ -39,7 +39,7 @@ def test_what_is_no_table_is_said(text, tmp_path):
     with pytest.raises(ValueError, match=r"table.json holds no table"):
         tuned.read(file)
     with pytest.warns(UserWarning, match=r"no row of it is taken"):
-        assert tuned._read_once(file) == {}
+        assert tuned._of_user(file) == {}
 
 
 def test_the_file_is_named_or_that_of_the_gpu(monkeypatch, tmp_path):
@@ -58,11 +58,31 @@ def test_rows_of_the_user_win_over_shipped_ones(monkeypatch, tmp_path):
     rows = [tuned.row("matmul_config", sizes, config(64)) for sizes in (SIZES, other)]
     ours.write_text(json.dumps({"rows": rows}))
     monkeypatch.setenv("TRITORCH_TUNED", str(theirs))
-    monkeypatch.setattr(tuned, "shipped", lambda: ours)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert str(tuned.find("matmul_config", SIZES)) == str(config(16))
-    assert str(tuned.find("matmul_config", other)) == str(config(64))
-    assert tuned.find("conv2d_config", SIZES) is None
+    monkeypatch.setattr(tuned, "shipped", lambda gpu: ours)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    tuned._of_gpu.cache_clear()
+    try:
+        assert str(tuned.find("matmul_config", SIZES, None)) == str(config(16))
+        # read once
+        theirs.unlink()
+        assert str(tuned.find("matmul_config", SIZES, None)) == str(config(16))
+        assert str(tuned.find("matmul_config", other, None)) == str(config(64))
+        assert tuned.find("conv2d_config", SIZES, None) is None
+    finally:
+        tuned._of_gpu.cache_clear()
+
+
+def test_a_row_of_another_version_is_not_taken():
+    """Its kernel would miss a number, in the middle of a training run."""
+    triton = pytest.importorskip("triton")
+    old, own = triton.Config({"BLOCK_M": 16}), config(64)
+    with tuned.using({("matmul_config", SIZES): old}):
+        with pytest.warns(UserWarning, match="has no BLOCK_N and is not taken"):
+            assert tuned.find("matmul_config", SIZES, own) is None
+        # more than the kernel's own has is a choice of it
+        assert tuned.find("matmul_config", SIZES, old) is old
 
 
 def test_a_measured_configuration_is_taken_for_its_sizes_alone():

@@ -59,8 +59,11 @@ def config(choose: Callable[..., Any], *sizes: int) -> Any:
     `triton.Config`, or to None where its kernel is not the one to launch.
     """
     name = choose.__name__
-    forced = name in _overrides
-    chosen = _overrides[name] if forced else tuned.find(name, sizes) or choose(*sizes)
+    if name in _overrides:
+        chosen = _overrides[name]
+    else:
+        own = choose(*sizes)
+        chosen = tuned.find(name, sizes, own) or own
     for questions in _questions:
         questions.append((name, sizes))
     if chosen is not None:

@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 
+from tritorch import backend
+from tritorch.testing import dry
+
 # function and sizes
 Key = tuple[str, tuple[int, ...]]
 
@@ -46,13 +49,25 @@ def _file_of(gpu: str | None) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
 
 
-def find(function: str, sizes: Sequence[int]) -> Any:
-    """The measured `triton.Config` for these sizes, or None.
+def find(function: str, sizes: Sequence[int], own: Any) -> Any:
+    """The measured `triton.Config` for these sizes, or None; `own` is what the kernel itself chose.
 
-    Where no GPU runs the kernel, in the interpreter or ahead of time, there is none.
+    Where no GPU runs the kernel, in the interpreter or ahead of time, there is none.  Warns of one
+    that lacks what `own` has, which another version of the kernel was measured with.
     """
     table = _forced if _forced is not None else _of_this_machine()
-    return table.get((function, tuple(sizes))) if table else None
+    found = table.get((function, tuple(sizes))) if table else None
+    if found is not None and own is not None:
+        missing = sorted(own.kwargs.keys() - found.kwargs.keys())
+        if missing:
+            warnings.warn(
+                f"tuned: the row of {function}{tuple(sizes)} has no {', '.join(missing)} and is not"
+                " taken: another version wrote it, and tritorch tune writes it anew",
+                UserWarning,
+                stacklevel=3,
+            )
+            return None
+    return found
 
 
 @contextlib.contextmanager
@@ -105,21 +120,20 @@ def row(function: str, sizes: Sequence[int], config: Any, **more: Any) -> dict[s
 
 
 def _of_this_machine() -> Mapping[Key, Any] | None:
-    from tritorch import backend
-    from tritorch.testing import dry
-
-    if backend.INTERPRETING or dry.active() is not None or not torch.cuda.is_available():
+    # who launches on a GPU has touched it
+    if backend.INTERPRETING or dry.active() is not None or not torch.cuda.is_initialized():
         return None
-    return _both(path(), shipped())
+    return _of_gpu(torch.cuda.current_device(), os.environ.get("TRITORCH_TUNED"))
 
 
 @functools.cache
-def _both(user: Path, ours: Path) -> Mapping[Key, Any]:
-    return {**read(ours), **_read_once(user)}
+def _of_gpu(device: int, named: str | None) -> Mapping[Key, Any]:
+    """Of the file that TRITORCH_TUNED names, if any, read once: some plans ask in every call."""
+    gpu = torch.cuda.get_device_name(device)
+    return {**read(shipped(gpu)), **_of_user(path(gpu))}
 
 
-@functools.cache
-def _read_once(file: Path) -> Mapping[Key, Any]:
+def _of_user(file: Path) -> Mapping[Key, Any]:
     try:
         return read(file)
     except ValueError as error:
