@@ -77,11 +77,8 @@ CONV3D_FULL_CONFIGS = {itemsize: configs[1::2] for itemsize, configs in CONV2D_F
 CONV2D_GATHER_CONFIGS = {
     2: (_tile(128, 64, 32, 8, 3, 255), _tile(64, 32, 32, 4, 3, 255)),
     4: (_tile(64, 64, 16, 8, 3, 255), _tile(64, 32, 16, 4, 3, 255)),
-    8: (_tile(32, 32, 16, 4, 2, 255),),
+    8: (_tile(32, 32, 16, 8, 2, 255),),
 }
-
-# a volume's addresses in float64: fewer still
-CONV3D_GATHER_CONFIGS = {**CONV2D_GATHER_CONFIGS, 8: (_tile(32, 32, 16, 8, 2, 255),)}
 
 # tiles that keep most multiprocessors of a large GPU busy
 ENOUGH_TILES = 96
@@ -134,11 +131,6 @@ def _largest(configs, npq, k, groups):
 def conv2d_gather_config(npq, k, itemsize):
     """The larger tile unless it is mostly empty."""
     return CONV2D_GATHER_CONFIGS[itemsize][-1 if npq <= 64 or k <= 32 else 0]
-
-
-def conv3d_gather_config(npq, k, itemsize):
-    """The same of volumes."""
-    return CONV3D_GATHER_CONFIGS[itemsize][-1 if npq <= 64 or k <= 32 else 0]
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "STEPS", "SPLITS", "padding_h"])

@@ -123,8 +123,7 @@ def _plan_convolve(
             choose = kernels.conv3d_full_config if volume else kernels.conv2d_full_config
         config = launch.config(choose, pixels, w.written, tiles, x.itemsize)
     else:
-        choose = kernels.conv3d_gather_config if volume else kernels.conv2d_gather_config
-        config = launch.config(choose, pixels, w.written, x.itemsize)
+        config = launch.config(kernels.conv2d_gather_config, pixels, w.written, x.itemsize)
     block_npq, block_k, block_crs = (config.kwargs[f"BLOCK_{axes}"] for axes in ("NPQ", "K", "CRS"))
     slices, flat = (
         math.ceil(w.read / block_crs) * num_taps,
