@@ -22,11 +22,10 @@ def _tile(npq, k, crs, num_warps, num_stages, maxnreg=None):
 # limit of 255 registers ptxas does not aim for an occupancy that would spill a few scalars
 CONV2D_CONFIGS = {
     2: (
-        _tile(128, 256, 32, 8, 4),
-        _tile(128, 128, 64, 8, 3),
+        _tile(128, 128, 64, 8, 3, 255),
         _tile(128, 64, 64, 4, 3, 255),
-        _tile(64, 64, 64, 4, 4),
-        _tile(128, 32, 64, 4, 3),
+        _tile(64, 64, 64, 4, 4, 255),
+        _tile(128, 32, 64, 4, 3, 255),
     ),
     4: (
         _tile(128, 128, 32, 8, 3, 255),
@@ -34,18 +33,6 @@ CONV2D_CONFIGS = {
         _tile(64, 64, 32, 4, 3, 255),
         _tile(128, 32, 16, 8, 3, 255),
     ),
-    8: (_tile(64, 32, 16, 4, 2),),
-}
-
-# an epilogue that computes takes registers, of which the largest tile has none to spare
-CONV2D_EPILOGUE_CONFIGS = {
-    2: (
-        _tile(128, 128, 64, 8, 3, 255),
-        _tile(128, 64, 64, 4, 3, 255),
-        _tile(64, 64, 64, 4, 4, 255),
-        _tile(128, 32, 64, 4, 3, 255),
-    ),
-    4: CONV2D_CONFIGS[4],
     8: (_tile(64, 32, 16, 4, 2, 255),),
 }
 
@@ -67,10 +54,7 @@ CONV2D_FULL_EPILOGUE_CONFIGS = {
     ),
 }
 
-# the largest does not have the registers for the walk through a volume too
-CONV3D_CONFIGS = {**CONV2D_CONFIGS, 2: CONV2D_CONFIGS[2][1:]}
-
-# nor have these
+# the others do not have the registers for the walk through a volume too
 CONV3D_FULL_CONFIGS = {itemsize: configs[1::2] for itemsize, configs in CONV2D_FULL_CONFIGS.items()}
 
 # for operands gathered element by element: each has an address of its own, so fewer per thread
@@ -87,18 +71,6 @@ ENOUGH_TILES = 96
 def conv2d_config(npq, k, groups, itemsize):
     """The largest tile that is not mostly empty and of which there are enough."""
     configs = CONV2D_CONFIGS[itemsize]
-    return configs[-1] if itemsize == 8 else _largest(configs, npq, k, groups)
-
-
-def conv3d_config(npq, k, groups, itemsize):
-    """The same of volumes."""
-    configs = CONV3D_CONFIGS[itemsize]
-    return configs[-1] if itemsize == 8 else _largest(configs, npq, k, groups)
-
-
-def conv2d_epilogue_config(npq, k, groups, itemsize):
-    """The same where the epilogue computes."""
-    configs = CONV2D_EPILOGUE_CONFIGS[itemsize]
     return configs[-1] if itemsize == 8 else _largest(configs, npq, k, groups)
 
 

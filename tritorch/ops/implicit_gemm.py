@@ -113,11 +113,8 @@ def _plan_convolve(
     volume = len(w.taps) == 3
     if unit > 1:
         tiles = groups * residues
-        with_epilogue = computes(epilogue.activation)
-        choose = kernels.conv3d_config if volume else kernels.conv2d_config
-        if with_epilogue:
-            choose = kernels.conv2d_epilogue_config
-        if full and with_epilogue:
+        choose = kernels.conv2d_config
+        if full and computes(epilogue.activation):
             choose = kernels.conv2d_full_epilogue_config
         elif full:
             choose = kernels.conv3d_full_config if volume else kernels.conv2d_full_config
