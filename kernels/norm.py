@@ -38,7 +38,7 @@ MIN_STEPS = 2
 MAX_STEPS = 4
 # programs of an elementwise pass that fill a large GPU several times
 PROGRAMS = 2048
-# slices that one program merges at a time, and channels; of 256 slices Triton 3.9's compiler crashes
+# slices that one program merges at a time, and channels; of 256 Triton 3.9's compiler crashes
 # for sm_90 where channels are no multiple of 16
 BLOCK_S = 128
 BLOCK_C = 16
