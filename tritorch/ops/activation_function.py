@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,6 +105,49 @@ def _activation_backward(
     run = _plan("activation_backward_kernel", activation, order, grad_output.shape, *strides)
     run(saved, *tensors, floats=(slope,))
     return grad_input
+
+
+def keeps_before(ctx: Any, activation: str | None) -> bool:
+    """Whether the gradient of a product with this epilogue needs the value before it."""
+    return activation is not None and not needs_output(activation) and any(ctx.needs_input_grad)
+
+
+def save_product(
+    ctx: Any,
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    activation: str | None,
+    output: Tensor,
+    before: Tensor | None,
+) -> None:
+    """Saves of activation(input * weight + bias), in this order the first inputs of a function,
+    what `grad_before` and the gradients of input and weight take.
+    """
+    input, weight, bias = operands
+    kept = before is not None
+    ctx.activation, ctx.keeps_before = activation, kept
+    # the value before, which is no result, is known to autograd by what it is computed from
+    binding.save_for_backward(
+        ctx,
+        input if kept or ctx.needs_input_grad[1] else None,
+        weight if kept or ctx.needs_input_grad[0] else None,
+        bias if kept else None,
+        output if activation is not None and not kept else before,
+    )
+
+
+def grad_before(
+    ctx: Any, grad_output: Tensor, saved: Tensor, again: Callable[[], Tensor]
+) -> Tensor:
+    """The gradient before the activation, from the last tensor of `save_product`.
+
+    `again` computes the value there anew, where a second gradient goes through it.
+    """
+    if ctx.activation is None:
+        return grad_output
+    if ctx.keeps_before and torch.is_grad_enabled():
+        saved = again()
+    grad: Tensor = binding.apply(ActivationBackward, grad_output, saved, ctx.activation)
+    return grad
 
 
 class ActivationBackward(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import depthwise, implicit_gemm
-from tritorch.ops.activation_function import ActivationBackward, needs_output
+from tritorch.ops.activation_function import grad_before, keeps_before, save_product
 from tritorch.ops.geometry import Geometry, is_channels_last, memory_format
 from tritorch.ops.reduce import ChannelSum
 
@@ -218,22 +218,14 @@ class Convolution(torch.autograd.Function):
     ) -> Tensor:
         geometry = stride, padding, dilation, groups
         arguments = input, weight, bias, size, *geometry, channels_last, activation
+        output: Tensor
         before: Tensor | None = None
-        if activation is None or needs_output(activation) or not any(ctx.needs_input_grad):
-            output: Tensor = _convolution(*arguments)
-        else:
+        if keeps_before(ctx, activation):
             output, before = _convolution_keeping(*arguments)
-        keeps_before = before is not None
-        # the value before, which is no result, is known to autograd by what it is computed from
-        binding.save_for_backward(
-            ctx,
-            input if keeps_before or ctx.needs_input_grad[1] else None,
-            weight if keeps_before or ctx.needs_input_grad[0] else None,
-            bias if keeps_before else None,
-            output if activation is not None and not keeps_before else before,
-        )
-        ctx.geometry, ctx.channels_last = geometry, channels_last
-        ctx.activation, ctx.keeps_before = activation, keeps_before
+        else:
+            output = _convolution(*arguments)
+        save_product(ctx, (input, weight, bias), activation, output, before)
+        ctx.size, ctx.geometry, ctx.channels_last = size, geometry, channels_last
         ctx.input_size, ctx.input_format = input.shape[2:], is_channels_last(input)
         ctx.kernel_size, ctx.weight_format = weight.shape[2:], is_channels_last(weight)
         return output
@@ -241,14 +233,13 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, saved = ctx.saved_tensors
-        if ctx.activation is not None:
-            if ctx.keeps_before and torch.is_grad_enabled():
-                # a second gradient goes through it
-                size = saved.shape[2:]
-                saved = binding.apply(
-                    Convolution, input, weight, bias, size, *ctx.geometry, ctx.channels_last, None
-                )
-            grad_output = binding.apply(ActivationBackward, grad_output, saved, ctx.activation)
+        rest = ctx.size, *ctx.geometry, ctx.channels_last, None
+        grad_output = grad_before(
+            ctx,
+            grad_output,
+            saved,
+            lambda: binding.apply(Convolution, input, weight, bias, *rest),
+        )
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = binding.apply(

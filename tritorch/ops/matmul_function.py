@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import matmul_tma, strided
-from tritorch.ops.activation_function import ActivationBackward, computes, needs_output
+from tritorch.ops.activation_function import computes, grad_before, keeps_before, save_product
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout
 
@@ -170,20 +170,11 @@ class Linear(torch.autograd.Function):
         shape = (*input.shape[:-1], weight.shape[0])
         arguments = rows_of(input), weight.t(), bias, activation
         before: Tensor | None = None
-        if activation is None or needs_output(activation) or not any(ctx.needs_input_grad):
-            output: Tensor = _shaped(matmul(*arguments), shape)
-        else:
+        if keeps_before(ctx, activation):
             output, before = (_shaped(each, shape) for each in matmul_keeping(*arguments))
-        keeps_before = before is not None
-        # the value before, which is no result, is known to autograd by what it is computed from
-        binding.save_for_backward(
-            ctx,
-            input if keeps_before or ctx.needs_input_grad[1] else None,
-            weight if keeps_before or ctx.needs_input_grad[0] else None,
-            bias if keeps_before else None,
-            output if activation is not None and not keeps_before else before,
-        )
-        ctx.activation, ctx.keeps_before = activation, keeps_before
+        else:
+            output = _shaped(matmul(*arguments), shape)
+        save_product(ctx, (input, weight, bias), activation, output, before)
         return output
 
     @staticmethod
@@ -191,11 +182,9 @@ class Linear(torch.autograd.Function):
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         input, weight, bias, saved = ctx.saved_tensors
-        if ctx.activation is not None:
-            if ctx.keeps_before and torch.is_grad_enabled():
-                # a second gradient goes through it
-                saved = binding.apply(Linear, input, weight, bias, None)
-            grad_output = binding.apply(ActivationBackward, grad_output, saved, ctx.activation)
+        grad_output = grad_before(
+            ctx, grad_output, saved, lambda: binding.apply(Linear, input, weight, bias, None)
+        )
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = binding.apply(Linear, grad_output, weight.t(), None, None)
