@@ -87,7 +87,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], threshold: float = T
     """Compares two results, the contents of their files.
 
     FASTER and SLOWER: surely different, by more than `threshold`.  SAME: surely within it.
-    UNSURE: neither.
+    UNSURE: neither, or the GPU was throttled.
     """
     before, after = _by_key(old["rows"]), _by_key(new["rows"])
     shared = [name for name in before if name in after]
@@ -215,6 +215,9 @@ def _judged(
         verdict = "WRONG"
         wrong = [(name, row) for name, row in (("old", old), ("new", new)) if not row["verified"]]
         why = "; ".join(f"{name}: {row.get('failure', 'not verified')}" for name, row in wrong)
+    elif slowed := [name for name, row in (("old", old), ("new", new)) if row.get("throttled")]:
+        verdict = "UNSURE"
+        why = f"the GPU was throttled: {', '.join(slowed)}"
     else:
         beyond = abs(math.log(ratio.value)) > math.log1p(threshold)
         if chance < _ALPHA and beyond:

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from tritorch.bench import clocks
+
 __all__ = ["SCHEMA", "environment", "gpu_slug", "write_result", "write_whole"]
 
 # raised when a reader of older files would misread a newer one
@@ -36,17 +38,21 @@ def environment() -> dict[str, Json]:
     """Everything that a result depends on besides the code that was timed, ready for JSON.
 
     `gpu`, `capability` (such as "9.0"), `multiprocessors` and `gpu_memory` (bytes) are None without
-    a GPU; `triton` is None where it is not installed. `commit` and `dirty` (tracked files differ
-    from it) describe the checkout that this file is in. Both are None outside one; a copy of the
-    tree that lacks its history can be told its commit in the variable TRITORCH_COMMIT. `date` is
-    UTC, ISO 8601, seconds. `tf32` holds torch's two switches, `triton_env` the TRITON_* variables.
+    a GPU, and what `clocks.settings` asks of the machine (driver, power limit, highest clock, ECC,
+    MIG) where it does not answer; `triton` is None where it is not installed. `commit` and `dirty`
+    (tracked files differ from it) describe the checkout that this file is in. Both are None outside
+    one; a copy of the tree that lacks its history can be told its commit in the variable
+    TRITORCH_COMMIT. `date` is UTC, ISO 8601, seconds. `tf32` holds torch's two switches,
+    `triton_env` the TRITON_* variables.
     """
     commit, dirty = _commit()
     # `allow_tf32` raises once a program has set a newer switch; torch gives those no types
     backends: Any = torch.backends
     return {
         **_gpu(),
+        **clocks.settings(),
         "cuda": torch.version.cuda,
+        "cudnn": backends.cudnn.version(),
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "numpy": _version("numpy"),

@@ -102,12 +102,14 @@ def _measure(
 def _section(runner: Runner, section: str, until: float, tell: Callable[..., None]) -> None:
     start = time.time()
     tell("section", section=section)
+    before = runner.clocks()
     try:
         runner.run(section, min(until, start + LIMIT))
     except Exception as error:
         rows.reraise_fatal(error)
         tell("skip", section=section, what="the rest", why=f"{error!r}"[:500])
-    tell("ended", section=section, seconds=time.time() - start)
+    seen = {"before": before, "after": runner.clocks()}
+    tell("ended", section=section, seconds=time.time() - start, clocks=seen)
 
 
 class Run:
@@ -185,12 +187,17 @@ class Run:
                 self.store.skip(**fields)
                 print(f"skipped: {fields['section']}: {fields['what']}: {fields['why']}")
             elif event == "ended":
-                self.ended.add(fields["section"])
-                self.store.write()
-                print(f"{fields['section']}: {fields['seconds']:.1f} s", flush=True)
+                self._end(**fields)
             patience = fields.get("patience", _PATIENCE + (_COMPILING if event == "section" else 0))
             if event == "doing":
                 self.doing = fields
+
+    def _end(self, section: str, seconds: float, clocks: dict[str, Any]) -> None:
+        self.ended.add(section)
+        ended = self.store.more.setdefault("sections", [])
+        ended.append({"section": section, "seconds": round(seconds, 1), "clocks": clocks})
+        self.store.write()
+        print(f"{section}: {seconds:.1f} s", flush=True)
 
     def _keep(self, row: dict[str, Any]) -> None:
         self.done.add(rows.key(row))
@@ -260,7 +267,8 @@ def _line(row: dict[str, Any]) -> str:
     times = f"{number('median_us')} us, torch {number('baseline_us')}, {number('speedup')}x"
     wrong = "" if row["verified"] else f" NOT VERIFIED: {row.get('failure')}"
     torchs = f" FALLBACK: {row['fallbacks']}" if row.get("fallbacks") else ""
-    return f"{what}: {times}, roofline {number('roofline')}{wrong}{torchs}"
+    slow = f" THROTTLED: {', '.join(row['throttled'])}" if row.get("throttled") else ""
+    return f"{what}: {times}, roofline {number('roofline')}{wrong}{slow}{torchs}"
 
 
 def _correctness(out: Path, limit: float) -> None:

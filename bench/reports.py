@@ -83,7 +83,10 @@ def _checked(row: Mapping[str, Any]) -> str:
     if not row.get("verified"):
         return f"FAILED: {row.get('failure', '')}"
     headroom = row.get("headroom")
-    return "" if headroom is None else f"error {headroom:.0%} of its limit"
+    said = [] if headroom is None else [f"error {headroom:.0%} of its limit"]
+    if row.get("throttled"):
+        said.append(f"GPU throttled: {', '.join(row['throttled'])}")
+    return "; ".join(said)
 
 
 def number(value: float) -> str:

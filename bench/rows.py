@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tritorch import backend
-from tritorch.bench import guards, intervals, launches, timing
+from tritorch.bench import clocks, guards, intervals, launches, timing
 from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import OURS, TORCH, Case, Slot
 from tritorch.bench.ceilings import Ceilings
@@ -35,7 +35,7 @@ class Bench:
     """Where and how cases are measured.
 
     `extras`: of "host", "graph", "memory" and "kernels" what is measured besides the time on the
-    device.
+    device.  `watch` sees whether the GPU is slowed down meanwhile.
     """
 
     device: torch.device
@@ -43,6 +43,7 @@ class Bench:
     ceilings: Ceilings | None = None
     extras: frozenset[str] = frozenset()
     seed: int = 0
+    watch: clocks.Watch = field(default_factory=clocks.Blind)
 
     def __post_init__(self) -> None:
         self.clock = timing.clock(self.device)
@@ -70,7 +71,9 @@ class Bench:
         backend.reset()
         judge = guards.Judge(prepared)
         failures, verdicts = self._prepare(prepared, judge)
+        self.watch.seen()
         timed, kept = self._timed(prepared, failures)
+        slowed = clocks.summary(self.watch.seen())
         # while what was differentiated is still what lies in memory
         extras = {name: self._extras(prepared, name) for name in timed}
         self._judge(judge, timed, kept, failures, verdicts)
@@ -81,6 +84,8 @@ class Bench:
             if name in timed:
                 row |= self._times(case, which, timed[name])
                 row |= extras[name]
+                if self.device.type == "cuda":
+                    row |= slowed
                 row["first_seconds"] = self.first.get(name)
             verdict = verdicts.get(name)
             row["verified"] = not failures.get(name) and (verdict is None or verdict.accepted)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tritorch.bench import baselines, ceilings, rows, timing
+from tritorch.bench import baselines, ceilings, clocks, rows, timing
 from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import BOTH, FORWARD, OURS, TORCH, Case, workloads
 from tritorch.bench.resnet50 import Shapes
@@ -111,9 +111,9 @@ class Runner:
         wait: Callable[[str, float], None] = lambda section, until: None,
     ) -> None:
         self.setting, self.tell, self.done, self.wait = setting, tell, done, wait
-        self.bench = rows.Bench(
-            torch.device(setting.device), timing.Plan(setting.seconds, least=30, most=200)
-        )
+        device = torch.device(setting.device)
+        plan = timing.Plan(setting.seconds, least=30, most=200)
+        self.bench = rows.Bench(device, plan, watch=clocks.watch(device))
         self.found: list[rows.Row] = []
         # cases that are not tried again, and whether what there is no time for is given up
         self.failed: set[str] = set()
@@ -140,6 +140,12 @@ class Runner:
         """Takes the ceilings of an earlier part of this run."""
         self.found = [row for row in earlier if row.get("name") == "ceiling"]
         self.bench.ceilings = ceilings.of_rows(self.found)
+
+    def clocks(self) -> dict[str, Any] | None:
+        """What the GPU's clocks do now; None where nobody knows."""
+        self.bench.watch.seen()
+        latest = self.bench.watch.latest
+        return None if latest is None else latest.row()
 
     def _row(self, section: str, row: rows.Row) -> None:
         self.done.add(rows.key(row))
@@ -202,7 +208,9 @@ class Runner:
     def _host(self, case: Case, which: str) -> Iterator[rows.Row]:
         """The host's time in place of the device's."""
         plan = timing.Plan(0.05, least=5)
-        bench = rows.Bench(self.bench.device, plan, extras=frozenset({"host"}))
+        bench = rows.Bench(
+            self.bench.device, plan, extras=frozenset({"host"}), watch=self.bench.watch
+        )
         found = bench.rows(case, which, bench.slots(case))
         torchs = next(row for row in found if row["implementation"] == TORCH)
         for row in found:
@@ -229,8 +237,12 @@ class Runner:
             self.tell("doing", section=section, what=what, key=(), patience=240.0)
             plan = timing.Plan(10 * self.setting.seconds, least=10, ahead=False)
             try:
-                for row in trainer.rows(names, plan, self.bench.clock):
-                    self._row(section, row)
+                self.bench.watch.seen()
+                found = trainer.rows(names, plan, self.bench.clock)
+                slowed = clocks.summary(self.bench.watch.seen())
+                for row in found:
+                    seen = slowed if self.bench.device.type == "cuda" else {}
+                    self._row(section, {**row, **seen})
             except Exception as error:
                 self._fail(section, what, error)
             self._free()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import tritorch.ops  # noqa: F401  declares the specs
-from tritorch.bench import baselines, cases, ceilings, peers, rows, timing
+from tritorch.bench import baselines, cases, ceilings, clocks, peers, rows, timing
 from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import Case, Planner
 from tritorch.registry import Maker, Sample, specs
@@ -155,7 +155,13 @@ def bench_on(device: torch.device, plan: timing.Plan, seed: int, *, extras: bool
     torch.manual_seed(seed)
     baselines.use_fast_algorithms()
     baselines.use_full_float32()
-    return rows.Bench(device, plan, extras=EXTRAS if extras else frozenset(), seed=seed)
+    return rows.Bench(
+        device,
+        plan,
+        extras=EXTRAS if extras else frozenset(),
+        seed=seed,
+        watch=clocks.watch(device),
+    )
 
 
 def sizes_of(text: str) -> tuple[dict[str, int], ...]:

@@ -251,12 +251,18 @@ def _keeper(store: Store, console: Console) -> Callable[[dict[str, Any]], None]:
             "-" if us is None else number(us),
             "-" if speedup is None else f"{speedup:.2f}",
             "-" if roofline is None else f"{roofline:.0%}",
-            f"FAILED {row.get('failure', '')}" if wrong else "",
+            _said(row),
         )
         colour = "bold red" if wrong else None
         console.print(_LINE.format(*cells).rstrip(), style=colour, markup=False)
 
     return keep
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    if not row["verified"]:
+        return f"FAILED {row.get('failure', '')}"
+    return f"GPU throttled: {', '.join(row['throttled'])}" if row.get("throttled") else ""
 
 
 @contextlib.contextmanager

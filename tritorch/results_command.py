@@ -127,7 +127,8 @@ def compare(old: Path, new: Path, threshold: float, fail_on_slower: bool) -> Non
 
     OLD and NEW are files of `tritorch bench --json` or of `make gpu`.  FASTER and SLOWER: the
     medians differ surely, by more than the threshold; SAME: surely by less; WRONG: not verified in
-    one of them.  Of all rows together a false alarm has a chance of 5 %.
+    one of them; UNSURE also: taken while the GPU was throttled.  Of all rows together a false
+    alarm has a chance of 5 %.
     """
     from tritorch.bench import compare as comparing
 
@@ -156,7 +157,7 @@ def _show(report: comparing.Report, console: Console) -> None:
         change = one.why
         if one.ratio is not None:
             value, low, high = (100 * (ratio - 1) for ratio in one.ratio)
-            change = f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]"
+            change = f"{value:+.1f} % [{low:+.1f}, {high:+.1f}] {one.why}".rstrip()
         times = f"{number(one.old_us or 0)} -> {number(one.new_us or 0)} us"
         say(
             f"{one.verdict:<7} {call:<60} {row['implementation']:<13} {times:<24} {change}",
