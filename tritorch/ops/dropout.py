@@ -103,21 +103,18 @@ def _dropout_forward_(input: Tensor, seed: Tensor, p: float, order: Sequence[int
 
 
 def _launch(x: Tensor, seed: Tensor, y: Tensor, p: float, order: Sequence[int]) -> None:
-    # `order` comes last and so decides which element is the how-manyth
-    nest = strided.nest_of("dropout", x.shape, x.stride(), y.stride(), tuple(order))
-    launch.run(
+    run = _plan(_threshold(p), x.shape, x.stride(), y.stride(), tuple(order))
+    run(x, x, seed, y, floats=(_scale(p),))
+
+
+@launch.planned
+def _plan(threshold: int, shape: tuple[int, ...], *along: tuple[int, ...]) -> launch.Prepared:
+    # the order comes last and so decides which element is the how-manyth
+    nest = strided.nest_of("dropout", shape, *along)
+    return launch.Prepared(
         kernels.dropout_kernel,
         (math.ceil(nest.numel / kernels.BLOCK),),
-        x,
-        seed,
-        y,
-        nest.numel,
-        _threshold(p),
-        *nest.sizes[1:],
-        *nest.strides[0],
-        *nest.strides[1],
-        _scale(p),
-        on=x,
+        (nest.numel, threshold, *nest.sizes[1:], *nest.strides[0], *nest.strides[1]),
         INDEX_64=nest.wide,
         BLOCK=kernels.BLOCK,
     )
