@@ -100,21 +100,22 @@ def convolve(
 
 
 def _pack_images(x: Tensor, packed: _Packed) -> Tensor:
-    n, c, h, w = x.shape
-    images = x.new_empty((n, packed.rows, packed.columns, kernels.PACKED))
-    pixels = images.numel() // kernels.PACKED
-    launch.run(
+    images = x.new_empty((x.shape[0], packed.rows, packed.columns, kernels.PACKED))
+    _plan_pack(packed, x.shape, x.stride())(x, x, images)
+    return images
+
+
+@launch.planned
+def _plan_pack(
+    packed: _Packed, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> launch.Prepared:
+    pixels = shape[0] * packed.rows * packed.columns
+    return launch.Prepared(
         kernels.pack_pixels_kernel,
         (math.ceil(pixels / kernels.BLOCK),),
-        x,
-        images,
-        *(pixels, c, h, w, packed.rows, packed.columns),
-        *packed.padding,
-        *x.stride(),
-        on=x,
+        (pixels, *shape[1:], packed.rows, packed.columns, *packed.padding, *strides),
         BLOCK=kernels.BLOCK,
     )
-    return images
 
 
 def _pack_filters(weight: Tensor, packed: _Packed, geometry: Geometry) -> Tensor:
@@ -157,16 +158,19 @@ def grad_weight(
     rows, columns = packed.taps
     sums = conv_tma.partial_sums(plan, grad_output, _pack_images(input, packed))
     whole = output.new_empty((outputs, rows, columns, 2, 2, 4))
-    launch.run(
-        weight_kernels.conv2d_sum_weight_kernel,
-        (math.ceil(whole.numel() / weight_kernels.BLOCK),),
-        *(sums, whole, whole.numel(), plan.splits),
-        # dense
-        *(1, 1, 1, 1),
-        *(1, 0, 0, 0, 0),
-        on=output,
-        BLOCK=weight_kernels.BLOCK,
-    )
+    _plan_sum(whole.numel(), plan.splits)(output, sums, whole)
     whole = whole.permute(0, 5, 1, 3, 2, 4).reshape(outputs, 4, 2 * rows, 2 * columns)
     first_h, first_w = (padding % 2 for padding in geometry.padding)
     output.copy_(whole[:, :c, first_h : first_h + r, first_w : first_w + s])
+
+
+@launch.planned
+def _plan_sum(elements: int, splits: int) -> launch.Prepared:
+    # a dense tensor is one of a single dimension
+    dense = (1, 1, 1, 1), (1, 0, 0, 0, 0)
+    return launch.Prepared(
+        weight_kernels.conv2d_sum_weight_kernel,
+        (math.ceil(elements / weight_kernels.BLOCK),),
+        (elements, splits, *dense[0], *dense[1]),
+        BLOCK=weight_kernels.BLOCK,
+    )
