@@ -26,52 +26,46 @@ def _means(input: Tensor) -> Tensor:
 @binding.library_op("spatial_mean(Tensor input) -> Tensor", fake=_means)
 def _spatial_mean(input: Tensor) -> Tensor:
     output = _means(input)
-    (n, c), pixels = input.shape[:2], math.prod(input.shape[2:])
-    if pixels <= kernels.MAX_SMALL and input.is_contiguous():
-        _launch_small(input, output, n * c, pixels)
-        return output
-    channels_last = input.stride(1) == 1
-    if input.stride(0) == c * input.stride(1):
-        # the images are one of more channels, which is read in larger tiles
-        n, c = 1, n * c
-    nest = strided.nest_of("adaptive_avg_pool", input.shape[2:], input.stride()[2:])
-    config = launch.config(kernels.spatial_mean_config, channels_last, pixels)
-    programs = n * math.ceil(c / config.kwargs["BLOCK_C"])
-    steps = math.ceil(pixels / config.kwargs["BLOCK_R"])
-    splits, steps = geometry.split(programs, steps, 4)
+    splits, run = _plan(Layout.of(input), input.is_contiguous())
     partial = output
     if splits > 1:
-        partial = input.new_empty((splits, n * c), dtype=accumulator_dtype(input.dtype))
-    launch.run(
-        kernels.spatial_mean_kernel,
-        (programs, splits),
-        input,
-        partial,
-        n,
-        c,
-        pixels,
-        steps,
-        *nest.sizes[1:3],
-        *input.stride()[:2],
-        *nest.strides[0][:3],
-        on=input,
-        config=config,
-        INDEX_64=nest.wide or geometry.is_wide(Layout.of(input)),
-    )
+        partial = input.new_empty((splits, output.numel()), dtype=accumulator_dtype(input.dtype))
+    run(input, input, partial)
     if splits > 1:
         split_sum(partial, output)
     return output
 
 
-def _launch_small(input: Tensor, output: Tensor, images: int, pixels: int) -> None:
-    launch.run(
+@launch.planned
+def _plan(input: Layout, contiguous: bool) -> tuple[int, launch.Prepared]:
+    """In how many sums of each image, and their launch."""
+    (n, c, *size), pixels = input.shape, math.prod(input.shape[2:])
+    if pixels <= kernels.MAX_SMALL and contiguous:
+        return 1, _plan_small(n * c, pixels)
+    channels_last = input.stride(1) == 1
+    if input.stride(0) == c * input.stride(1):
+        # the images are one of more channels, which is read in larger tiles
+        n, c = 1, n * c
+    nest = strided.nest_of("adaptive_avg_pool", tuple(size), input.strides[2:])
+    config = launch.config(kernels.spatial_mean_config, channels_last, pixels)
+    programs = n * math.ceil(c / config.kwargs["BLOCK_C"])
+    steps = math.ceil(pixels / config.kwargs["BLOCK_R"])
+    splits, steps = geometry.split(programs, steps, 4)
+    strides = (*input.strides[:2], *nest.strides[0][:3])
+    return splits, launch.Prepared(
+        kernels.spatial_mean_kernel,
+        (programs, splits),
+        (n, c, pixels, steps, *nest.sizes[1:3], *strides),
+        config,
+        INDEX_64=nest.wide or geometry.is_wide(input),
+    )
+
+
+def _plan_small(images: int, pixels: int) -> launch.Prepared:
+    return launch.Prepared(
         kernels.small_mean_kernel,
         (math.ceil(images / kernels.SMALL_IMAGES),),
-        input,
-        output,
-        images,
-        pixels,
-        on=input,
+        (images, pixels),
         # the next power of two
         BLOCK_R=1 << (pixels - 1).bit_length(),
         BLOCK_C=kernels.SMALL_IMAGES,
