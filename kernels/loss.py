@@ -151,7 +151,7 @@ def load_operand(
 @triton.jit
 def elementwise_loss_forward_kernel(
     x_ptr, y_ptr, weight_ptr, pos_weight_ptr, loss_ptr,
-    NUMEL, threshold: tl.float64,
+    NUMEL,
     size_1, size_2, size_3, size_4,
     x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
     y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4,
@@ -159,6 +159,7 @@ def elementwise_loss_forward_kernel(
     pos_weight_stride_0, pos_weight_stride_1, pos_weight_stride_2,
     pos_weight_stride_3, pos_weight_stride_4,
     loss_stride_0, loss_stride_1, loss_stride_2, loss_stride_3, loss_stride_4,
+    threshold: tl.float64,
     LOSS: tl.constexpr, REDUCED: tl.constexpr, SUMS_WEIGHTS: tl.constexpr,
     INDEX_64: tl.constexpr, BLOCK: tl.constexpr,
 ):
@@ -195,7 +196,7 @@ def elementwise_loss_forward_kernel(
 def elementwise_loss_backward_kernel(
     x_ptr, y_ptr, weight_ptr, pos_weight_ptr, grad_loss_ptr, grad_grad_ptr, denominator_ptr,
     grad_ptr,
-    NUMEL, divisor, threshold: tl.float64,
+    NUMEL, divisor,
     size_1, size_2, size_3, size_4,
     x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
     y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4,
@@ -207,6 +208,7 @@ def elementwise_loss_backward_kernel(
     grad_grad_stride_0, grad_grad_stride_1, grad_grad_stride_2,
     grad_grad_stride_3, grad_grad_stride_4,
     grad_stride_0, grad_stride_1, grad_stride_2, grad_stride_3, grad_stride_4,
+    threshold: tl.float64,
     LOSS: tl.constexpr, WITH_RESPECT_TO: tl.constexpr, ONE_GRAD_LOSS: tl.constexpr,
     INDEX_64: tl.constexpr, BLOCK: tl.constexpr,
 ):

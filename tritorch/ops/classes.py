@@ -1,11 +1,14 @@
-"""Class indices as targets, and weights of classes: their checks."""
+"""Class indices as targets, weights of classes, rows of classes: their checks and loop nests."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tritorch import backend, checks
+from tritorch.ops import strided
 
 
 def count_of(input: Tensor) -> int:
@@ -67,3 +70,16 @@ def check_range(op: str, input: Tensor, target: Tensor, ignore_index: int) -> No
     if bool(wrong.any()):
         rule = f"target {int(classes[wrong][0])} is out of bounds"
         checks.fail(IndexError, op, rule, input=input, target=target)
+
+
+def nest_of_rows(
+    op: str, shape: tuple[int, ...], tensors: Sequence[tuple[int, ...]]
+) -> strided.Nest:
+    """The loop nest over the rows of (N, C, d1, ...) in row-major order, from strides of tensors
+    with classes or without; wide too where an offset of a class is.
+    """
+    with_classes = [strides for strides in tensors if len(strides) == len(shape)]
+    first = [(t[0], *t[2:]) if len(t) == len(shape) else t for t in tensors]
+    nest = strided.nest_in_order(op, (shape[0], *shape[2:]), *first)
+    wide = nest.wide or any(strided.is_wide(shape, strides) for strides in with_classes)
+    return nest._replace(wide=wide)

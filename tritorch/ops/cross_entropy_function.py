@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import cross_entropy_rows, loss, strided
+from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("cross_entropy_second")
 
@@ -80,76 +81,60 @@ def _second(
         needs_input,
         needs_target,
     )
-    count, classes = grad_output.numel(), input.shape[1]
-    config = launch.config(
-        kernels.cross_entropy_second_config, count, classes, input.stride(1) == 1
-    )
-    tiles_n = math.ceil(count / config.kwargs["BLOCK_N"])
-    tiles_c = math.ceil(classes / config.kwargs["BLOCK_C"])
     products = rows.new_empty(grad_output.shape)
-    constants = {
-        "SPREAD": cross_entropy_rows.spreads(target, label_smoothing),
-        "PROBABILITIES": target.is_floating_point(),
-        "OF_INPUT": wanted == "input",
-    }
-    scalars = (weight.stride(0) if weight is not None else 1, ignore_index, label_smoothing)
-    nest, strides, layout = cross_entropy_rows.walk(config, (input, target, grad), ())
-    launch.run(
-        kernels.cross_entropy_second_rows_kernel,
-        (tiles_n,),
-        input,
-        target,
-        weight,
-        rows,
-        grad,
-        denominator,
-        products,
-        results[0],
-        count,
-        classes,
-        divisor,
-        *nest.sizes[1:],
-        *strides,
-        *scalars,
-        on=input,
-        config=config,
-        INDEX_64=layout["INDEX_64"],
-        **constants,
-    )
+    of_classes = cross_entropy_rows.weight_stride(weight), ignore_index
+    spread = cross_entropy_rows.spreads(target, label_smoothing)
+    given = Layout.of(input), divisor, of_classes, spread, wanted
+    walked = target.stride(), grad.stride()
+    tensors = input, target, weight, rows, grad
+    run = _plan(None, *given, walked, ())
+    run(input, *tensors, denominator, products, results[0], floats=(label_smoothing,))
     for name, needed, result in (
         ("input", needs_input, results[1]),
         ("target", needs_target, results[2]),
     ):
-        if not needed:
-            continue
-        walked = (input, target, grad, result)
-        nest, strides, layout = cross_entropy_rows.walk(config, walked, (grad_output,))
-        launch.run(
-            kernels.cross_entropy_second_kernel,
-            (tiles_n * tiles_c,),
-            input,
-            target,
-            weight,
-            rows,
-            grad,
-            products,
-            grad_output,
-            denominator,
-            result,
-            count,
-            classes,
-            tiles_c,
-            divisor,
-            *nest.sizes[1:],
-            *strides,
-            *scalars,
-            on=input,
-            config=config,
-            WITH_RESPECT_TO_INPUT=name == "input",
-            INDEX_64=layout["INDEX_64"],
-            **constants,
-        )
+        if needed:
+            run = _plan(name, *given, (*walked, result.stride()), (grad_output.stride(),))
+            others = products, grad_output, denominator, result
+            run(input, *tensors, *others, floats=(label_smoothing,))
     return results
+
+
+@launch.planned
+def _plan(
+    with_respect_to: str | None,
+    input: Layout,
+    divisor: int,
+    of_classes: tuple[int, int],
+    spread: bool,
+    wanted: str,
+    classified: tuple[tuple[int, ...], ...],
+    others: tuple[tuple[int, ...], ...],
+) -> launch.Prepared:
+    """The products of rows, which come first, or a gradient."""
+    rows, classes = input.shape[0] * math.prod(input.shape[2:]), input.shape[1]
+    config = launch.config(kernels.cross_entropy_second_config, rows, classes, input.stride(1) == 1)
+    nest, strides, layout = cross_entropy_rows.walk(config, input, classified, others)
+    tiles_n = math.ceil(rows / config.kwargs["BLOCK_N"])
+    constants: dict[str, bool] = {}
+    tiles_c: tuple[int, ...] = ()
+    if with_respect_to is None:
+        kernel = kernels.cross_entropy_second_rows_kernel
+    else:
+        kernel = kernels.cross_entropy_second_kernel
+        constants["WITH_RESPECT_TO_INPUT"] = with_respect_to == "input"
+        tiles_c = (math.ceil(classes / config.kwargs["BLOCK_C"]),)
+    return launch.Prepared(
+        kernel,
+        (tiles_n * math.prod(tiles_c),),
+        (rows, classes, *tiles_c, divisor, *nest.sizes[1:], *strides, *of_classes),
+        config,
+        SPREAD=spread,
+        PROBABILITIES=len(classified[0]) == len(input.shape),
+        OF_INPUT=wanted == "input",
+        INDEX_64=layout["INDEX_64"],
+        **constants,
+    )
 
 
 class CrossEntropySecondBackward(torch.autograd.Function):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import classes, loss, strided
 from tritorch.ops.reduce import accumulator_dtype
+from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("cross_entropy")
 
@@ -66,40 +67,41 @@ def forward(
     reduced, probabilities = reduction != "none", target.is_floating_point()
     if not probabilities:
         classes.check_range("cross_entropy", input, target, ignore_index)
-    count = first_class(input).numel()
-    config = _config(input)
-    programs = math.ceil(count / config.kwargs["BLOCK_N"])
-    partial = rows.new_empty((1 if probabilities else 2, programs)) if reduced else result
-    nest, strides, layout = walk(config, (input, target), ())
-    launch.run(
-        kernels.cross_entropy_forward_kernel,
-        (programs,),
-        input,
-        target,
-        weight,
-        partial,
-        rows if keep_rows else None,
-        count,
-        input.shape[1],
-        *nest.sizes[1:],
-        *strides,
-        weight.stride(0) if weight is not None else 1,
-        ignore_index,
-        label_smoothing,
-        on=input,
-        config=config,
-        SPREAD=spreads(target, label_smoothing),
-        PROBABILITIES=probabilities,
-        REDUCED=reduced,
-        **layout,
-    )
+    spread = spreads(target, label_smoothing)
+    of_classes = weight_stride(weight), ignore_index
+    run = _plan_forward(Layout.of(input), target.stride(), of_classes, spread, reduced)
+    partial = rows.new_empty((1 if probabilities else 2, *run.grid)) if reduced else result
+    kept = rows if keep_rows else None
+    run(input, input, target, weight, partial, kept, floats=(label_smoothing,))
     if reduced:
         divides = denominator.numel() == 1
-        divisor = count if reduction == "mean" else 1
+        divisor = first_class(input).numel() if reduction == "mean" else 1
         # a sum has no use for the weights
         sums = partial if divides else partial[:1]
         loss.total(sums, result, divisor, denominator if divides else None)
     return result, rows, denominator
+
+
+@launch.planned
+def _plan_forward(
+    input: Layout,
+    target: tuple[int, ...],
+    of_classes: tuple[int, int],
+    spread: bool,
+    reduced: bool,
+) -> launch.Prepared:
+    config = _config(input)
+    nest, strides, layout = walk(config, input, (target,), ())
+    return launch.Prepared(
+        kernels.cross_entropy_forward_kernel,
+        (math.ceil(nest.numel / config.kwargs["BLOCK_N"]),),
+        (nest.numel, input.shape[1], *nest.sizes[1:], *strides, *of_classes),
+        config,
+        SPREAD=spread,
+        PROBABILITIES=len(target) == len(input.shape),
+        REDUCED=reduced,
+        **layout,
+    )
 
 
 def _grad(
@@ -148,89 +150,92 @@ def backward(
         label_smoothing,
         wanted,
     )
-    count, classes = grad_output.numel(), input.shape[1]
-    config = _config(input)
-    nest, strides, layout = walk(config, (input, target, grad), (grad_output,))
-    lanes = classes + layout["ALIGN"] - 1 if layout["SHIFTED"] else classes
-    tiles_n = math.ceil(count / config.kwargs["BLOCK_N"])
-    tiles_c = math.ceil(lanes / config.kwargs["BLOCK_C"])
-    steps = kernels.num_steps(tiles_n, tiles_c)
-    splits = math.ceil(tiles_c / steps)
-    launch.run(
-        kernels.cross_entropy_backward_kernel,
-        (tiles_n * splits,),
-        input,
-        target,
-        weight,
-        rows,
-        grad_output,
-        denominator,
-        grad,
-        count,
-        classes,
-        steps,
-        splits,
-        divisor,
-        *nest.sizes[1:],
-        *strides,
-        weight.stride(0) if weight is not None else 1,
-        ignore_index,
-        label_smoothing,
-        on=input,
-        config=config,
-        SPREAD=spreads(target, label_smoothing),
-        PROBABILITIES=target.is_floating_point(),
-        OF_INPUT=wanted == "input",
-        ONE_GRAD_LOSS=loss.is_one_element(grad_output),
-        **layout,
-    )
+    strides = target.stride(), grad.stride(), grad_output.stride()
+    of_classes = weight_stride(weight), ignore_index
+    spread = spreads(target, label_smoothing)
+    run = _plan_backward(Layout.of(input), *strides, divisor, of_classes, spread, wanted)
+    tensors = input, target, weight, rows, grad_output, denominator, grad
+    run(input, *tensors, floats=(label_smoothing,))
     return grad
 
 
-def _config(input: Tensor) -> Any:
-    return launch.config(
-        kernels.cross_entropy_config,
-        first_class(input).numel(),
-        input.shape[1],
-        input.stride(1) == 1,
+@launch.planned
+def _plan_backward(
+    input: Layout,
+    target: tuple[int, ...],
+    grad: tuple[int, ...],
+    grad_output: tuple[int, ...],
+    divisor: int,
+    of_classes: tuple[int, int],
+    spread: bool,
+    wanted: str,
+) -> launch.Prepared:
+    config = _config(input)
+    nest, strides, layout = walk(config, input, (target, grad), (grad_output,))
+    rows, classes = (input.shape[0], *input.shape[2:]), input.shape[1]
+    lanes = classes + layout["ALIGN"] - 1 if layout["SHIFTED"] else classes
+    tiles_n = math.ceil(nest.numel / config.kwargs["BLOCK_N"])
+    tiles_c = math.ceil(lanes / config.kwargs["BLOCK_C"])
+    steps = kernels.num_steps(tiles_n, tiles_c)
+    splits = math.ceil(tiles_c / steps)
+    sizes = (nest.numel, classes, steps, splits, divisor, *nest.sizes[1:])
+    return launch.Prepared(
+        kernels.cross_entropy_backward_kernel,
+        (tiles_n * splits,),
+        (*sizes, *strides, *of_classes),
+        config,
+        SPREAD=spread,
+        PROBABILITIES=len(target) == len(input.shape),
+        OF_INPUT=wanted == "input",
+        ONE_GRAD_LOSS=loss.is_one_element(rows, grad_output),
+        **layout,
     )
 
 
+def _config(input: Layout) -> Any:
+    rows = input.shape[0] * math.prod(input.shape[2:])
+    return launch.config(kernels.cross_entropy_config, rows, input.shape[1], input.stride(1) == 1)
+
+
+def weight_stride(weight: Tensor | None) -> int:
+    """From one class to the next."""
+    return 1 if weight is None else weight.stride(0)
+
+
 def walk(
-    config: Any, classified: tuple[Tensor, ...], others: tuple[Tensor, ...]
+    config: Any,
+    input: Layout,
+    classified: Sequence[tuple[int, ...]],
+    others: Sequence[tuple[int, ...]],
 ) -> tuple[strided.Nest, list[int], dict[str, Any]]:
     """Rows in row-major order: their nest, strides of every tensor, constants of the layout.
 
-    `classified` are logits, target and what has their shape, `others` have a row's shape; a target
-    of class indices has no stride along the classes.
+    Beside the logits `classified` are strides of the target and of what has its shape, `others` of
+    what has a row's; a target of class indices has no stride along the classes.
     """
-    dim = classified[0].dim()
-    rows = [first_class(t) if t.dim() == dim else t for t in (*classified, *others)]
-    # what the forward pass keeps of the rows has their shape, and decides the order
-    nest = strided.nest("cross_entropy", *rows, torch.empty(rows[0].shape, device="meta"))
+    tensors = input.strides, *classified, *others
+    nest = classes.nest_of_rows("cross_entropy", input.shape, tensors)
+    with_classes = [tensor for tensor in tensors if len(tensor) == len(input.shape)]
     strides: list[int] = []
-    for tensor, of_rows in zip(classified, nest.strides, strict=False):
-        strides += [tensor.stride(1) if tensor.dim() == dim else 1, *of_rows]
-    for of_rows in nest.strides[len(classified) : -1]:
-        strides += of_rows
-    with_classes = [tensor for tensor in classified if tensor.dim() == dim]
-    align, shifted = _alignment(config, with_classes)
-    wide = nest.wide or any(strided.is_wide(t.shape, t.stride()) for t in with_classes)
-    return nest, strides, {"ALIGN": align, "SHIFTED": shifted, "INDEX_64": wide}
+    for place, (tensor, along) in enumerate(zip(tensors, nest.strides, strict=True)):
+        if place <= len(classified):
+            strides.append(tensor[1] if tensor in with_classes else 1)
+        strides += along
+    align, shifted = _alignment(config, input, with_classes)
+    return nest, strides, {"ALIGN": align, "SHIFTED": shifted, "INDEX_64": nest.wide}
 
 
-def _alignment(config: Any, tensors: list[Tensor]) -> tuple[int, bool]:
+def _alignment(config: Any, input: Layout, tensors: Sequence[tuple[int, ...]]) -> tuple[int, bool]:
     """Elements, a power of two, that tiles start at a multiple of, and whether rows do not."""
-    first = tensors[0]
-    classes = first.shape[1]
+    classes = input.shape[1]
     # of a 128-bit access
-    width = 16 // first.element_size()
-    if any(tensor.stride(1) != 1 for tensor in tensors):
+    width = 16 // input.itemsize
+    if any(strides[1] != 1 for strides in tensors):
         return 1, False
-    row_strides = [stride for tensor in tensors for stride in first_class(tensor).stride()]
+    row_strides = [stride for strides in tensors for stride in (strides[0], *strides[2:])]
     align = math.gcd(width, classes, *row_strides)
     # the shift must be the same in all of them, and an edge that it adds one tile of many
-    alike = all(tensor.stride() == first.stride() for tensor in tensors)
+    alike = all(strides == input.strides for strides in tensors)
     if align < width and alike and classes > 2 * config.kwargs["BLOCK_C"]:
         return width, True
     return align, False

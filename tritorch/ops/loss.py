@@ -72,10 +72,11 @@ def elementwise_loss_forward(
     partial = denominator.new_empty((2 if divides else 1, programs)) if reduced else result
     operands = (input, target, _expand(weight, input), _expand(pos_weight, input))
     _launch(
-        kernels.elementwise_loss_forward_kernel,
+        "elementwise_loss_forward_kernel",
         (*operands, partial),
-        (threshold,),
         (*operands, None if reduced else result),
+        (),
+        threshold,
         LOSS=loss,
         REDUCED=reduced,
         SUMS_WEIGHTS=divides,
@@ -143,13 +144,14 @@ def elementwise_loss_backward(
     weights = (_expand(weight, input), _expand(pos_weight, input))
     operands = (input, target, *weights, grad_output, grad_grad)
     _launch(
-        kernels.elementwise_loss_backward_kernel,
+        "elementwise_loss_backward_kernel",
         (*operands, denominator, grad),
-        (divisor, threshold),
         (*operands, grad),
+        (divisor,),
+        threshold,
         LOSS=loss,
         WITH_RESPECT_TO=with_respect_to,
-        ONE_GRAD_LOSS=is_one_element(grad_output),
+        ONE_GRAD_LOSS=is_one_element(grad_output.shape, grad_output.stride()),
     )
     return grad
 
@@ -159,31 +161,41 @@ def _expand(weight: Tensor | None, input: Tensor) -> Tensor | None:
 
 
 def _launch(
-    kernel: Any,
+    kernel: str,
     pointers: Sequence[Tensor | None],
-    sizes: Sequence[int | float],
     walked: Sequence[Tensor | None],
+    divisor: tuple[int, ...],
+    threshold: float,
     **constants: Any,
 ) -> None:
     """Launches over the elements of `walked`, whose last is written and decides the order."""
     input = pointers[0]
     assert input is not None
+    strides = [None if tensor is None else tensor.stride() for tensor in walked]
+    run = _plan(kernel, tuple(constants.items()), divisor, input.shape, *strides)
+    run(input, *pointers, floats=(threshold,))
+
+
+@launch.planned
+def _plan(
+    kernel: str,
+    constants: tuple[tuple[str, Any], ...],
+    divisor: tuple[int, ...],
+    shape: tuple[int, ...],
+    *walked: tuple[int, ...] | None,
+) -> launch.Prepared:
     ranked = [len(walked) - 1, *range(len(walked) - 1)]
-    present = [place for place in reversed(ranked) if walked[place] is not None]
-    nest = strided.nest("loss", *(t for place in present if (t := walked[place]) is not None))
+    present = {place: found for place in reversed(ranked) if (found := walked[place]) is not None}
+    nest = strided.nest_of("loss", shape, *present.values())
     strides = dict(zip(present, nest.strides, strict=True))
-    launch.run(
-        kernel,
+    along = (stride for i in range(len(walked)) for stride in strides.get(i, _NO_STRIDES))
+    return launch.Prepared(
+        getattr(kernels, kernel),
         (math.ceil(nest.numel / kernels.BLOCK),),
-        *pointers,
-        nest.numel,
-        *sizes,
-        *nest.sizes[1:],
-        *(stride for place in range(len(walked)) for stride in strides.get(place, _NO_STRIDES)),
-        on=input,
-        config=kernels.ELEMENTWISE_CONFIG,
+        (nest.numel, *divisor, *nest.sizes[1:], *along),
+        kernels.ELEMENTWISE_CONFIG,
         INDEX_64=nest.wide,
-        **constants,
+        **dict(constants),
     )
 
 
@@ -195,32 +207,32 @@ def total(partial: Tensor, loss: Tensor, divisor: int, denominator: Tensor | Non
     """
     while True:
         rows, count = partial.shape
-        programs = max(1, math.ceil(count / kernels.TOTAL_BLOCK))
-        sums = loss if programs == 1 else partial.new_empty((rows, programs))
-        launch.run(
-            kernels.loss_total_kernel,
-            (programs,),
-            partial,
-            sums,
-            denominator,
-            count,
-            divisor,
-            on=loss,
-            HAS_WEIGHTS=denominator is not None,
-            FINAL=programs == 1,
-            BLOCK=kernels.TOTAL_BLOCK,
-            num_warps=8,
-        )
-        if programs == 1:
+        run = _plan_total(count, divisor, denominator is not None)
+        is_last = run.grid == (1,)
+        sums = loss if is_last else partial.new_empty((rows, *run.grid))
+        run(loss, partial, sums, denominator)
+        if is_last:
             return
         partial = sums
 
 
-def is_one_element(tensor: Tensor) -> bool:
-    """Whether all indices reach the same element: the gradient that a sum or a mean sends back."""
-    return all(
-        stride == 0 or size == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+@launch.planned
+def _plan_total(count: int, divisor: int, has_weights: bool) -> launch.Prepared:
+    programs = max(1, math.ceil(count / kernels.TOTAL_BLOCK))
+    return launch.Prepared(
+        kernels.loss_total_kernel,
+        (programs,),
+        (count, divisor),
+        HAS_WEIGHTS=has_weights,
+        FINAL=programs == 1,
+        BLOCK=kernels.TOTAL_BLOCK,
+        num_warps=8,
     )
+
+
+def is_one_element(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether all indices reach the same element: the gradient that a sum or a mean sends back."""
+    return all(stride == 0 or size == 1 for size, stride in zip(shape, strides, strict=True))
 
 
 def check_reduction(op: str, reduction: str) -> None:

@@ -63,43 +63,40 @@ def _forward(
     """Losses and denominator; one that is given divides the losses, which are not reduced."""
     classes.check_range("nll_loss", input, target, ignore_index)
     result, total = _outputs(input, target, weight, denominator, ignore_index, reduction)
-    programs = math.ceil(target.numel() / kernels.BLOCK)
     reduced = reduction != "none"
-    partial = total.new_empty((2, programs)) if reduced else result
-    nest, wide = _nest(input, target, result if reduction == "none" else target)
-    launch.run(
-        kernels.nll_loss_forward_kernel,
-        (programs,),
-        input,
-        target,
-        weight,
-        denominator,
-        partial,
-        target.numel(),
-        input.shape[1],
-        *nest.sizes[1:],
-        input.stride(1),
-        *nest.strides[0],
-        *nest.strides[1],
-        weight.stride(0) if weight is not None else 1,
-        ignore_index,
-        on=input,
-        REDUCED=reduced,
-        INDEX_64=wide,
-        BLOCK=kernels.BLOCK,
-    )
+    strides = (input.stride(), target.stride())
+    of_classes = (1 if weight is None else weight.stride(0), ignore_index)
+    run = _plan("nll_loss_forward_kernel", input.shape, strides, of_classes, reduced)
+    partial = total.new_empty((2, *run.grid)) if reduced else result
+    run(input, input, target, weight, denominator, partial)
     if reduced:
         divides = total.numel() == 1
         loss.total(partial if divides else partial[:1], result, 1, total if divides else None)
     return result, total
 
 
-def _nest(classified: Tensor, *rows: Tensor) -> tuple[strided.Nest, bool]:
-    """Rows in row-major order, which is that of the losses."""
-    order = torch.empty(rows[0].shape, device="meta")
-    nest = strided.nest("nll_loss", classified.select(1, 0), *rows, order)
-    wide = strided.is_wide(classified.shape, classified.stride())
-    return nest, nest.wide or wide
+@launch.planned
+def _plan(
+    kernel: str,
+    shape: tuple[int, ...],
+    tensors: tuple[tuple[int, ...], ...],
+    of_classes: tuple[int, int],
+    reduced: bool | None = None,
+) -> launch.Prepared:
+    """From the shape with classes, and strides of the tensors in the order of the kernel."""
+    nest = classes.nest_of_rows("nll_loss", shape, tensors)
+    strides: tuple[int, ...] = ()
+    for tensor, along in zip(tensors, nest.strides, strict=True):
+        strides += (tensor[1], *along) if len(tensor) == len(shape) else along
+    constants = {} if reduced is None else {"REDUCED": reduced}
+    return launch.Prepared(
+        getattr(kernels, kernel),
+        (math.ceil(nest.numel / kernels.BLOCK),),
+        (nest.numel, shape[1], *nest.sizes[1:], *strides, *of_classes),
+        INDEX_64=nest.wide,
+        BLOCK=kernels.BLOCK,
+        **constants,
+    )
 
 
 def _grad(
@@ -128,28 +125,10 @@ def _backward(
 ) -> Tensor:
     """The gradient of the input, whose layout alone matters, from that of each row's loss."""
     grad = _grad(grad_output, input, target, weight, denominator, ignore_index).zero_()
-    nest, wide = _nest(grad, target, grad_output)
-    launch.run(
-        kernels.nll_loss_backward_kernel,
-        (math.ceil(target.numel() / kernels.BLOCK),),
-        target,
-        weight,
-        grad_output,
-        denominator,
-        grad,
-        target.numel(),
-        input.shape[1],
-        *nest.sizes[1:],
-        *nest.strides[1],
-        *nest.strides[2],
-        grad.stride(1),
-        *nest.strides[0],
-        weight.stride(0) if weight is not None else 1,
-        ignore_index,
-        on=input,
-        INDEX_64=wide,
-        BLOCK=kernels.BLOCK,
-    )
+    strides = (target.stride(), grad_output.stride(), grad.stride())
+    of_classes = (1 if weight is None else weight.stride(0), ignore_index)
+    run = _plan("nll_loss_backward_kernel", grad.shape, strides, of_classes)
+    run(input, target, weight, grad_output, denominator, grad)
     return grad
 
 
