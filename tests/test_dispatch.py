@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritorch.ops  # noqa: F401  declares the specs
-from tritorch import ops
+from tritorch import backend, ops
 from tritorch.registry import specs
 
 # by torch's documentation of autocast on a GPU; what is in neither keeps the dtypes of its input
@@ -90,3 +92,64 @@ def test_peer_defect_14_no_op_of_torchs_is_overridden(key):
     for name in names.split():
         # a composite is registered for all keys at once
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
+
+
+@pytest.mark.interpret
+def test_a_plain_call_launches_past_the_dispatcher(device, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("the dispatcher was asked")
+
+    x = torch.randn(3, 5, device=device)
+    op = torch.ops.tritorch.activation_forward.default
+    monkeypatch.setattr(op, "_op", never)
+    torch.testing.assert_close(ops.relu(x), F.relu(x))
+
+
+@pytest.mark.interpret
+def test_who_listens_hears_of_library_ops(device):
+    x = torch.randn(3, 5, device=device, requires_grad=True)
+    seen = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Listener():
+        ops.relu(x).sum().backward()
+    ours = [name for name in seen if name.startswith("tritorch")]
+    assert ours == ["tritorch.activation_forward.default", "tritorch.activation_backward.default"]
+
+    with torch.profiler.profile() as profile:
+        ops.relu(x)
+    assert "tritorch::activation_forward" in {event.name for event in profile.events()}
+
+    traced = torch.jit.trace(ops.relu, (x.detach(),))
+    other = torch.randn(3, 5, device=device)
+    torch.testing.assert_close(traced(other), F.relu(other))
+
+
+@pytest.mark.interpret
+def test_negated_views_are_read_as_what_they_stand_for(device):
+    x = torch.randn(3, 5, device=device)
+    torch.testing.assert_close(ops.relu(torch._neg_view(x)), F.relu(-x))
+    y = ops.linear(torch._neg_view(x), torch.ones(2, 5, device=device))
+    torch.testing.assert_close(y, -x.sum(1, keepdim=True).expand(3, 2))
+
+
+@pytest.mark.interpret
+def test_a_class_of_tensors_hears_of_library_ops(device):
+    class Wrapped(TwoTensor):
+        heard = 0
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            Wrapped.heard += func is torch.ops.tritorch.activation_forward.default
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    x = torch.randn(3, 5, device=device)
+    with backend.use("triton"):
+        y = ops.relu(Wrapped(x, -x))
+    assert Wrapped.heard == 1
+    torch.testing.assert_close(y.a, F.relu(x))
+    torch.testing.assert_close(y.b, F.relu(-x))

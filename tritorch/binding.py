@@ -1,14 +1,13 @@
 """Binds kernel launches to PyTorch: the only file that names `torch.library`.
 
 A launch becomes a low-level library op (`library_op`), so that torch.compile, export, the profiler
-and the FLOP
-counter see one opaque node with known shapes.  Ops wrap those in a `torch.autograd.Function`, whose
-forward and
-backward call them, and enter it by `apply`.
+and the FLOP counter see one opaque node with known shapes.  Ops wrap those in a
+`torch.autograd.Function`, whose forward and backward call them, and enter it by `apply`.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable
@@ -32,13 +31,13 @@ def library_op(
     flops: Callable[..., int] | None = None,
     tags: tuple[torch.Tag, ...] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes the decorated launch function the library op `tritorch::<schema>` and returns the op.
+    """Makes the decorated launch function the library op `tritorch::<schema>` and returns a call of
+    it, which takes the way through torch's dispatcher only where something listens there.
 
     `fake` makes the outputs without launching: the launch function allocates with the same helper,
-    so that
-    shapes and layouts are written once.  `flops` counts floating-point operations from the
-    arguments' shapes,
-    as `torch.utils.flop_counter` passes them.  `tags` tell torch.compile what the op does besides.
+    so that shapes and layouts are written once.  `flops` counts floating-point operations from the
+    arguments' shapes, as `torch.utils.flop_counter` passes them.  `tags` tell torch.compile what
+    the op does besides.
     """
 
     def bind(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,9 +49,43 @@ def library_op(
         op: Callable[..., Any] = getattr(torch.ops.tritorch, name).default
         if flops is not None:
             register_flop_formula(getattr(torch.ops.tritorch, name))(flops)
-        return op
+
+        @functools.wraps(launch)
+        def call(*arguments: Any, **named: Any) -> Any:
+            # the dispatcher takes longer than a launch
+            return (op if named or _is_heard(arguments) else launch)(*arguments, **named)
+
+        return call
 
     return bind
+
+
+# of other classes of tensors the dispatcher hears; lists hold tensors of any class
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = frozenset((type(None), bool, int, float, str, tuple, torch.Size))
+
+
+def _is_heard(arguments: tuple[Any, ...]) -> bool:
+    """Whether anything in torch would hear of a library op: a compiler, a tracer, a mode, a
+    transform, the profiler, a class of tensors, a device without kernels, a negated view.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    for argument in arguments:
+        kind = type(argument)
+        if kind in _TENSORS:
+            if argument.is_meta or argument.is_neg():
+                return True
+        elif kind not in _PLAIN:
+            return True
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or _is_compiler_at_work()
+    )
 
 
 def _untraced(launch: Callable[..., Any]) -> Callable[..., Any]:
