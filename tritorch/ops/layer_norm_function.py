@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,36 +16,28 @@ from tritorch.ops.strided import Layout
 kernels = launch.kernels("layer_norm")
 reduce_kernels = launch.kernels("reduce")
 
+_STATS = "layer_norm_stats_kernel"
+_FORWARD = "layer_norm_forward_kernel"
+_REDUCE = "layer_norm_backward_reduce_kernel"
+_BACKWARD = "layer_norm_backward_kernel"
+
 
 class _Plan(NamedTuple):
-    """How programs share out the rows, in the order of the kernels' arguments."""
+    """How programs share out the rows."""
 
-    config: Any
-    # tiles one below the other, and beside each other
-    tiles_m: int
-    tiles_n: int
-    # of a reduction along long rows, without which a tile holds whole rows
-    steps: int
+    # shape of the sums of long rows, without which a tile holds whole rows
+    row_sums: tuple[int, int, int] | None
+    # of the rows, to programs below each other
     slices: int
-    # rows, columns
-    shape: tuple[int, int]
-    # the loop nests over rows and columns, without the outermost
-    sizes: tuple[int, ...]
-    # of each tensor along the rows and along the columns
-    strides: tuple[int, ...]
-    constants: dict[str, Any]
-
-    @property
-    def is_long(self) -> bool:
-        return self.tiles_n > 1
+    run: launch.Prepared
 
 
-def _plan(normalized: int, *tensors: Tensor) -> _Plan:
-    return _plan_of(normalized, *map(Layout.of, tensors))
+def _plan(kernel: str, normalized: int, *tensors: Tensor) -> _Plan:
+    return _plan_of(kernel, normalized, *map(Layout.of, tensors))
 
 
 @launch.planned
-def _plan_of(normalized: int, *tensors: Layout) -> _Plan:
+def _plan_of(kernel: str, normalized: int, *tensors: Layout) -> _Plan:
     shape = tensors[0].shape
     split = len(shape) - normalized
     rows = strided.nest_in_order("layer_norm", shape[:split], *(t.strides[:split] for t in tensors))
@@ -55,24 +47,31 @@ def _plan_of(normalized: int, *tensors: Layout) -> _Plan:
     config = launch.config(kernels.layer_norm_config, columns.numel, tensors[0].itemsize)
     block_m, block_n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
     tiles_m, tiles_n = math.ceil(rows.numel / block_m), math.ceil(columns.numel / block_n)
-    slices = reduce_kernels.num_splits(tiles_m, tiles_n, kernels.MIN_STEPS)
-    steps = math.ceil(tiles_n / slices)
+    steps = math.ceil(tiles_n / reduce_kernels.num_splits(tiles_m, tiles_n, kernels.MIN_STEPS))
+    # of long rows, of as many tiles each
+    row_slices = math.ceil(tiles_n / steps)
+    below, beside = tiles_m, tiles_n
+    if kernel in (_STATS, _REDUCE):
+        beside = row_slices
+    elif kernel == _BACKWARD:
+        steps = math.ceil(tiles_m / reduce_kernels.num_splits(tiles_n, tiles_m, 1))
+        below = math.ceil(tiles_m / steps)
     # the rows and columns of the last tiles pass the end
     wide = max(rows.numel, columns.numel) >= 2**30 or rows.numel * columns.numel >= 2**31
     wide = wide or any(strided.is_wide(tensor.shape, tensor.strides) for tensor in tensors)
     strides: tuple[int, ...] = ()
     for along_rows, along_columns in zip(rows.strides, columns.strides, strict=True):
         strides += (*along_rows, *along_columns)
+    constants = {"INDEX_64": wide, "VECTOR": _vector(rows, columns, tensors[0].itemsize)}
+    if kernel in (_FORWARD, _BACKWARD):
+        constants["BLOCK_S"] = kernels.BLOCK_S
+    sizes = (rows.numel, columns.numel, steps, row_slices, *rows.sizes[1:], *columns.sizes[1:])
     return _Plan(
-        config,
-        tiles_m,
-        tiles_n,
-        steps,
-        math.ceil(tiles_n / steps),
-        (rows.numel, columns.numel),
-        (*rows.sizes[1:], *columns.sizes[1:]),
-        strides,
-        {"INDEX_64": wide, "VECTOR": _vector(rows, columns, tensors[0].itemsize)},
+        (rows.numel, row_slices, 2) if tiles_n > 1 else None,
+        below,
+        launch.Prepared(
+            getattr(kernels, kernel), (below * beside,), (*sizes, *strides), config, **constants
+        ),
     )
 
 
@@ -112,45 +111,13 @@ def layer_norm_forward(
     the row's.
     """
     output, mean, rstd = _outputs(input, normalized, weight, bias, eps)
-    plan = _plan(normalized, input)
+    plan = _plan(_FORWARD, normalized, input)
     statistics = None
-    if plan.is_long:
-        statistics = mean.new_empty((*plan.shape[:1], plan.slices, 2))
-        launch.run(
-            kernels.layer_norm_stats_kernel,
-            (plan.tiles_m * plan.slices,),
-            input,
-            statistics,
-            *plan.shape,
-            plan.steps,
-            plan.slices,
-            *plan.sizes,
-            *plan.strides,
-            on=input,
-            config=plan.config,
-            **plan.constants,
-        )
-    launch.run(
-        kernels.layer_norm_forward_kernel,
-        (plan.tiles_m * plan.tiles_n,),
-        input,
-        _contiguous(weight),
-        _contiguous(bias),
-        statistics,
-        output,
-        mean,
-        rstd,
-        *plan.shape,
-        plan.steps,
-        plan.slices,
-        *plan.sizes,
-        *plan.strides,
-        eps,
-        on=input,
-        config=plan.config,
-        BLOCK_S=kernels.BLOCK_S,
-        **plan.constants,
-    )
+    if plan.row_sums is not None:
+        statistics = mean.new_empty(plan.row_sums)
+        _plan(_STATS, normalized, input).run(input, input, statistics)
+    parameters = _contiguous(weight), _contiguous(bias)
+    plan.run(input, input, *parameters, statistics, output, mean, rstd, floats=(eps,))
     return output, mean, rstd
 
 
@@ -195,57 +162,19 @@ def layer_norm_backward(
     grad_input, grads = _grads(
         grad_output, input, normalized, weight, mean, rstd, of_input, of_parameters
     )
-    plan = _plan(normalized, grad_output, input)
-    weight = _contiguous(weight)
+    plan = _plan(_BACKWARD, normalized, grad_output, input)
+    tensors = grad_output, input, _contiguous(weight), mean, rstd
     row_sums = None
-    if plan.is_long and of_input:
-        row_sums = mean.new_empty((*plan.shape[:1], plan.slices, 2))
-        launch.run(
-            kernels.layer_norm_backward_reduce_kernel,
-            (plan.tiles_m * plan.slices,),
-            grad_output,
-            input,
-            weight,
-            mean,
-            rstd,
-            row_sums,
-            *plan.shape,
-            plan.steps,
-            plan.slices,
-            *plan.sizes,
-            *plan.strides,
-            on=input,
-            config=plan.config,
-            **plan.constants,
-        )
-    steps = math.ceil(plan.tiles_m / reduce_kernels.num_splits(plan.tiles_n, plan.tiles_m, 1))
-    slices = math.ceil(plan.tiles_m / steps)
+    if plan.row_sums is not None and of_input:
+        row_sums = mean.new_empty(plan.row_sums)
+        _plan(_REDUCE, normalized, grad_output, input).run(input, *tensors, row_sums)
     partial = grads
-    if of_parameters and slices > 1:
-        partial = mean.new_empty((slices, *grads.shape))
-    launch.run(
-        kernels.layer_norm_backward_kernel,
-        (slices * plan.tiles_n,),
-        grad_output,
-        input,
-        weight,
-        mean,
-        rstd,
-        row_sums,
-        grad_input if of_input else None,
-        partial if of_parameters else None,
-        *plan.shape,
-        steps,
-        plan.slices,
-        *plan.sizes,
-        *plan.strides,
-        on=input,
-        config=plan.config,
-        BLOCK_S=kernels.BLOCK_S,
-        **plan.constants,
-    )
+    if of_parameters and plan.slices > 1:
+        partial = mean.new_empty((plan.slices, *grads.shape))
+    written = grad_input if of_input else None, partial if of_parameters else None
+    plan.run(input, *tensors, row_sums, *written)
     if partial is not grads:
-        total: Tensor = binding.apply(ChannelSum, partial.view(slices, -1), 1)
+        total: Tensor = binding.apply(ChannelSum, partial.view(plan.slices, -1), 1)
         grads = total.view(grads.shape)
     return grad_input, grads
 
