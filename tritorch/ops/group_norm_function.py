@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,31 +17,31 @@ kernels = launch.kernels("group_norm")
 norm_kernels = launch.kernels("norm")
 reduce_kernels = launch.kernels("reduce")
 
+_STATS = "group_norm_stats_kernel"
+_FORWARD = "group_norm_forward_kernel"
+_REDUCE = "group_norm_backward_reduce_kernel"
+_GRAD_INPUT = "group_norm_grad_input_kernel"
+
 
 class _Walk(NamedTuple):
-    """How programs share out the images, in the order of the kernels' arguments."""
+    """How programs share out the images, along the memory of the last tensor."""
 
-    config: Any
-    # of each image and block of channels
+    # of each image and block of channels, and tiles of a slice
     slices: int
-    programs: int
-    # tiles of a program
     steps: int
     pixels: int
-    # the loop nest over the pixels, without the outermost
-    sizes: tuple[int, int]
-    # of each tensor along images, channels and the nest
-    strides: tuple[int, ...]
-    constants: dict[str, Any]
+    run: launch.Prepared
 
 
-def _walk(*tensors: Tensor, reduces: bool) -> _Walk:
-    """The walk along the memory of the last tensor."""
-    return _plan_walk(reduces, *map(Layout.of, tensors))
+class _Reduction(NamedTuple):
+    """Sums of slices, and what makes the groups' of them."""
+
+    slices: int
+    run: launch.Prepared
+    gather: launch.Prepared
 
 
-@launch.planned
-def _plan_walk(reduces: bool, *tensors: Layout) -> _Walk:
+def _walk(kernel: str, num_groups: int, *tensors: Layout) -> _Walk:
     (images, channels, *size), itemsize = tensors[-1].shape, tensors[-1].itemsize
     nest = strided.nest_of("group_norm", tuple(size), *(t.strides[2:] for t in tensors))
     vector = _vector(tensors, nest)
@@ -49,7 +49,7 @@ def _plan_walk(reduces: bool, *tensors: Layout) -> _Walk:
     config = launch.config(kernels.group_norm_config, along_channels, nest.numel, itemsize)
     blocks = images * math.ceil(channels / config.kwargs["BLOCK_C"])
     tiles = math.ceil(nest.numel / config.kwargs["BLOCK_R"])
-    if reduces:
+    if kernel in (_STATS, _REDUCE):
         steps = math.ceil(tiles / reduce_kernels.num_splits(blocks, tiles, kernels.MIN_STEPS))
     else:
         steps = min(tiles, norm_kernels.num_steps(blocks * tiles))
@@ -60,16 +60,46 @@ def _plan_walk(reduces: bool, *tensors: Layout) -> _Walk:
     # two sums to a channel, and pixels of the last tiles that pass the end
     wide = math.prod(tensors[-1].shape) >= 2**30
     wide = wide or any(strided.is_wide(tensor.shape, tensor.strides) for tensor in tensors)
-    return _Walk(
+    groups = () if kernel == _STATS else (num_groups,)
+    sizes = (channels, *groups, nest.numel, steps, slices, *nest.sizes[1:3])
+    run = launch.Prepared(
+        getattr(kernels, kernel),
+        (blocks * slices,),
+        (*sizes, *strides),
         config,
-        slices,
-        blocks * slices,
-        steps,
-        nest.numel,
-        (nest.sizes[1], nest.sizes[2]),
-        strides,
-        {"INDEX_64": wide, "VECTOR_R": vector[0], "VECTOR_C": vector[1]},
+        INDEX_64=wide,
+        VECTOR_R=vector[0],
+        VECTOR_C=vector[1],
     )
+    return _Walk(slices, steps, nest.numel, run)
+
+
+@launch.planned
+def _plan(kernel: str, num_groups: int, *tensors: Layout) -> launch.Prepared:
+    return _walk(kernel, num_groups, *tensors).run
+
+
+@launch.planned
+def _plan_reduction(kernel: str, num_groups: int, *tensors: Layout) -> _Reduction:
+    walk = _walk(kernel, num_groups, *tensors)
+    images, channels = tensors[-1].shape[:2]
+    groups = images * num_groups
+    sizes = [groups, channels, num_groups, walk.pixels]
+    constants = {"INDEX_64": walk.run.constants["INDEX_64"], "BLOCK_G": kernels.BLOCK_G}
+    if kernel == _STATS:
+        gather = kernels.group_norm_gather_stats_kernel
+        sizes.append(walk.steps)
+        constants["BLOCK_R"] = walk.run.config.kwargs["BLOCK_R"]
+    else:
+        gather = kernels.group_norm_gather_sums_kernel
+    prepared = launch.Prepared(
+        gather,
+        (math.ceil(groups / kernels.BLOCK_G),),
+        (*sizes, walk.slices),
+        BLOCK_K=kernels.BLOCK_K,
+        **constants,
+    )
+    return _Reduction(walk.slices, walk.run, prepared)
 
 
 def _vector(tensors: tuple[Layout, ...], nest: strided.Nest) -> tuple[int, int]:
@@ -115,65 +145,14 @@ def group_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, and mean and 1 / sqrt(var + eps) of each group."""
     output, mean, rstd = _outputs(input, num_groups, weight, bias, eps)
-    channels = input.shape[1]
-    walk = _walk(input, reduces=True)
+    slices, run, gather = _plan_reduction(_STATS, num_groups, Layout.of(input))
     # mean and sum of squared deviations of each slice
-    statistics = mean.new_empty((input.shape[0], walk.slices, 2, channels))
-    launch.run(
-        kernels.group_norm_stats_kernel,
-        (walk.programs,),
-        input,
-        statistics,
-        channels,
-        walk.pixels,
-        walk.steps,
-        walk.slices,
-        *walk.sizes,
-        *walk.strides,
-        on=input,
-        config=walk.config,
-        **walk.constants,
-    )
-    launch.run(
-        kernels.group_norm_gather_stats_kernel,
-        (math.ceil(mean.numel() / kernels.BLOCK_G),),
-        statistics,
-        mean,
-        rstd,
-        mean.numel(),
-        channels,
-        num_groups,
-        walk.pixels,
-        walk.steps,
-        walk.slices,
-        eps,
-        on=input,
-        INDEX_64=walk.constants["INDEX_64"],
-        BLOCK_R=walk.config.kwargs["BLOCK_R"],
-        BLOCK_G=kernels.BLOCK_G,
-        BLOCK_K=kernels.BLOCK_K,
-    )
-    walk = _walk(input, output, reduces=False)
-    launch.run(
-        kernels.group_norm_forward_kernel,
-        (walk.programs,),
-        input,
-        _contiguous(weight),
-        _contiguous(bias),
-        mean,
-        rstd,
-        output,
-        channels,
-        num_groups,
-        walk.pixels,
-        walk.steps,
-        walk.slices,
-        *walk.sizes,
-        *walk.strides,
-        on=input,
-        config=walk.config,
-        **walk.constants,
-    )
+    statistics = mean.new_empty((input.shape[0], slices, 2, input.shape[1]))
+    run(input, input, statistics)
+    gather(input, statistics, mean, rstd, floats=(eps,))
+    parameters = _contiguous(weight), _contiguous(bias)
+    run = _plan(_FORWARD, num_groups, Layout.of(input), Layout.of(output))
+    run(input, input, *parameters, mean, rstd, output)
     return output, mean, rstd
 
 
@@ -214,71 +193,19 @@ def group_norm_backward(
     )
     images, channels = input.shape[:2]
     weight = _contiguous(weight)
-    walk = _walk(grad_output, input, reduces=True)
-    sums = mean.new_empty((images * walk.slices, 2, channels))
-    launch.run(
-        kernels.group_norm_backward_reduce_kernel,
-        (walk.programs,),
-        grad_output,
-        input,
-        mean,
-        rstd,
-        sums,
-        channels,
-        num_groups,
-        walk.pixels,
-        walk.steps,
-        walk.slices,
-        *walk.sizes,
-        *walk.strides,
-        on=input,
-        config=walk.config,
-        **walk.constants,
-    )
+    read = Layout.of(grad_output), Layout.of(input)
+    slices, run, gather = _plan_reduction(_REDUCE, num_groups, *read)
+    sums = mean.new_empty((images * slices, 2, channels))
+    run(input, grad_output, input, mean, rstd, sums)
     if of_parameters:
         total: Tensor = binding.apply(ChannelSum, sums.view(sums.shape[0], -1), 1)
         grads = total.view(2, channels)
     if not of_input:
         return grad_input, grads
     means = mean.new_empty((images, num_groups, 2))
-    launch.run(
-        kernels.group_norm_gather_sums_kernel,
-        (math.ceil(mean.numel() / kernels.BLOCK_G),),
-        sums,
-        weight,
-        means,
-        mean.numel(),
-        channels,
-        num_groups,
-        walk.pixels,
-        walk.slices,
-        on=input,
-        INDEX_64=walk.constants["INDEX_64"],
-        BLOCK_G=kernels.BLOCK_G,
-        BLOCK_K=kernels.BLOCK_K,
-    )
-    walk = _walk(grad_output, input, grad_input, reduces=False)
-    launch.run(
-        kernels.group_norm_grad_input_kernel,
-        (walk.programs,),
-        grad_output,
-        input,
-        weight,
-        mean,
-        rstd,
-        means,
-        grad_input,
-        channels,
-        num_groups,
-        walk.pixels,
-        walk.steps,
-        walk.slices,
-        *walk.sizes,
-        *walk.strides,
-        on=input,
-        config=walk.config,
-        **walk.constants,
-    )
+    gather(input, sums, weight, means)
+    run = _plan(_GRAD_INPUT, num_groups, *read, Layout.of(grad_input))
+    run(input, grad_output, input, weight, mean, rstd, means, grad_input)
     return grad_input, grads
 
 
