@@ -60,8 +60,8 @@ def update_chunk(
 @triton.jit(do_not_specialize=["like_ptr", "TENSORS", "first"])
 def sgd_step_kernel(
     like_ptr, owner_ptr, table_ptr,
-    TENSORS,
-    lr: tl.float64, momentum: tl.float64, gain: tl.float64, weight_decay: tl.float64, first,
+    TENSORS, first,
+    lr: tl.float64, momentum: tl.float64, gain: tl.float64, weight_decay: tl.float64,
     HAS_MOMENTUM: tl.constexpr, HAS_WEIGHT_DECAY: tl.constexpr,
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):

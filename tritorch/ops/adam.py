@@ -130,20 +130,20 @@ def _corrections_on_device(steps: list[Tensor], beta1: float, beta2: float) -> T
     place = multi_tensor.place(steps[0])
     addresses = multi_tensor.table(*place, multi_tensor.addresses(steps, count))
     corrections = torch.empty((2, count), dtype=torch.float64, device=steps[0].device)
-    launch.run(
+    _plan_corrections(count)(steps[0], addresses, corrections, floats=(beta1, beta2))
+    torch.autograd.graph.increment_version(steps)
+    return corrections
+
+
+@launch.planned
+def _plan_corrections(count: int) -> launch.Prepared:
+    return launch.Prepared(
         kernels.adam_corrections_kernel,
         (math.ceil(count / kernels.CORRECTIONS_BLOCK),),
-        addresses,
-        corrections,
-        count,
-        beta1,
-        beta2,
-        on=steps[0],
+        (count,),
         BLOCK=kernels.CORRECTIONS_BLOCK,
         num_warps=4,
     )
-    torch.autograd.graph.increment_version(steps)
-    return corrections
 
 
 def _launch(lists: _Lists, corrections: Tensor | None, *scalars: float, **flags: bool) -> None:
@@ -159,21 +159,18 @@ def _launch(lists: _Lists, corrections: Tensor | None, *scalars: float, **flags:
     owners, firsts, programs = multi_tensor.programs(counts, config.kwargs["BLOCK"], *place)
     columns = [dense, multi_tensor.paired(lists.grads, dense), *walked[1:], []]
     rows = [multi_tensor.addresses(tensors, len(counts)) for tensors in columns[:5]]
-    launch.run(
-        kernels.adam_step_kernel,
-        (programs,),
-        like,
-        owners,
-        multi_tensor.table(*place, *rows, counts, firsts),
-        corrections,
-        len(counts),
-        *scalars,
-        on=like,
-        config=config,
-        **flags,
-    )
+    table = multi_tensor.table(*place, *rows, counts, firsts)
+    run = _plan(config, programs, len(counts), tuple(flags.items()))
+    run(like, like, owners, table, corrections, floats=scalars)
     for tensors, copies in zip(written, walked, strict=True):
         multi_tensor.write_back(tensors, copies)
+
+
+@launch.planned
+def _plan(
+    config: Any, programs: int, tensors: int, flags: tuple[tuple[str, bool], ...]
+) -> launch.Prepared:
+    return launch.Prepared(kernels.adam_step_kernel, (programs,), (tensors,), config, **dict(flags))
 
 
 @torch.no_grad()

@@ -85,29 +85,27 @@ def _sgd_step_(
     lists = (dense, paired_grads, paired_buffers)
     rows = [multi_tensor.addresses(tensors, len(counts)) for tensors in lists]
     table = multi_tensor.table(*place, *rows, counts, firsts)
-    launch.run(
-        kernels.sgd_step_kernel,
-        (programs,),
-        like,
-        owners,
-        table,
-        len(counts),
-        lr,
-        momentum,
-        # a new buffer takes the gradient as it is
-        1.0 if first else 1 - dampening,
-        weight_decay,
-        int(first),
-        on=like,
-        config=config,
-        HAS_MOMENTUM=momentum != 0,
-        HAS_WEIGHT_DECAY=weight_decay != 0,
-        NESTEROV=nesterov,
-        MAXIMIZE=maximize,
+    flags = (
+        ("HAS_MOMENTUM", momentum != 0),
+        ("HAS_WEIGHT_DECAY", weight_decay != 0),
+        ("NESTEROV", nesterov),
+        ("MAXIMIZE", maximize),
     )
+    run = _plan(config, programs, len(counts), int(first), flags)
+    # a new buffer takes the gradient as it is
+    gain = 1.0 if first else 1 - dampening
+    run(like, like, owners, table, floats=(lr, momentum, gain, weight_decay))
     multi_tensor.write_back(params, dense)
     if momentum:
         multi_tensor.write_back(momentum_buffers, paired_buffers)
+
+
+@launch.planned
+def _plan(
+    config: Any, programs: int, tensors: int, first: int, flags: tuple[tuple[str, bool], ...]
+) -> launch.Prepared:
+    numbers = (tensors, first)
+    return launch.Prepared(kernels.sgd_step_kernel, (programs,), numbers, config, **dict(flags))
 
 
 @torch.no_grad()
