@@ -1,5 +1,6 @@
 """What torch's convolutions do besides summing products, and where kernels like ours went wrong."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -262,3 +263,18 @@ def test_peer_defect_18_a_stem_of_three_channels_and_dilated_groups(device):
         x, weight = made(*shape, device=device), made(*filters, device=device)
         x = x.contiguous(memory_format=torch.channels_last)
         assert_close(ops.conv2d(x, weight, **given), F.conv2d(x, weight, **given))
+
+
+@pytest.mark.parametrize("one", [np.int64(2), torch.tensor(2), (np.int64(2), 2), [2, 2]])
+def test_whatever_is_an_integer_is_a_stride(one):
+    x, w = torch.randn(1, 2, 7, 7), torch.randn(3, 2, 3, 3)
+    torch.testing.assert_close(ops.conv2d(x, w, stride=one), F.conv2d(x, w, stride=2))
+
+
+@pytest.mark.parametrize("one", [2.0, True, (2.0, 2), (True, 2), "2"])
+def test_what_is_no_integer_is_no_stride_after_calls_that_had_an_equal_one(one):
+    x, w = torch.randn(1, 2, 7, 7), torch.randn(3, 2, 3, 3)
+    for same in (1, 2):
+        ops.conv2d(x, w, stride=same)
+    with pytest.raises(TypeError, match="conv2d: stride must be integers"):
+        ops.conv2d(x, w, stride=one)

@@ -4,13 +4,36 @@ own.
 
 from __future__ import annotations
 
+import functools
+import operator
 import warnings
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C._autograd import CreationMeta, _get_creation_meta
+
+_Found = TypeVar("_Found")
+
+
+def remembered(check: Callable[..., _Found]) -> Callable[..., _Found]:
+    """Remembers what `check` makes of its arguments, shapes and numbers; what it raises, it raises
+    again.
+    """
+    found = functools.lru_cache(maxsize=4096, typed=True)(check)
+
+    @functools.wraps(check)
+    def checked(*arguments: object) -> _Found:
+        # symbols, which stand for sizes while a program is traced, have no hash
+        if torch.compiler.is_compiling():
+            return check(*arguments)
+        try:
+            return found(*arguments)
+        except TypeError:
+            return check(*arguments)
+
+    return checked
 
 
 def fail(exception: type[Exception], op: str, rule: str, **received: object) -> NoReturn:
@@ -26,6 +49,8 @@ def warn(message: str, depth: int = 3) -> None:
 
 def describe(value: object) -> str:
     """Shape, dtype and device of a tensor; the value of anything else."""
+    if isinstance(value, torch.Size):
+        return repr(tuple(value))
     if not isinstance(value, Tensor):
         return repr(value)
     dtype = str(value.dtype).removeprefix("torch.")
@@ -136,11 +161,22 @@ def _differentiable(op: str, tensor: Tensor) -> None:
 
 def ints(op: str, name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
     """`value` as a tuple of `count` integers: one number stands for all of them, as in torch."""
-    if isinstance(value, (int, torch.SymInt)):
+    if type(value) is int:
         return (value,) * count
-    values = tuple(value)
+    # a tensor of one integer is an integer too, and has a length
+    is_one = hasattr(value, "__index__") or not isinstance(value, Iterable)
+    given: Iterable[object] = (value,) if is_one else value  # type: ignore[assignment]
+    values = tuple(_integer(op, name, one) for one in given)
     if len(values) == 1:
         return values * count
     if len(values) != count:
         fail(RuntimeError, op, f"{name} must be one integer or {count} of them", received=values)
     return values
+
+
+def _integer(op: str, name: str, value: Any) -> Any:
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        fail(TypeError, op, f"{name} must be integers", received=value)
+    return operator.index(value)
