@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -66,38 +67,75 @@ def convolution(
     """conv1d, conv2d or conv3d by the number of axes."""
     op = f"conv{axes}d"
     checks.tensor(op, input=input, weight=weight)
-    strides = checks.ints(op, "stride", stride, axes)
-    dilations = checks.ints(op, "dilation", dilation, axes)
-    _check_shapes(op, axes, input, weight, groups)
-    _check_channels(op, input, weight, bias, groups, transposed=False)
-    sides = _check_padding(op, input, weight, strides, padding, dilations)
-    check_epilogue(op, activation)
-    size = tuple(
-        (n + sum(side) - d * (k - 1) - 1) // s + 1
-        for n, k, side, s, d in zip(
-            input.shape[-axes:],
-            weight.shape[2:],
-            sides,
-            strides,
-            dilations,
-            strict=True,
-        )
+    call = _convolution(
+        axes,
+        input.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
+        checks.ints(op, "stride", stride, axes),
+        padding if isinstance(padding, str) else checks.ints(op, "padding", padding, axes),
+        checks.ints(op, "dilation", dilation, axes),
+        groups,
+        activation,
     )
-    if not backend.runs_triton(
-        op, input, weight, bias, declined=_declined(input, weight, size, groups)
-    ):
+    if not backend.runs_triton(op, input, weight, bias, declined=call.declined):
         return of_reference(input, weight, bias, stride, padding, dilation, groups, activation)
     x, w, b = _operands(op, input, weight, bias)
     images, filters = _images(axes, x, w)
-    geometry = size, strides, tuple(side[0] for side in sides), dilations
-    if axes == 1:
-        # a signal is an image of one row
-        geometry = (1, *size), (1, *strides), (0, *geometry[2]), (1, *dilations)
     channels_last = _writes_channels_last(axes, images, filters)
     output: Tensor = binding.apply(
-        Convolution, images, filters, b, *geometry, groups, channels_last, activation
+        Convolution, images, filters, b, *call.geometry, groups, channels_last, activation
     )
     return _like(x, axes, output)
+
+
+class _Call(NamedTuple):
+    """What shapes and numbers say of a call: size, stride, padding and dilation of images or
+    volumes, and why the kernels do not take it.
+    """
+
+    geometry: tuple[tuple[int, ...], ...]
+    declined: str | None
+
+    @classmethod
+    def of(
+        cls,
+        input: torch.Size,
+        weight: torch.Size,
+        groups: int,
+        *geometry: tuple[int, ...],
+    ) -> _Call:
+        declined = _declined(input, weight, geometry[0], groups)
+        if len(weight) > 3:
+            return cls(geometry, declined)
+        # a signal is an image of one row
+        size, stride, padding, dilation = geometry
+        return cls(((1, *size), (1, *stride), (0, *padding), (1, *dilation)), declined)
+
+
+@checks.remembered
+def _convolution(
+    axes: int,
+    input: torch.Size,
+    weight: torch.Size,
+    bias: torch.Size | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+    activation: str | None,
+) -> _Call:
+    op = f"conv{axes}d"
+    _check_shapes(op, axes, input, weight, groups)
+    _check_channels(op, input, weight, bias, groups, transposed=False)
+    sides = _check_padding(op, input, weight, stride, padding, dilation)
+    check_epilogue(op, activation)
+    size = tuple(
+        (n + sum(side) - d * (k - 1) - 1) // s + 1
+        for n, k, side, s, d in zip(input[-axes:], weight[2:], sides, stride, dilation, strict=True)
+    )
+    before = tuple(side[0] for side in sides)
+    return _Call.of(input, weight, groups, size, stride, before, dilation)
 
 
 def transposed(
@@ -115,16 +153,47 @@ def transposed(
     """conv_transpose1d, conv_transpose2d or conv_transpose3d by the number of axes."""
     op = f"conv_transpose{axes}d"
     checks.tensor(op, input=input, weight=weight)
-    strides = checks.ints(op, "stride", stride, axes)
-    dilations = checks.ints(op, "dilation", dilation, axes)
-    _check_shapes(op, axes, input, weight, groups)
-    _check_channels(op, input, weight, bias, groups, transposed=True)
-    _check_steps(op, strides, dilations)
     if isinstance(padding, str):
         checks.fail(TypeError, op, "padding must be integers", received=padding)
-    paddings = checks.ints(op, "padding", padding, axes)
-    more = checks.ints(op, "output_padding", output_padding, axes)
-    if min(*paddings, *more) < 0:
+    call = _transposed(
+        axes,
+        input.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
+        checks.ints(op, "stride", stride, axes),
+        checks.ints(op, "padding", padding, axes),
+        checks.ints(op, "output_padding", output_padding, axes),
+        checks.ints(op, "dilation", dilation, axes),
+        groups,
+    )
+    if not backend.runs_triton(op, input, weight, bias, declined=call.declined):
+        return of_reference(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    x, w, b = _operands(op, input, weight, bias)
+    images, filters = _images(axes, x, w)
+    channels_last = _writes_channels_last(axes, images, filters)
+    output: Tensor = binding.apply(
+        ConvolutionGradInput, images, filters, b, *call.geometry, groups, channels_last
+    )
+    return _like(x, axes, output)
+
+
+@checks.remembered
+def _transposed(
+    axes: int,
+    input: torch.Size,
+    weight: torch.Size,
+    bias: torch.Size | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> _Call:
+    op = f"conv_transpose{axes}d"
+    _check_shapes(op, axes, input, weight, groups)
+    _check_channels(op, input, weight, bias, groups, transposed=True)
+    _check_steps(op, stride, dilation)
+    if min(*padding, *output_padding) < 0:
         checks.fail(
             RuntimeError,
             op,
@@ -132,7 +201,9 @@ def transposed(
             padding=padding,
             output_padding=output_padding,
         )
-    if any(extra >= max(s, d) for extra, s, d in zip(more, strides, dilations, strict=True)):
+    if any(
+        extra >= max(s, d) for extra, s, d in zip(output_padding, stride, dilation, strict=True)
+    ):
         checks.fail(
             RuntimeError,
             op,
@@ -144,27 +215,14 @@ def transposed(
     size = tuple(
         (n - 1) * s - 2 * p + d * (k - 1) + extra + 1
         for n, k, s, p, d, extra in zip(
-            input.shape[-axes:], weight.shape[2:], strides, paddings, dilations, more, strict=True
+            input[-axes:], weight[2:], stride, padding, dilation, output_padding, strict=True
         )
     )
-    if 0 in input.shape[-axes:] or min(size) < 1:
+    if 0 in input[-axes:] or min(size) < 1:
         checks.fail(
             RuntimeError, op, "the output has no pixels", input=input, weight=weight, size=size
         )
-    if not backend.runs_triton(
-        op, input, weight, bias, declined=_declined(input, weight, size, groups)
-    ):
-        return of_reference(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    x, w, b = _operands(op, input, weight, bias)
-    images, filters = _images(axes, x, w)
-    geometry = size, strides, paddings, dilations
-    if axes == 1:
-        geometry = (1, *size), (1, *strides), (0, *paddings), (1, *dilations)
-    channels_last = _writes_channels_last(axes, images, filters)
-    output: Tensor = binding.apply(
-        ConvolutionGradInput, images, filters, b, *geometry, groups, channels_last
-    )
-    return _like(x, axes, output)
+    return _Call.of(input, weight, groups, size, stride, padding, dilation)
 
 
 def _operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
@@ -190,28 +248,30 @@ def _writes_channels_last(axes: int, images: Tensor, filters: Tensor) -> bool:
     return is_channels_last(filters) or (axes > 1 and is_channels_last(images))
 
 
-def _declined(input: Tensor, weight: Tensor, size: tuple[int, ...], groups: int) -> str | None:
+def _declined(
+    input: torch.Size, weight: torch.Size, size: tuple[int, ...], groups: int
+) -> str | None:
     axes = len(size)
-    if input.shape[-axes - 1] == 0:
+    if input[-axes - 1] == 0:
         return "no channels"
-    batch = input.shape[0] if input.dim() == axes + 2 else 1
-    pixels = batch * max(math.prod(input.shape[-axes:]), math.prod(size))
-    if max(pixels, weight.numel()) > _MAX_INDEX:
+    batch = input[0] if len(input) == axes + 2 else 1
+    pixels = batch * max(math.prod(input[-axes:]), math.prod(size))
+    if max(pixels, math.prod(weight)) > _MAX_INDEX:
         return "more than 2**30 pixels or weights"
     if groups > _MAX_GROUPS:
         return "more than 65535 groups"
     return None
 
 
-def _check_shapes(op: str, axes: int, input: Tensor, weight: Tensor, groups: int) -> None:
-    if input.dim() not in (axes + 1, axes + 2):
+def _check_shapes(op: str, axes: int, input: torch.Size, weight: torch.Size, groups: int) -> None:
+    if len(input) not in (axes + 1, axes + 2):
         checks.fail(
             RuntimeError,
             op,
             f"input must have {axes + 2} dimensions, or {axes + 1} unbatched",
             input=input,
         )
-    if weight.dim() != axes + 2 or 0 in (weight.shape[0], *weight.shape[2:]):
+    if len(weight) != axes + 2 or 0 in (weight[0], *weight[2:]):
         checks.fail(
             RuntimeError,
             op,
@@ -223,20 +283,25 @@ def _check_shapes(op: str, axes: int, input: Tensor, weight: Tensor, groups: int
 
 
 def _check_channels(
-    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, transposed: bool
+    op: str,
+    input: torch.Size,
+    weight: torch.Size,
+    bias: torch.Size | None,
+    groups: int,
+    transposed: bool,
 ) -> None:
     kind = "input" if transposed else "output"
-    if weight.shape[0] % groups:
+    if weight[0] % groups:
         checks.fail(
             RuntimeError,
             op,
-            f"{weight.shape[0]} {kind} channels do not divide into groups",
+            f"{weight[0]} {kind} channels do not divide into groups",
             weight=weight,
             groups=groups,
         )
-    first, second = weight.shape[0], weight.shape[1] * groups
+    first, second = weight[0], weight[1] * groups
     inputs, outputs = (first, second) if transposed else (second, first)
-    if input.shape[1 - weight.dim()] != inputs:
+    if input[1 - len(weight)] != inputs:
         checks.fail(
             RuntimeError,
             op,
@@ -247,7 +312,7 @@ def _check_channels(
         )
     if transposed and outputs == 0:
         checks.fail(RuntimeError, op, "weight has no output channels", weight=weight)
-    if bias is not None and bias.shape != (outputs,):
+    if bias is not None and bias != (outputs,):
         checks.fail(
             RuntimeError, op, f"bias must have {outputs} elements", bias=bias, weight=weight
         )
@@ -272,18 +337,18 @@ def _same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[
 
 def _check_padding(
     op: str,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Ints | str,
-    dilation: Sequence[int],
+    input: torch.Size,
+    weight: torch.Size,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
 ) -> list[tuple[int, int]]:
     """Zeros before and after each axis of the image."""
     _check_steps(op, stride, dilation)
     if padding == "same":
         if max(stride) > 1:
             checks.fail(RuntimeError, op, "padding 'same' takes a stride of 1", stride=stride)
-        sides = _same_padding(weight.shape[2:], dilation)
+        sides = _same_padding(weight[2:], dilation)
     elif isinstance(padding, str):
         if padding != "valid":
             checks.fail(
@@ -294,14 +359,12 @@ def _check_padding(
             )
         sides = [(0, 0)] * len(stride)
     else:
-        sides = [(n, n) for n in checks.ints(op, "padding", padding, len(stride))]
+        sides = [(n, n) for n in padding]
         if min(sides) < (0, 0):
             checks.fail(RuntimeError, op, "padding must not be negative", padding=padding)
     if any(
         n == 0 or n + sum(side) < d * (k - 1) + 1
-        for n, k, side, d in zip(
-            input.shape[-len(stride) :], weight.shape[2:], sides, dilation, strict=True
-        )
+        for n, k, side, d in zip(input[-len(stride) :], weight[2:], sides, dilation, strict=True)
     ):
         checks.fail(
             RuntimeError,

@@ -34,7 +34,7 @@ class Geometry(NamedTuple):
         cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
     ) -> Geometry:
         """From the lists that a library op receives."""
-        return cls(tuple(stride), tuple(padding), tuple(dilation), groups)
+        return tuple.__new__(cls, (tuple(stride), tuple(padding), tuple(dilation), groups))
 
     def scalars(self) -> tuple[int, ...]:
         """The kernels' arguments from `stride_h` to `dilation_w`."""

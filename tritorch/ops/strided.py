@@ -26,7 +26,8 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Layout:
-        return cls(tensor.shape, tensor.stride(), tensor.itemsize)
+        # without the arguments of a constructor, which take longer than the rest
+        return tuple.__new__(cls, (tensor.shape, tensor.stride(), tensor.itemsize))
 
     def stride(self, dim: int) -> int:
         """As a tensor's method of that name."""
