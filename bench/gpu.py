@@ -14,10 +14,10 @@ import argparse
 import importlib.util
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,19 +25,22 @@ from typing import Any
 
 import torch
 
-from tritorch.bench import precompile, rows
+from tritorch.bench import calibration, precompile, rows, told
 from tritorch.bench.baselines import use_fast_algorithms, use_full_float32
 from tritorch.bench.environment import environment
 from tritorch.bench.sections import LIMIT, WEIGHTS, Runner, Setting, planned
 from tritorch.bench.store import OtherResults, Store
 
-SECTIONS = (*WEIGHTS, "correctness")
+SECTIONS = (*WEIGHTS, "calibration", "correctness")
 # seconds without a word after which what measures is taken to hang
 _PATIENCE = 90.0
 # seconds after its end that a budget is overdrawn by, at most
 _GRACE = 10.0
 # seconds that a section waits for its kernels to be compiled
 _COMPILING = 90.0
+
+# exit statuses: what was measured is kept, what was measured last is not
+_INTERRUPTED, _UNABLE = 130, 3
 
 # of the checkout, where the tests are
 _ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +78,8 @@ def _measure(
     def tell(event: str, **fields: Any) -> None:
         connection.send((event, fields))
 
+    # the parent hears of it, and ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.manual_seed(0)
     use_fast_algorithms()
     use_full_float32()
@@ -135,6 +140,9 @@ class Run:
         try:
             while not self._attempt(target):
                 pass
+        except KeyboardInterrupt:
+            self.store.write()
+            raise
         finally:
             if self.pool is not None:
                 self.pool.terminate()
@@ -155,7 +163,7 @@ class Run:
                 return True
             self._failed("nothing was heard of it any more")
             return False
-        except (EOFError, OSError):
+        except (EOFError, ConnectionError):
             self._failed("the process ended")
             return False
         finally:
@@ -183,6 +191,8 @@ class Run:
                 self._compile(target or precompile.target_of(self.store.capability()))
             elif event == "row":
                 self._keep(fields["row"])
+            elif event == "details":
+                self._detail(**fields)
             elif event == "skip":
                 self.store.skip(**fields)
                 print(f"skipped: {fields['section']}: {fields['what']}: {fields['why']}")
@@ -203,7 +213,14 @@ class Run:
         self.done.add(rows.key(row))
         self.store.add(row)
         if row["implementation"] != "torch":
-            print(_line(row), flush=True)
+            print(told.line(row), flush=True)
+
+    def _detail(self, key: tuple[str, ...], row: dict[str, Any]) -> None:
+        """Adds fields to a row that is there."""
+        for one in reversed(self.store.rows):
+            if rows.key(one) == key:
+                self.store.change(one, row)
+                break
 
     def _failed(self, why: str) -> None:
         """The row that was being measured is not tried again, or its section if it has none."""
@@ -250,25 +267,15 @@ def _counting(section: str, left: Any) -> Callable[[Any], None]:
 
 
 def _lower() -> None:
+    # the parent ends its workers, by the one or the other
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.nice(5)
     torch.set_num_threads(1)
 
 
 def _compiled(section: str, setting: Setting, number: int, target: str) -> str:
     return precompile.compile_case(planned(section, setting)[number], target)
-
-
-def _line(row: dict[str, Any]) -> str:
-    def number(name: str) -> str:
-        value = row.get(name)
-        return "-" if value is None else f"{value:.4g}"
-
-    what = f"{row['op']} {row['name']} {row['shape']} {row['pass']} {row['implementation']}"
-    times = f"{number('median_us')} us, torch {number('baseline_us')}, {number('speedup')}x"
-    wrong = "" if row["verified"] else f" NOT VERIFIED: {row.get('failure')}"
-    torchs = f" FALLBACK: {row['fallbacks']}" if row.get("fallbacks") else ""
-    slow = f" THROTTLED: {', '.join(row['throttled'])}" if row.get("throttled") else ""
-    return f"{what}: {times}, roofline {number('roofline')}{wrong}{slow}{torchs}"
 
 
 def _correctness(out: Path, limit: float) -> None:
@@ -291,44 +298,6 @@ def _correctness(out: Path, limit: float) -> None:
         print(f"correctness: exit status {done.returncode}, {time.time() - start:.0f} s")
     except subprocess.TimeoutExpired:
         print(f"correctness: stopped after {limit:.0f} s, before its end")
-
-
-def _summary(store: Store) -> None:
-    measured = Counter(row.get("section", "") for row in store.rows)
-    wrong = Counter(row.get("section", "") for row in store.rows if not row["verified"])
-    skipped = Counter(one["section"] for one in store.skipped)
-    for section in [*measured, *(set(skipped) - set(measured))]:
-        print(
-            f"{section or '-'}: {measured[section]} rows, {wrong[section]} not verified, "
-            f"{skipped[section]} skipped"
-        )
-    for line in totals(store.rows):
-        print(line)
-    print(f"rows: {store.path}")
-
-
-def totals(found: list[dict[str, Any]]) -> list[str]:
-    """For each op and pass: torch's time over ours, all shapes as often as they occur."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in found:
-        if row.get("speedup"):
-            which = ("section", "op", "pass", "implementation")
-            groups.setdefault(tuple(str(row.get(name)) for name in which), []).append(row)
-    lines = []
-    for names, group in groups.items():
-        if names[0] == "layers":
-            # one shape each, which has had its line
-            continue
-        ours, torchs = (
-            sum(row.get("count", 1) * row[key] for row in group)
-            for key in ("median_us", "baseline_us")
-        )
-        weakest = min(group, key=lambda row: row["speedup"])
-        lines.append(
-            f"{' '.join(names)}: {len(group)} shapes, {torchs / ours:.3f}x of torch, weakest "
-            f"{weakest['speedup']:.3f}x {weakest['name']} {weakest['shape']}"
-        )
-    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -367,19 +336,39 @@ def main(arguments: list[str] | None = None) -> int:
     if compiles:
         # once, for all processes
         importlib.import_module("triton")
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        Run(store, sections, setting, deadline).run(
-            options.workers if compiles else 0, options.target
-        )
+        workers = options.workers if compiles else 0
+        if sections:
+            Run(store, sections, setting, deadline).run(workers, options.target)
+        else:
+            store.again()
+        if "calibration" in chosen:
+            until = None if deadline is None else deadline + _GRACE
+            # rows that are measured now are of today's kernels
+            calibration.add(store, options.workers, until, fresh=True if sections else None)
+        if "correctness" in chosen:
+            if options.device == "cuda":
+                _correctness(options.out.resolve(), LIMIT)
+            else:
+                print("skipped: correctness: it is about a GPU")
     except OtherResults as error:
         parser.error(str(error))
-    if "correctness" in chosen:
-        if options.device == "cuda":
-            _correctness(options.out.resolve(), LIMIT)
-        else:
-            print("skipped: correctness: it is about a GPU")
-    _summary(store)
+    except KeyboardInterrupt:
+        print(f"interrupted: {len(store.rows)} rows are kept in {store.path}", flush=True)
+        return _INTERRUPTED
+    except OSError as error:
+        print(f"the result could not be written: {error}", file=sys.stderr)
+        return _UNABLE
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    told.summary(store)
     return 0
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Whoever ends this program with manners keeps what it has measured."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 # what decides which kernels run, and in which configuration
 _KERNELS = ("kernels", "tritorch/ops", "tritorch/launch.py")
+# errors that a reader may ask about, in either direction
+_NEAR = (0.1, 0.2, 0.5)
 
 
 @dataclass(frozen=True)
@@ -55,25 +57,33 @@ class Prediction:
 
 def measured(results: Path = RESULTS, ops: Sequence[str] = ()) -> list[Measured]:
     """The newest row of each case and pass that a GPU measured and that its host did not bound."""
+    contents = [json.loads(path.read_text("utf-8")) for path in sorted(results.glob("*/**/*.json"))]
+    return measured_in([c for c in contents if c.get("kind") == "bench"], ops)
+
+
+def measured_in(
+    contents: Sequence[Mapping[str, Any]], ops: Sequence[str] = (), *, fresh: bool | None = None
+) -> list[Measured]:
+    """The same of the contents of result files; `fresh` where it is known without a look at git."""
     known = {}
-    for path in sorted(results.glob("*/**/*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    for content in contents:
         environment = content.get("environment", {})
         target = target_of(environment.get("capability"))
-        if target is None or content.get("kind") != "bench":
+        if target is None:
             continue
-        fresh = _same_kernels(environment.get("commit"))
+        same = _same_kernels(environment.get("commit")) if fresh is None else fresh
         for row in content["rows"]:
             wanted = not ops or row["op"] in ops
             if wanted and row.get("implementation") == OURS and row.get("median_us"):
                 named = str(environment["gpu"]), row["op"], row["name"], row["dtype"], row["pass"]
-                known[(*named, *row["shape"])] = row, target, fresh
+                known[(*named, *row["shape"])] = row, target, same
     cases = _Cases()
     found = []
-    for row, target, fresh in known.values():
+    for row, target, same in known.values():
         case = cases.of(row)
-        if case is not None and not row.get("host_bound"):
-            found.append(Measured(row, case, target, fresh))
+        # what slowed the GPU down, or kept it waiting, is none of the estimate's business
+        if case is not None and not row.get("host_bound") and not row.get("throttled"):
+            found.append(Measured(row, case, target, same))
     return found
 
 
@@ -144,6 +154,17 @@ def summary(predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
     return [*rows, ("all", "", *_errors(everything))] if rows else []
 
 
+def spread(errors: Sequence[float]) -> str:
+    """How the errors are distributed, in words."""
+    ordered = sorted(errors)
+    ends = [math.expm1(ordered[round(part * (len(ordered) - 1))]) for part in (0.1, 0.5, 0.9)]
+    low, middle, high = (f"{end:+.0%}" for end in ends)
+    count = len(errors)
+    near = [sum(abs(error) <= math.log1p(most) for error in errors) / count for most in _NEAR]
+    shares = (f"{part:.0%} within {most:.0%}" for part, most in zip(near, _NEAR, strict=True))
+    return f"tenths {low}, {middle}, {high}; {', '.join(shares)}"
+
+
 def _errors(errors: Sequence[float]) -> tuple[str, ...]:
     signed = statistics.median(errors)
     sizes = [abs(error) for error in errors]
@@ -157,7 +178,7 @@ def _errors(errors: Sequence[float]) -> tuple[str, ...]:
     )
 
 
-_HEADER = ("op", "pass", "rows", "median", "typical", "mean", "worst")
+HEADER = ("op", "pass", "rows", "median", "typical", "mean", "worst")
 
 
 def report(results: Path = RESULTS, ops: Sequence[str] = (), *, rows: bool = False) -> int:
@@ -189,11 +210,12 @@ def report(results: Path = RESULTS, ops: Sequence[str] = (), *, rows: bool = Fal
                     f"{row['median_us']:.1f} us, estimated {one.us:.1f} us, "
                     f"{math.expm1(one.error):+.0%}"
                 )
-        _print([_HEADER, *summary(some)])
+        print_table([HEADER, *summary(some)])
+        print(spread([one.error for one in some]))
     return 0
 
 
-def _print(table: Sequence[tuple[str, ...]]) -> None:
+def print_table(table: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     for row in table:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tritorch import backend
-from tritorch.bench import clocks, guards, intervals, launches, timing
+from tritorch.bench import clocks, details, guards, intervals, timing
 from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import OURS, TORCH, Case, Slot
 from tritorch.bench.ceilings import Ceilings
@@ -34,8 +34,8 @@ _NEW_NUMBERS = 1_000_003
 class Bench:
     """Where and how cases are measured.
 
-    `extras`: of "host", "graph", "memory" and "kernels" what is measured besides the time on the
-    device.  `watch` sees whether the GPU is slowed down meanwhile.
+    `extras`: names of `details.MEASURES`, measured besides the time on the device.  `watch` sees
+    whether the GPU is slowed down meanwhile.
     """
 
     device: torch.device
@@ -75,7 +75,12 @@ class Bench:
         timed, kept = self._timed(prepared, failures)
         slowed = clocks.summary(self.watch.seen())
         # while what was differentiated is still what lies in memory
-        extras = {name: self._extras(prepared, name) for name in timed}
+        extras = {
+            name: details.of(details.Subject(prepared, name, self.clock), self.extras, self.device)[
+                0
+            ]
+            for name in timed
+        }
         self._judge(judge, timed, kept, failures, verdicts)
         baseline = timed.get(TORCH)
         found = []
@@ -98,6 +103,13 @@ class Bench:
                 row |= _beside(row, timed[name], baseline)
             found.append(row)
         return found
+
+    def details(
+        self, prepared: Prepared, name: str, wanted: Iterable[str]
+    ) -> tuple[Row, dict[str, float]]:
+        """Fields of a row that need no times of others beside them, and what each took."""
+        subject = details.Subject(prepared, name, self.clock)
+        return details.of(subject, wanted, self.device)
 
     def _prepare(
         self, prepared: Prepared, judge: guards.Judge
@@ -203,26 +215,6 @@ class Bench:
             "gbps": cost.bytes / us / 1e3 if cost else None,
             "roofline": floor / us if floor else None,
         }
-
-    def _extras(self, prepared: Prepared, name: str) -> Row:
-        calls, found = prepared.calls[name], dict[str, Any]()
-        with torch.set_grad_enabled(bool(prepared.wanted)):
-            if "host" in self.extras:
-                found["host_us"] = timing.host_time(calls[0], self.clock, calls=100).value
-            if self.device.type == "cuda" and "graph" in self.extras:
-                try:
-                    found["graph_us"] = timing.graph_time(calls, self.plan).value
-                except RuntimeError:
-                    # some calls cannot be captured: they wait for the GPU
-                    found["graph_us"] = None
-            if self.device.type == "cuda" and "memory" in self.extras:
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
-                calls[0]()
-                found["peak_bytes"] = torch.cuda.max_memory_allocated() - held
-            if self.device.type == "cuda" and "kernels" in self.extras and name != TORCH:
-                found["kernels"] = launches.resources(calls[0])
-        return found
 
 
 class _Kept:

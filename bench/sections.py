@@ -16,7 +16,8 @@ import torch
 
 from tritorch.bench import baselines, ceilings, clocks, rows, timing
 from tritorch.bench.baselines import COMPILED
-from tritorch.bench.cases import BOTH, FORWARD, OURS, TORCH, Case, workloads
+from tritorch.bench.cases import BOTH, FORWARD, OURS, TORCH, Case, Slot, workloads
+from tritorch.bench.passes import Prepared
 from tritorch.bench.resnet50 import Shapes
 from tritorch.bench.train_steps import Trainer
 
@@ -29,12 +30,15 @@ WEIGHTS = {
     "pointwise": 20,
     "host": 8,
     "layers": 24,
+    "details": 12,
     "compiled": 30,
     "baselines": 20,
 }
 # what any section may take
 LIMIT = 8 * 60.0
 _BATCHES = (256, 32)
+# of whom the section of that name measures what
+_DETAILS = {OURS: ("graph", "memory", "kernels"), TORCH: ("memory",)}
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,9 @@ class Runner:
             "train": lambda until: self._train(section, (OURS, TORCH), until),
             "compiled": lambda until: self._train(section, (COMPILED, TORCH), until),
             "baselines": self._baselines,
+            "details": self._details,
         }
-        if section not in ("ceilings", "compiled", "baselines"):
+        if section not in ("ceilings", "compiled", "baselines", "details"):
             self.tell("doing", section=section, what="waiting for its kernels", key=())
             now = time.time()
             self.wait(section, now + (until - now) / 2)
@@ -139,6 +144,7 @@ class Runner:
     def know(self, earlier: Sequence[rows.Row]) -> None:
         """Takes the ceilings of an earlier part of this run."""
         self.found = [row for row in earlier if row.get("name") == "ceiling"]
+        self.done |= {("details", *rows.key(row)) for row in earlier if "peak_bytes" in row}
         self.bench.ceilings = ceilings.of_rows(self.found)
 
     def clocks(self) -> dict[str, Any] | None:
@@ -246,6 +252,39 @@ class Runner:
             except Exception as error:
                 self._fail(section, what, error)
             self._free()
+
+    def _details(self, until: float) -> None:
+        """A graph's time, memory and kernels of what other sections have measured."""
+        if self.bench.device.type != "cuda":
+            if self.gives_up:
+                self.tell("skip", section="details", what="all", why="it is about a GPU")
+            return
+        for section in ("conv", "matmul", "pointwise", "layers"):
+            for case in planned(section, self.setting):
+                keys = {which: _key(section, case, which) for which in case.passes}
+                wanted = [n for n, key in keys.items() if key in self.done]
+                wanted = [n for n in wanted if ("details", *keys[n]) not in self.done]
+                what = f"{case.op} {case.name} {case.shape}"
+                if not wanted or not self._has_time("details", what, until):
+                    continue
+                slots = self.bench.slots(case)
+                for which in wanted:
+                    key = ("details", *keys[which])
+                    self.tell("doing", section="details", what=f"{what} {which}", key=key)
+                    self.done.add(key)
+                    try:
+                        self._detail(case, which, slots)
+                    except Exception as error:
+                        self._fail("details", f"{what} {which}", error)
+                del slots
+                self._free()
+
+    def _detail(self, case: Case, which: str, slots: list[Slot]) -> None:
+        prepared = Prepared(case, which, slots)
+        for name, measures in _DETAILS.items():
+            fields, seconds = self.bench.details(prepared, name, measures)
+            key = rows.key(rows.head(case, which, name))
+            self.tell("details", key=key, row={**fields, "details_seconds": seconds})
 
     def _baselines(self, until: float) -> None:
         """torch alone, on what no other section has measured, and torch.compile beside it."""

@@ -12,6 +12,8 @@ from tritorch.bench.environment import SCHEMA, environment, write_whole
 
 # seconds between two writes of a growing file
 _EVERY = 2.0
+# that a result has in any case
+_FIELDS = ("schema", "kind", "environment", "rows", "skipped")
 
 
 class OtherResults(ValueError):
@@ -46,12 +48,7 @@ class Store:
         self.environment = environment
         if fresh or self.rows or self.path is None or not self.path.exists():
             return
-        try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise OtherResults(f"{self.path} holds no result: {error}") from error
-        if found.get("schema") != SCHEMA:
-            raise OtherResults(f"{self.path} has schema {found.get('schema')}, not {SCHEMA}")
+        found = self._read(self.path)
         for name in ("gpu", "commit", "torch", "triton"):
             then = found["environment"].get(name)
             if then != environment.get(name):
@@ -59,7 +56,30 @@ class Store:
                     f"{self.path} holds results of {name} {then}, this is "
                     f"{environment.get(name)}: name another folder"
                 )
+        self._take(found)
+
+    def again(self) -> None:
+        """Takes what an earlier run left, whatever its environment, and keeps its environment.
+
+        Raises OtherResults where there is no result.
+        """
+        if self.path is not None and self.path.exists():
+            found = self._read(self.path)
+            self._take(found)
+            self.environment, self.skipped = found["environment"], found.get("skipped", [])
+
+    def _take(self, found: Mapping[str, Any]) -> None:
         self.rows = found["rows"]
+        self.more = {n: v for n, v in found.items() if n not in _FIELDS} | self.more
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise OtherResults(f"{path} holds no result: {error}") from error
+        if found.get("schema") != SCHEMA:
+            raise OtherResults(f"{path} has schema {found.get('schema')}, not {SCHEMA}")
+        return found
 
     def capability(self) -> str | None:
         """Of the GPU of this run, "9.0" say."""
@@ -67,8 +87,16 @@ class Store:
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+        self._write_now_and_then()
+
+    def _write_now_and_then(self) -> None:
         if time.monotonic() - self._written > _EVERY:
             self.write()
+
+    def change(self, row: dict[str, Any], fields: Mapping[str, Any]) -> None:
+        """More of a row that is there."""
+        row |= fields
+        self._write_now_and_then()
 
     def skip(self, section: str, what: str, why: str) -> None:
         self.skipped.append({"section": section, "what": what, "why": why})

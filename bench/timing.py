@@ -271,21 +271,28 @@ def host_time(call: Call, clock: Clock, *, calls: int = 100, repeats: int = 5) -
     return intervals.median(found)
 
 
-def graph_time(calls: Sequence[Call], plan: Plan = Plan()) -> Interval:
+def graph_time(make: Callable[[], Sequence[Call]], plan: Plan = Plan()) -> Interval:
     """Microseconds of a call in a CUDA graph that makes the whole ring's calls, one after another.
 
-    There is no gap between launches in it, and the ring must be large enough for a cold cache.
-    Raises what the capture raises: some calls cannot be captured.
+    `make` makes the ring, on the stream that is captured: a gradient is computed on the stream of
+    what it is the gradient of.  There is no gap between launches in a graph, and the ring must be
+    large enough for a cold cache.  Raises what the capture raises: some calls cannot be captured.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    # not `torch.cuda.graph`, which gives all memory back that the next measurement needs again
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
+        calls = make()
         for call in calls[:2]:
             call()
+        synchronize()
+        graph.capture_begin()
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
     timed = measure({"graph": [graph.replay]}, GpuClock(), plan)
     return Interval(*(value / len(calls) for value in timed["graph"].median))

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from tritorch.bench import clocks, compare, gpu, reports, timing
+from tritorch.bench import clocks, compare, reports, timing, told
 from tritorch.bench.cases import workloads
 from tritorch.bench.environment import environment
 from tritorch.bench.rows import Bench
@@ -169,7 +169,7 @@ def test_a_row_says_that_it_was_measured_while_the_gpu_was_throttled(monkeypatch
     assert row["throttled"] == baseline["throttled"] == ["hardware thermal slowdown"]
     assert row["clock_mhz"] == [900.0, 900.0]
     assert "GPU throttled: hardware thermal slowdown" in reports.line(row)[-1]
-    assert "THROTTLED: hardware thermal slowdown" in gpu._line(row)
+    assert "THROTTLED: hardware thermal slowdown" in told.line(row)
 
 
 def test_a_slower_row_of_a_throttled_gpu_is_unsure():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -180,3 +182,119 @@ def test_layers_has_every_op_that_has_a_spec():
 
 def test_the_most_valuable_sections_run_first():
     assert list(WEIGHTS)[:3] == ["ceilings", "conv", "matmul"]
+
+
+def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path):
+    """A signal of either kind, in the middle of a row: no two seconds are lost, nobody is left."""
+    patch = """
+def slow(self, case, which, slots):
+    if len(marks) == 2:
+        open("mark", "w").close()
+        time.sleep(60)
+    marks.append(case.op)
+    return measured(self, case, which, slots)
+marks = []
+rows.Bench.rows = slow
+"""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        out = tmp_path / number.name
+        out.mkdir()
+        arguments = [*SMALL, "--out", str(out), "--sections", "host"]
+        script = f"{HEAD}\n{patch}\nraise SystemExit(gpu.main({arguments!r}))"
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=out,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # a signal of the terminal reaches the whole group
+            start_new_session=True,
+        )
+        until = time.monotonic() + 60
+        while not (out / "mark").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
+        said, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (130, "")
+        assert "interrupted: 4 rows are kept in" in said
+        assert len(ops(json.loads((out / "gpu.json").read_text()))) == 2
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+
+
+def test_a_full_disk_is_said_and_the_last_file_is_whole(tmp_path):
+    out = tmp_path / "out"
+    arguments = [*SMALL, "--out", str(out), "--sections", "host"]
+    patch = """
+from tritorch.bench import store
+store._EVERY = 0.0
+write, count = store.write_whole, 0
+def full(*arguments, **options):
+    global count
+    count += 1
+    if count > 2:
+        raise OSError(28, "No space left on device")
+    write(*arguments, **options)
+store.write_whole = full
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{HEAD}\n{patch}\nraise SystemExit(gpu.main({arguments!r}))"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 3
+    assert done.stderr == "the result could not be written: [Errno 28] No space left on device\n"
+    assert len(json.loads((out / "gpu.json").read_text())["rows"]) == 2
+
+
+DETAILS = """
+import types
+from tritorch.bench import details
+# what is asked, on a machine that has no GPU
+run = sections.Runner._details
+def asked(self, until):
+    device = self.bench.device
+    self.bench.device = types.SimpleNamespace(type="cuda")
+    self._free = lambda: None
+    self.bench.slots = lambda case: [sections.Slot.of(case, "cpu", n) for n in range(2)]
+    run(self, until)
+    self.bench.device = device
+sections.Runner._details = asked
+def graph(subject):
+    if subject.prepared.case.op == "linear":
+        raise ValueError("unlucky")
+    return {"graph_us": 1.0}
+details.MEASURES = {"graph": graph, "kernels": lambda subject: {"kernels": [{"registers": 32}]},
+    "memory": lambda subject: {"peak_bytes": len(subject.name)}}
+"""
+
+
+def test_details_are_added_to_rows_that_are_there(tmp_path):
+    result, said = run(tmp_path / "out", DETAILS, "conv,matmul,details")
+    for row in result["rows"]:
+        if row["op"] == "linear":
+            assert "graph_us" not in row
+        elif row["implementation"] == "tritorch":
+            assert (row["graph_us"], row["kernels"]) == (1.0, [{"registers": 32}])
+            assert row["peak_bytes"] == len("tritorch")
+            assert set(row["details_seconds"]) == {"graph", "kernels", "memory"}
+        else:
+            # torch's memory alone
+            assert row["peak_bytes"] == len("torch")
+            assert "kernels" not in row
+    assert {one["why"] for one in result["skipped"]} == {"ValueError: unlucky"}
+    count = sum("graph_us" in row for row in result["rows"])
+    assert f"details graph: {count} rows" in said
+    # what is there is not measured again
+    patch = f"{DETAILS}\ndetails.MEASURES = {{}}"
+    again, _ = run(tmp_path / "out", patch, "conv,details")
+    assert again["rows"] == result["rows"]
+
+
+def test_details_are_of_a_gpu(tmp_path):
+    result, _ = run(tmp_path / "out", "", "host,details")
+    assert [one["why"] for one in result["skipped"]] == ["it is about a GPU"]
+    assert all("kernels" not in row for row in result["rows"])
