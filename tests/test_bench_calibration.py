@@ -6,10 +6,12 @@ import json
 import time
 
 import pytest
+from click.testing import CliRunner
 
 from tritorch.bench import calibration, gpu, predictions
 from tritorch.bench.environment import environment
 from tritorch.bench.store import Store
+from tritorch.cli import main
 
 ROW = {
     "op": "relu", "name": "activation", "shape": [256, 64, 112, 112], "dtype": "bfloat16",
@@ -133,3 +135,17 @@ def test_kinds_of_results_that_have_no_times_are_left_alone(tmp_path):
     (tmp_path / "G" / "1").mkdir(parents=True)
     (tmp_path / "G" / "1" / "tests.json").write_text(json.dumps(result(ROW) | {"kind": "tests"}))
     assert predictions.measured(tmp_path) == []
+
+
+@pytest.mark.compile
+def test_inspect_says_how_far_off_its_estimate_was(monkeypatch):
+    monkeypatch.setattr(calibration, "known", lambda target: f"{target} good")
+    result = CliRunner().invoke(main, ["inspect", "relu", "--arch", "sm_90"])
+    assert result.exit_code == 0, result.output
+    assert "how far off it was for sm_90: sm_90 good" in result.output
+
+
+@pytest.mark.compile
+def test_what_has_no_configurations_is_not_ranked():
+    result = CliRunner().invoke(main, ["inspect", "relu", "--rank"])
+    assert (result.exit_code, "relu has no table" in result.output) == (2, True)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -238,15 +239,19 @@ def _rank(target: str, options: dict[str, Any], console: Console) -> None:
         specs = inspection.own_ops([] if target == "all" else [target])
     except RequestError as error:
         _stop(f"{error}", _USAGE)
+    ranked = False
     for arch in options["targets"]:
         for dtype in dtypes:
             for spec in specs:
                 for title, entries in ranking.of_op(spec, arch, dtype, options["calls"]):
+                    ranked = True
                     console.print(f"{title}, {arch}, {dtype}, all passes", style="bold")
                     for one in entries:
                         mark = "  chosen" if one.chosen else ""
                         console.print(f"{one.us:10.1f} us  {inspection.shown(one.entry)}{mark}")
-    console.print(_ESTIMATED)
+    if not ranked:
+        _stop(f"--rank: {target} has no table of configurations with such a call", _USAGE)
+    _tell_estimate(options["targets"], console)
 
 
 def _show(rows: list[dict[str, Any]], options: dict[str, Any], console: Console) -> None:
@@ -264,9 +269,17 @@ def _show(rows: list[dict[str, Any]], options: dict[str, Any], console: Console)
     for row in rows:
         for problem in row["problems"]:
             console.print(f"problem: {problem}", style="bold red")
-    console.print(
-        "estimate: what the launch should take by its code and grid; nothing was measured"
-    )
+    _tell_estimate(options["targets"], console)
+
+
+def _tell_estimate(targets: Iterable[str], console: Console) -> None:
+    """What the estimate is, and how far off it was where it was held against a GPU."""
+    from tritorch.bench import calibration
+
+    console.print(_ESTIMATED)
+    for target in targets:
+        if said := calibration.known(target):
+            console.print(f"how far off it was for {target}: {said}", markup=False)
 
 
 def _diff_of_files(files: tuple[str, str], console: Console) -> None:
