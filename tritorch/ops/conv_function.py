@@ -175,24 +175,23 @@ def _convolution_grad_weight(
     else:
         partial = implicit_gemm.grad_weight(grad_output, input, grad_weight, geometry)
     if partial is not None:
-        # channels last, as in the partial sums, and padded to the axes of a volume
+        # channels last, as in the partial sums
         to = grad_weight.movedim(1, -1)
-        padding = 5 - to.dim()
-        launch.run(
-            kernels.conv2d_sum_weight_kernel,
-            (math.ceil(to.numel() / kernels.BLOCK),),
-            partial,
-            grad_weight,
-            to.numel(),
-            partial.shape[0],
-            *to.shape[1:],
-            *(1,) * padding,
-            *to.stride(),
-            *(0,) * padding,
-            on=grad_weight,
-            BLOCK=kernels.BLOCK,
-        )
+        _plan_sum(partial.shape[0], to.shape, to.stride())(grad_weight, partial, grad_weight)
     return grad_weight
+
+
+@launch.planned
+def _plan_sum(splits: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> launch.Prepared:
+    # padded to the axes of a volume
+    elements, padding = math.prod(shape), 5 - len(shape)
+    sizes, along = shape[1:] + (1,) * padding, strides + (0,) * padding
+    return launch.Prepared(
+        kernels.conv2d_sum_weight_kernel,
+        (math.ceil(elements / kernels.BLOCK),),
+        (elements, splits, *sizes, *along),
+        BLOCK=kernels.BLOCK,
+    )
 
 
 class Convolution(torch.autograd.Function):
