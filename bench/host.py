@@ -48,7 +48,6 @@ def stub_driver(target: str = "sm_90") -> Iterator[None]:
         replaced: dict[tuple[Any, str], Any] = {
             (launch, "_gpu"): lambda tensor: 0,
             (launch, "_bind"): bound,
-            (launch, "_bound"): {},
             (torch.cuda, "current_device"): lambda: 0,
             (torch._C, "_cuda_getCurrentRawStream"): lambda device: 0,
         }

@@ -279,15 +279,11 @@ def test_a_loop_that_may_not_run_is_reported_as_serialized():
     for told in (False, True):
         with dry.compiling_for("sm_90") as recorder:
             x, y = empty(256, 256), empty(256, 128)
-            launch.run(
-                product_kernel,
-                (1,),
+            run = launch.Prepared(product_kernel, (1,), (256, 3), TOLD=told, num_warps=8)
+            run(
+                x,
                 launch.descriptor(x, x.shape, x.stride(), (128, 64)),
                 launch.descriptor(y, y.shape, y.stride(), (128, 128)),
-                *(256, 3),
-                on=x,
-                TOLD=told,
-                num_warps=8,
             )
         found.append(dry.resources(recorder.kernels[0]).serialized)
     assert found == [old, False]

@@ -1,5 +1,7 @@
 """A launch on a GPU, remembered: what reaches Triton's launcher is what `kernel[grid]` passes."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -37,7 +39,6 @@ def launches(monkeypatch):
     monkeypatch.setattr(launch, "_gpu", lambda tensor: 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    monkeypatch.setattr(launch, "_bound", {})
     with backend.use("triton"), backend.strict(), dry.compiling_for("sm_90"):
         yield seen
 
@@ -118,8 +119,8 @@ def test_a_profiler_sees_launches_of_triton(launches, monkeypatch):
     x = torch.ones(8)
     ops.relu(x)
     seen = []
-    launch_it = launches.bound[0].owners[0]
-    monkeypatch.setattr(launch_it, "pre_run_hooks", [lambda *a, **k: seen.append(1)])
+    kernel = launch.kernels("activation").activation_forward_kernel
+    monkeypatch.setattr(kernel, "pre_run_hooks", [lambda *a, **k: seen.append(1)])
     ops.relu(x)
     assert not seen
     triton.knobs.runtime.launch_enter_hook.add(print)
@@ -130,11 +131,13 @@ def test_a_profiler_sees_launches_of_triton(launches, monkeypatch):
     assert seen == [1]
 
 
-def test_the_memory_is_bounded(launches, monkeypatch):
-    monkeypatch.setattr(launch, "_MAX_BOUND", 3)
-    for size in range(1, 9):
-        ops.softmax(torch.ones(size, 5), 1)
-    assert len(launch._bound) <= 3
+def test_shapes_that_change_with_every_call_do_not_fill_the_memory():
+    class Plan:
+        pass
+
+    plan = launch.planned(lambda size: Plan())
+    plans = [weakref.ref(plan(size)) for size in range(5000)]
+    assert 0 < sum(found() is not None for found in plans) < 5000
 
 
 def test_what_a_profiler_compiled_does_not_outlive_it(launches):
@@ -157,11 +160,13 @@ def copy_tile():
 
 
 def test_a_launch_with_descriptors_is_remembered_by_dtype_and_tile(launches, copy_tile):
+    run = launch.Prepared(copy_tile, (1,), (0,))
+
     def bound(shape, block, dtype=torch.float16):
         x = torch.ones(shape, dtype=dtype)
         launches.clear()
-        launch.run(copy_tile, (1,), describe(x, block), describe(x, block), 0, on=x)
-        return {id(b.run) for b in launch._bound.values()}, launches[0]
+        run(x, describe(x, block), describe(x, block))
+        return {id(b.run) for b in launches.bound}, launches[0]
 
     first, (_, _, _, x, y, row) = bound((64, 32), [16, 32])
     assert [x.block_shape, y.block_shape, row] == [[16, 32], [16, 32], 0]

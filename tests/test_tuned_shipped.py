@@ -81,16 +81,16 @@ def test_no_row_is_slower_than_what_else_was_measured(file):
 def test_rows_compile_without_a_spill(file, monkeypatch):
     """Each configuration in each form in which ResNet-50 or a square product launches it."""
     table = tuned.read(file)
-    launched, seen = launch.run, set()
+    launched, seen = launch.Prepared.__call__, set()
 
-    def run(kernel, grid, *arguments, on, config=None, **constants):
-        form = kernel.__name__, str(config), str(constants)
-        if config is not None and form not in seen and any(config is one for one in wanted):
+    def run(self, *tensors, floats=()):
+        form = self.kernel.__name__, str(self.config), str(self.constants)
+        if form not in seen and any(self.config is one for one in wanted):
             seen.add(form)
-            launched(kernel, grid, *arguments, on=on, config=config, **constants)
+            launched(self, *tensors, floats=floats)
 
     wanted = list(table.values())
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch.Prepared, "__call__", run)
     kernels = []
     with tuned.using(table):
         for case in cases():

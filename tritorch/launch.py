@@ -213,48 +213,12 @@ def describable(address: int, shape: Sequence[int], strides: Sequence[int], item
     )
 
 
-def run(
-    kernel: Any,
-    grid: tuple[int, ...],
-    *arguments: Any,
-    on: Tensor,
-    config: Any = None,
-    **constants: Any,
-) -> None:
-    """Launches `kernel` over `grid` on the device of `on`; a grid with a zero launches nothing.
-
-    `arguments` are all parameters but the last, `constants` the rest: the kernel's `tl.constexpr`
-    parameters (and num_warps where there is no `config`).
-    """
-    if 0 in grid:
-        return
-    if any(size > _MAX_BEHIND for size in grid[1:]):
-        raise ValueError(
-            f"launch: {kernel.__name__} has a grid of {grid}, of which CUDA takes at most "
-            f"{_MAX_BEHIND} along the second and the third axis"
-        )
-    for names in _recorders:
-        names.append(kernel.__name__)
-    if backend.INTERPRETING:
-        # CUDA tensors too: the interpreter copies them to the CPU and back
-        with interpreter.corrected():
-            kernel[grid](*arguments, **_options(config, constants))
-    elif (device := _gpu(on)) >= 0:
-        _run_on_gpu(kernel, grid, arguments, device, config, constants)
-    elif dry.active() is not None:
-        kernel[grid](*arguments, **_options(config, constants))
-    else:
-        raise RuntimeError(
-            f"launch: {kernel.__name__} needs a CUDA tensor, or TRITON_INTERPRET=1 in the "
-            f"environment before Python starts, received a tensor on {on.device}"
-        )
-
-
 class Prepared:
-    """A launch of which all but the tensors is known: what a plan holds, and costs the least.
+    """A launch of which all but the tensors is known: what a plan holds.
 
-    The kernel takes tensors (descriptors, None), then `numbers`, then floats, and `constants` as
-    `run` does.
+    The kernel takes tensors (descriptors, None), then `numbers`, then floats; `constants` are its
+    `tl.constexpr` parameters (and num_warps where there is no `config`).  A grid with a zero
+    launches nothing.
     """
 
     __slots__ = ("_bound", "_grid", "config", "constants", "grid", "kernel", "numbers")
@@ -270,22 +234,26 @@ class Prepared:
         self.kernel, self.grid, self.numbers = kernel, grid, numbers
         self.config, self.constants = config, constants
         self._grid = (*grid, 1, 1)[:3]
-        # compiled kernels by what Triton compiles tensors for
+        # compiled kernels by what Triton compiles tensors for: dtype and alignment, of descriptors
+        # dtype and tile
         self._bound: dict[tuple[Any, ...], _Bound] = {}
 
     def __call__(self, on: Tensor, *tensors: Any, floats: tuple[float, ...] = ()) -> None:
         """Launches on the device of `on`."""
-        device = _gpu(on)
-        if device < 0 or backend.INTERPRETING or _recorders or _is_watched():
-            arguments = (*tensors, *self.numbers, *floats)
-            run(self.kernel, self.grid, *arguments, on=on, config=self.config, **self.constants)
-            return
         if 0 in self._grid:
+            return
+        device = _gpu(on)
+        if device < 0 or backend.INTERPRETING:
+            self._by_triton(on, (*tensors, *self.numbers, *floats))
             return
         if device != torch.cuda.current_device():
             # a launch goes to the current device, which need not be the tensor's
             with torch.cuda.device(device):
                 return self(on, *tensors, floats=floats)
+        if _recorders or _is_watched():
+            # what is compiled for a profiler must not outlive it
+            self._by_triton(on, (*tensors, *self.numbers, *floats))
+            return
         key = (
             device,
             *[
@@ -300,9 +268,9 @@ class Prepared:
         bound = self._bound.get(key)
         if bound is None:
             arguments = (*tensors, *self.numbers, *floats)
+            compiled = self._by_triton(on, arguments)
             options = _options(self.config, self.constants)
-            compiled = self.kernel[self.grid](*arguments, **options)
-            self._bound[key] = _bind(self.kernel, compiled, len(arguments), options, self.config)
+            self._bound[key] = _bind(self.kernel, compiled, len(arguments), options)
             return
         bound.run(
             *self._grid,
@@ -318,6 +286,33 @@ class Prepared:
             *bound.constants,
         )
 
+    def _by_triton(self, on: Tensor, arguments: tuple[Any, ...]) -> Any:
+        """Launches as Triton does it, which takes ten times as long, and returns what it compiled.
+
+        Raises:
+            RuntimeError: there is nothing that could run the kernel.
+            ValueError: the grid is larger than CUDA takes.
+        """
+        name = self.kernel.__name__
+        if any(size > _MAX_BEHIND for size in self.grid[1:]):
+            raise ValueError(
+                f"launch: {name} has a grid of {self.grid}, of which CUDA takes at most "
+                f"{_MAX_BEHIND} along the second and the third axis"
+            )
+        for names in _recorders:
+            names.append(name)
+        launch, options = self.kernel[self.grid], _options(self.config, self.constants)
+        if backend.INTERPRETING:
+            # CUDA tensors too: the interpreter copies them to the CPU and back
+            with interpreter.corrected():
+                return launch(*arguments, **options)
+        if _gpu(on) < 0 and dry.active() is None:
+            raise RuntimeError(
+                f"launch: {name} needs a CUDA tensor, or TRITON_INTERPRET=1 in the environment "
+                f"before Python starts, received a tensor on {on.device}"
+            )
+        return launch(*arguments, **options)
+
 
 def _gpu(tensor: Tensor) -> int:
     """The index of the tensor's GPU, negative where it is on none."""
@@ -331,86 +326,18 @@ class _Bound(NamedTuple):
     function: Any
     metadata: Any
     constants: tuple[Any, ...]
-    # kept alive, so that no other object can have their ids, which the key consists of
-    owners: tuple[Any, ...]
-
-
-_bound: dict[tuple[Any, ...], _Bound] = {}
-# shapes that change with every call must not fill the memory
-_MAX_BOUND = 1 << 14
-
-
-def _run_on_gpu(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: tuple[Any, ...],
-    device: int,
-    config: Any,
-    constants: dict[str, Any],
-) -> None:
-    """`kernel[grid](...)`, which takes ten times as long to find out what this finds in one look.
-
-    Triton compiles for dtype and alignment of tensors, for dtype and tile of descriptors, and for
-    some properties of integers: their values tell all of them.  Of other numbers the type alone
-    matters.
-    """
-    if device != torch.cuda.current_device():
-        # a launch goes to the current device, which need not be the tensor's
-        with torch.cuda.device(device):
-            return _run_on_gpu(kernel, grid, arguments, device, config, constants)
-    key = (
-        id(kernel),
-        id(config),
-        device,
-        *constants.items(),
-        *[
-            (argument.dtype, argument.data_ptr() % 16)
-            if isinstance(argument, Tensor)
-            else float
-            if isinstance(argument, float)
-            else _described(argument)
-            if hasattr(argument, "block_shape")
-            else argument
-            for argument in arguments
-        ],
-    )
-    bound = _bound.get(key)
-    watched = _is_watched()
-    if bound is None or watched:
-        options = _options(config, constants)
-        compiled = kernel[grid](*arguments, **options)
-        if watched:
-            # what was compiled for a profiler must not outlive it
-            return
-        if len(_bound) >= _MAX_BOUND:
-            _bound.clear()
-        _bound[key] = _bind(kernel, compiled, len(arguments), options, config)
-        return
-    bound.run(
-        grid[0],
-        grid[1] if len(grid) > 1 else 1,
-        grid[2] if len(grid) > 2 else 1,
-        torch._C._cuda_getCurrentRawStream(device),
-        bound.function,
-        bound.metadata,
-        None,
-        None,
-        None,
-        *arguments,
-        *bound.constants,
-    )
 
 
 def _described(argument: Any) -> tuple[Any, ...]:
     return (argument.base.dtype, *argument.block_shape, argument.padding)
 
 
-def _bind(kernel: Any, compiled: Any, given: int, options: dict[str, Any], config: Any) -> _Bound:
+def _bind(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) -> _Bound:
     # the launcher takes a value for every parameter, also for those that were compiled in
     rest = tuple(
         options.get(parameter.name, parameter.default) for parameter in kernel.params[given:]
     )
-    return _Bound(compiled.run, compiled.function, compiled.packed_metadata, rest, (kernel, config))
+    return _Bound(compiled.run, compiled.function, compiled.packed_metadata, rest)
 
 
 def _is_watched() -> bool:
