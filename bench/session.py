@@ -97,15 +97,22 @@ def _planned(samples: Callable[[Maker], Any], dtype: torch.dtype) -> Iterator[Sa
         yield one if isinstance(one, Sample) else Sample(f"sample {number}", **one)
 
 
-def beside(case: Case, names: Sequence[str]) -> Case:
-    """The case with more implementations: torch.compile, and the peers that have the op."""
-    more: dict[str, Any] = {}
-    for name in names:
-        if name == "compile":
-            more[COMPILED] = baselines.compiled(case.reference, again=True)
-        elif (function := peers.of_case(case, name)) is not None:
-            more[name] = function
-    return case.on(**more) if more else case
+def beside(case: Case, names: Sequence[str]) -> dict[str, Case]:
+    """For each pass the case with more implementations: torch.compile, and the peers that have it.
+
+    Raises what a peer raises when it is imported, or when it is asked.
+    """
+    both: dict[str, Any] = {}
+    if "compile" in names:
+        both[COMPILED] = baselines.compiled(case.reference, again=True)
+    found = {}
+    for which in case.passes:
+        more = dict(both)
+        for name in (name for name in names if name != "compile"):
+            if (function := peers.of_case(case, name, which)) is not None:
+                more[name] = function
+        found[which] = case.on(**more) if more else case
+    return found
 
 
 # hears of what is about to be measured, and how much of it there is
@@ -134,8 +141,10 @@ def measure(
         what = f"{case.op} {case.name}".strip()
         on_case(what, number, len(found))
         try:
-            for row in bench.case(beside(case, wanted.beside)):
-                on_row(row)
+            slots = bench.slots(case)
+            for which, whole in beside(case, wanted.beside).items():
+                for row in bench.rows(whole, which, slots):
+                    on_row(row)
         except torch.OutOfMemoryError:
             problems.append(f"{what}: out of memory with {case.text()}")
         except Exception as error:
