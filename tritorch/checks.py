@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -90,18 +90,31 @@ def same_dtype_and_device(op: str, first: Tensor, **others: Tensor | None) -> No
 
 def parameters(op: str, input: Tensor, wide: torch.dtype, **given: Tensor | None) -> None:
     """RuntimeError unless all share one dtype, the input's or `wide`, and are on its device."""
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) > 1 or not dtypes <= {input.dtype, wide}:
-        fail(
-            RuntimeError,
-            op,
-            "parameters and statistics must share the input's dtype, or float32",
-            input=input,
-            **tensors,
-        )
-    if any(tensor.device != input.device for tensor in tensors.values()):
-        fail(RuntimeError, op, "every tensor must be on one device", input=input, **tensors)
+    dtype = None
+    for tensor in given.values():
+        if tensor is None:
+            continue
+        if tensor.dtype not in ((input.dtype, wide) if dtype is None else (dtype,)):
+            fail(
+                RuntimeError,
+                op,
+                "parameters and statistics must share the input's dtype, or float32",
+                input=input,
+                **_present(given),
+            )
+        dtype = tensor.dtype
+        if tensor.device != input.device:
+            fail(
+                RuntimeError,
+                op,
+                "every tensor must be on one device",
+                input=input,
+                **_present(given),
+            )
+
+
+def _present(given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
 def writable(op: str, tensor: Tensor) -> None:
@@ -120,8 +133,9 @@ def writable(op: str, tensor: Tensor) -> None:
             "a tensor made in inference mode cannot be written in place outside of it",
             input=tensor,
         )
-    if any(
-        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    strides = tensor.stride()
+    if 0 in strides and any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, strides, strict=True)
     ):
         fail(
             RuntimeError,

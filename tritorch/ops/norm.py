@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -80,12 +80,23 @@ def batch_norm(
     Source: `torch.nn.functional.batch_norm`; https://arxiv.org/abs/1502.03167.
     """
     checks.tensor("batch_norm", input=input)
-    _check_statistics(input, running_mean, running_var, training, momentum, eps)
-    _check_shapes(input, running_mean, running_var, weight, bias, activation, residual)
     vectors = (running_mean, running_var, weight, bias)
+    declined = _check_shapes(
+        input.shape,
+        *[None if tensor is None else tensor.shape for tensor in (residual, *vectors)],
+        training,
+        momentum,
+        eps,
+        activation,
+    )
+    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        if statistic is not None:
+            _check_statistic(name, statistic, training)
+    if residual is not None:
+        checks.same_dtype_and_device("batch_norm", input, residual=residual)
     # of an empty input nothing is to be normalised, and torch leaves the running statistics alone
     if input.numel() == 0 or not backend.runs_triton(
-        "batch_norm", input, *vectors, residual, declined=_declined(input, vectors)
+        "batch_norm", input, *vectors, residual, declined=declined
     ):
         return batch_norm_reference(
             input,
@@ -124,22 +135,20 @@ def batch_norm(
     return output
 
 
-def _declined(input: Tensor, vectors: Sequence[Tensor | None]) -> str | None:
-    if input.dim() > strided.RANK:
-        return f"{input.dim()} dimensions"
-    if any(vector is not None and vector.dim() != 1 for vector in vectors):
-        return "parameters or statistics that are not vectors"
-    return None
-
-
-def _check_statistics(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+@checks.remembered
+def _check_shapes(
+    input: torch.Size,
+    residual: torch.Size | None,
+    running_mean: torch.Size | None,
+    running_var: torch.Size | None,
+    weight: torch.Size | None,
+    bias: torch.Size | None,
     training: bool,
     momentum: float,
     eps: float,
-) -> None:
+    activation: str | None,
+) -> str | None:
+    """Why the kernels do not take the call."""
     op = "batch_norm"
     if momentum is None:
         checks.fail(TypeError, op, "momentum must be a number", momentum=momentum)
@@ -153,40 +162,22 @@ def _check_statistics(
         )
     if not training and running_mean is None:
         checks.fail(RuntimeError, op, "running statistics are needed outside training", input=input)
-    if training and input.dim() and math.prod(input.shape[:1] + input.shape[2:]) == 1:
+    if training and len(input) and math.prod((*input[:1], *input[2:])) == 1:
         checks.fail(
             ValueError, op, "expected more than one value per channel in training", input=input
         )
     if training and eps <= 0:
         checks.fail(ValueError, op, "eps must be positive in training", eps=eps)
-    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
-        if statistic is None:
-            continue
-        if statistic.requires_grad and torch.is_grad_enabled():
-            checks.fail(RuntimeError, op, f"{name} cannot require a gradient", **{name: statistic})
-        if training:
-            checks.writable(op, statistic)
-
-
-def _check_shapes(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-) -> None:
-    op = "batch_norm"
     check_epilogue(op, activation)
-    channels = input.shape[1] if input.dim() > 1 else 0
-    for name, vector in {
+    vectors = {
         "running_mean": running_mean,
         "running_var": running_var,
         "weight": weight,
         "bias": bias,
-    }.items():
-        if vector is not None and vector.numel() != channels:
+    }
+    channels = input[1] if len(input) > 1 else 0
+    for name, vector in vectors.items():
+        if vector is not None and math.prod(vector) != channels:
             checks.fail(
                 RuntimeError,
                 op,
@@ -194,18 +185,29 @@ def _check_shapes(
                 input=input,
                 **{name: vector},
             )
-    if input.dim() < 2 and input.numel():
+    if len(input) < 2 and 0 not in input:
         checks.fail(IndexError, op, "input must have a batch and a channel dimension", input=input)
-    if residual is not None:
-        if residual.shape != input.shape:
-            checks.fail(
-                RuntimeError,
-                op,
-                "residual must have the input's shape",
-                input=input,
-                residual=residual,
-            )
-        checks.same_dtype_and_device(op, input, residual=residual)
+    if residual is not None and residual != input:
+        checks.fail(
+            RuntimeError,
+            op,
+            "residual must have the input's shape",
+            input=input,
+            residual=residual,
+        )
+    if len(input) > strided.RANK:
+        return f"{len(input)} dimensions"
+    if any(vector is not None and len(vector) != 1 for vector in vectors.values()):
+        return "parameters or statistics that are not vectors"
+    return None
+
+
+def _check_statistic(name: str, statistic: Tensor, training: bool) -> None:
+    op = "batch_norm"
+    if statistic.requires_grad and torch.is_grad_enabled():
+        checks.fail(RuntimeError, op, f"{name} cannot require a gradient", **{name: statistic})
+    if training:
+        checks.writable(op, statistic)
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
