@@ -223,6 +223,8 @@ class Convolution(torch.autograd.Function):
             output, before = _convolution_keeping(*arguments)
         else:
             output = _convolution(*arguments)
+        if not any(ctx.needs_input_grad):
+            return output
         save_product(ctx, (input, weight, bias), activation, output, before)
         ctx.size, ctx.geometry, ctx.channels_last = size, geometry, channels_last
         ctx.input_size, ctx.input_format = input.shape[2:], is_channels_last(input)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops import matmul_tma
 from tritorch.ops.geometry import Geometry, oriented, split
 from tritorch.ops.reduce import accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout
@@ -69,20 +68,11 @@ class Plan(NamedTuple):
 
 
 def plan_convolve(
-    x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry, transposed: bool
-) -> Plan | None:
-    """How to write the convolution of x, or the transposed one, into y; None if not here."""
-    count = matmul_tma.processors(x)
-    if not count or not matmul_tma.are_aligned(x, weight, y):
-        return None
-    return plan_layouts(*map(Layout.of, (x, weight, y)), geometry, transposed, count)
-
-
-@launch.planned
-def plan_layouts(
     x: Layout, weight: Layout, y: Layout, geometry: Geometry, transposed: bool, count: int
 ) -> Plan | None:
-    """The same of 16-bit numbers on 16 bytes, for so many multiprocessors."""
+    """How to write the convolution of x, or the transposed one, into y on so many multiprocessors:
+    16-bit numbers on 16 bytes; None if not here.
+    """
     if len(x.shape) != 4 or x.stride(1) != 1 or y.stride(1) != 1 or weight.stride(1) != 1:
         return None
     groups, (stride_h, stride_w) = geometry.groups, geometry.stride
@@ -199,8 +189,8 @@ def convolve(
     plan: Plan,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     y: Tensor,
+    bias: Tensor | None = None,
     activation: str | None = None,
     before: Tensor | None = None,
 ) -> None:
@@ -222,19 +212,9 @@ def convolve(
 
 
 def plan_grad_weight(
-    grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
-) -> Plan | None:
-    """How to sum up the gradient of a filter; None if not here."""
-    if not matmul_tma.processors(input) or not matmul_tma.are_aligned(grad_output, input, output):
-        return None
-    return plan_grad_layouts(*map(Layout.of, (grad_output, input, output)), geometry)
-
-
-@launch.planned
-def plan_grad_layouts(
     grad_output: Layout, input: Layout, output: Layout, geometry: Geometry
 ) -> Plan | None:
-    """The same of 16-bit numbers on 16 bytes."""
+    """How to sum up the gradient of a filter: 16-bit numbers on 16 bytes; None if not here."""
     if len(input.shape) != 4 or input.stride(1) != 1 or grad_output.stride(1) != 1:
         return None
     (outputs, c, r, s), groups = output.shape, geometry.groups

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops import conv_tma, pointwise, stem
+from tritorch.ops import conv_tma, matmul_tma, pointwise, stem
 from tritorch.ops.activation_function import computes
 from tritorch.ops.geometry import (
     Geometry,
@@ -63,40 +64,88 @@ def convolve(
     """Writes the activation of the convolution of x, or of the transposed one, into y; and the
     values before it into `before`, which has the strides of y.
     """
-    if pointwise.convolve(x, weight, bias, y, geometry, transposed, activation, before):
-        return
     if weight.stride(1) != 1 and weight.shape[1] % 8 == 0:
         # channels along memory: one copy of the small operand, where every tile would gather it
         weight = weight.contiguous(memory_format=memory_format(True, weight.dim() - 2))
+    run = _way(
+        Layout.of(x),
+        Layout.of(weight),
+        Layout.of(y),
+        geometry,
+        transposed,
+        _Epilogue(None if bias is None else bias.stride(0), activation, before is not None),
+        _processors(x, weight, y, weight.shape[1]),
+        launch.input_precision(x.dtype, "conv"),
+    )
+    run(x, weight, y, bias, activation, before)
+
+
+def _processors(first: Tensor, second: Tensor, y: Tensor, channels: int) -> int:
+    """Multiprocessors for the kernels of Hopper, 0 if the tensors are not for them."""
+    if channels <= stem.MAX_CHANNELS:
+        # what is packed first may lie anywhere
+        return matmul_tma.processors(y)
+    return matmul_tma.processors(first, second, y)
+
+
+@launch.planned
+def _way(
+    x: Layout,
+    weight: Layout,
+    y: Layout,
+    geometry: Geometry,
+    transposed: bool,
+    epilogue: _Epilogue,
+    count: int,
+    precision: str,
+) -> Callable[..., None]:
+    """What convolves tensors of these layouts: the first kernel that takes them."""
+    hopper: matmul_tma.Plan | conv_tma.Plan | None
     # beside erf the tile of 64 filters has no registers for its sums
-    if activation != "gelu" or y.shape[1] // geometry.groups > 64:
-        if (tma := stem.plan_convolve(x, weight, y, geometry, transposed)) is not None:
-            return stem.convolve(tma, x, weight, bias, y, geometry, activation, before)
-        if (tma := conv_tma.plan_convolve(x, weight, y, geometry, transposed)) is not None:
-            return conv_tma.convolve(tma, x, weight, bias, y, activation, before)
-    precision = launch.input_precision(x.dtype, "conv")
-    full = x.dtype == torch.float32 and precision == "ieee"
-    stride = None if bias is None else bias.stride(0)
-    epilogue = _Epilogue(stride, activation, before is not None)
-    layouts = map(Layout.of, (x, weight, y))
-    plan = _plan_convolve(*layouts, geometry, transposed, full, precision, epilogue)
+    crowded = epilogue.activation == "gelu" and y.shape[1] // geometry.groups <= 64
+    if count and weight.shape[1] <= stem.MAX_CHANNELS:
+        if not crowded and not transposed:
+            hopper = stem.plan_convolve(x, weight, y, geometry, count)
+            if hopper is not None:
+                return partial(stem.convolve, hopper, geometry)
+    elif count:
+        has_bias = epilogue.stride is not None
+        hopper = pointwise.plan_convolve(x, weight, y, geometry, transposed, has_bias, count)
+        if hopper is not None:
+            return partial(matmul_tma.run, hopper)
+        if not crowded:
+            hopper = conv_tma.plan_convolve(x, weight, y, geometry, transposed, count)
+            if hopper is not None:
+                return partial(conv_tma.convolve, hopper)
+    return partial(
+        _convolve, _plan_convolve(x, weight, y, geometry, transposed, precision, epilogue)
+    )
+
+
+def _convolve(
+    plan: _Plan,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    before: Tensor | None,
+) -> None:
     if plan.splits == 1:
         return plan.run(y, x, weight, bias, y, before)
     shape, order = (plan.splits, *y.shape), (y.numel(), *y.stride())
     dtype = accumulator_dtype(y.dtype)
-    partial = torch.empty_strided(shape, order, dtype=dtype, device=y.device)
-    plan.run(y, x, weight, bias, partial, None)
-    split_sum(partial, y, activation=activation, before=before)
+    sums = torch.empty_strided(shape, order, dtype=dtype, device=y.device)
+    plan.run(y, x, weight, bias, sums, None)
+    split_sum(sums, y, activation=activation, before=before)
 
 
-@launch.planned
 def _plan_convolve(
     x: Layout,
     weight: Layout,
     y: Layout,
     geometry: Geometry,
     transposed: bool,
-    full: bool,
     precision: str,
     epilogue: _Epilogue,
 ) -> _Plan:
@@ -110,7 +159,7 @@ def _plan_convolve(
     tap_slices = _ceil_product(w.taps[:-2], tap_steps[:-2])
     pixels = y.shape[0] * _ceil_product(y.shape[2:], steps_each)
     unit = vector_unit(x, y, w.read, w.written, *(s for s in w.strides if s != 1))
-    volume = len(w.taps) == 3
+    volume, full = len(w.taps) == 3, x.itemsize == 4 and precision == "ieee"
     if unit > 1:
         tiles = groups * residues
         choose = kernels.conv2d_config
@@ -179,27 +228,52 @@ def grad_weight(
     grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
 ) -> Tensor | None:
     """Partial sums (splits, K, taps, C) of `output`, or None if it has been written itself."""
-    if pointwise.grad_weight(grad_output, input, output, geometry):
-        return None
-    if (tma := stem.plan_grad_weight(grad_output, input, output, geometry)) is not None:
-        stem.grad_weight(tma, grad_output, input, output, geometry)
-        return None
-    if (tma := conv_tma.plan_grad_weight(grad_output, input, output, geometry)) is not None:
-        return conv_tma.grad_weight(tma, grad_output, input, output)
-    precision = launch.input_precision(input.dtype, "conv")
-    layouts = map(Layout.of, (grad_output, input, output))
-    plan = _plan_grad_weight(*layouts, geometry, precision)
+    run = _way_of_grad_weight(
+        Layout.of(grad_output),
+        Layout.of(input),
+        Layout.of(output),
+        geometry,
+        _processors(input, output, grad_output, output.shape[1]),
+        launch.input_precision(input.dtype, "conv"),
+    )
+    return run(grad_output, input, output)
+
+
+@launch.planned
+def _way_of_grad_weight(
+    grad_output: Layout,
+    input: Layout,
+    output: Layout,
+    geometry: Geometry,
+    count: int,
+    precision: str,
+) -> Callable[..., Tensor | None]:
+    hopper: matmul_tma.Plan | conv_tma.Plan | None
+    if count and output.shape[1] <= stem.MAX_CHANNELS:
+        hopper = stem.plan_grad_weight(grad_output, input, output, geometry)
+        if hopper is not None:
+            return partial(stem.grad_weight, hopper, geometry)
+    elif count:
+        hopper = pointwise.plan_grad_weight(grad_output, input, output, geometry, count)
+        if hopper is not None:
+            return partial(matmul_tma.run, hopper)
+        hopper = conv_tma.plan_grad_weight(grad_output, input, output, geometry)
+        if hopper is not None:
+            return partial(conv_tma.grad_weight, hopper)
+    return partial(_grad_weight, _plan_grad_weight(grad_output, input, output, geometry, precision))
+
+
+def _grad_weight(plan: _Plan, grad_output: Tensor, input: Tensor, output: Tensor) -> Tensor | None:
     if plan.splits == 1:
         plan.run(input, grad_output, input, output)
         return None
     outputs, inputs, *taps = output.shape
     shape, dtype = (plan.splits, outputs, *taps, inputs), accumulator_dtype(input.dtype)
-    partial = input.new_empty(shape, dtype=dtype)
-    plan.run(input, grad_output, input, partial)
-    return partial
+    sums = input.new_empty(shape, dtype=dtype)
+    plan.run(input, grad_output, input, sums)
+    return sums
 
 
-@launch.planned
 def _plan_grad_weight(
     grad_output: Layout, input: Layout, output: Layout, geometry: Geometry, precision: str
 ) -> _Plan:

@@ -19,6 +19,7 @@ from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("matmul_tma")
 
+_DTYPES = (torch.float16, torch.bfloat16)
 # below it a product takes no longer than its launch
 _MIN_PRODUCTS = 1 << 25
 # rows that waste half of the smallest tile of wgmma are columns of the transposed problem instead
@@ -94,12 +95,19 @@ class Plan(NamedTuple):
         return prepared
 
 
-def processors(on: Tensor) -> int:
-    """Multiprocessors of the GPU that is launched on, or 0 if it is not one for these kernels."""
-    if not 90 <= launch.capability(on) < 100:
+def processors(*operands: Tensor) -> int:
+    """Multiprocessors of the GPU that multiplies these, or 0 where they are not for these kernels:
+    on another GPU, no 16-bit numbers of one dtype, or not on 16 bytes.
+    """
+    first = operands[0]
+    dtype = first.dtype
+    if dtype not in _DTYPES or not 90 <= launch.capability(first) < 100:
         return 0
+    for operand in operands:
+        if operand.dtype != dtype or operand.data_ptr() % 16:
+            return 0
     # compiled or interpreted, a kernel is for the GPU that it was written for
-    return _device_processors(on.get_device()) if on.is_cuda else kernels.MULTIPROCESSORS
+    return _device_processors(first.get_device()) if first.is_cuda else kernels.MULTIPROCESSORS
 
 
 @functools.cache
@@ -109,8 +117,8 @@ def _device_processors(device: int) -> int:
 
 def plan_matmul(a: Tensor, b: Tensor, y: Tensor) -> Plan | None:
     """For a @ b of matrices, or of equally long batches; None leaves it to the portable kernel."""
-    count = processors(y)
-    if not count or not are_aligned(a, b, y):
+    count = processors(a, b, y)
+    if not count:
         return None
     return _plan_matmul(*map(Layout.of, (a, b, y)), count)
 
@@ -118,14 +126,6 @@ def plan_matmul(a: Tensor, b: Tensor, y: Tensor) -> Plan | None:
 @launch.planned
 def _plan_matmul(a: Layout, b: Layout, y: Layout, count: int) -> Plan | None:
     return plan(_entries(a), _entries(b).transposed, _entries(y), y.itemsize, count)
-
-
-def are_aligned(*tensors: Tensor) -> bool:
-    """Whether these are 16-bit numbers of one dtype, on 16 bytes."""
-    dtype = tensors[0].dtype
-    return dtype in (torch.float16, torch.bfloat16) and all(
-        tensor.dtype == dtype and tensor.data_ptr() % 16 == 0 for tensor in tensors
-    )
 
 
 def _entries(matrix: Layout) -> Entries:

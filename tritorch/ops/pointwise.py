@@ -6,59 +6,13 @@ one step of the output is two rows of the image, all of whose columns lie betwee
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from tritorch import launch
 from tritorch.ops import matmul_tma
 from tritorch.ops.geometry import Geometry
 from tritorch.ops.matmul_tma import Entries, Fill, Plan
 from tritorch.ops.strided import Layout
 
 
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    geometry: Geometry,
-    transposed: bool,
-    activation: str | None = None,
-    before: Tensor | None = None,
-) -> bool:
-    """`implicit_gemm.convolve` of filters of one pixel; False if it is none for the kernel."""
-    count = _processors(weight, geometry, x, weight, y)
-    if not count:
-        return False
-    layouts = map(Layout.of, (x, weight, y))
-    plan = _plan_convolve(*layouts, geometry, transposed, bias is not None, count)
-    if plan is None:
-        return False
-    matmul_tma.run(plan, x, weight, y, bias, activation, before)
-    return True
-
-
-def grad_weight(grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry) -> bool:
-    """Writes the gradient of the filter into `output`; False if it is none for the kernel."""
-    count = _processors(output, geometry, grad_output, input, output)
-    if not count:
-        return False
-    plan = _plan_grad_weight(*map(Layout.of, (grad_output, input, output)), geometry, count)
-    if plan is None:
-        return False
-    matmul_tma.run(plan, grad_output, input, output)
-    return True
-
-
-def _processors(weight: Tensor, geometry: Geometry, *tensors: Tensor) -> int:
-    """Multiprocessors, or 0 where the tensors are not for the kernel."""
-    if weight.shape[2:] != (1, 1) or geometry.groups != 1 or any(geometry.padding):
-        return 0
-    count = matmul_tma.processors(weight)
-    return count if count and matmul_tma.are_aligned(*tensors) else 0
-
-
-@launch.planned
-def _plan_convolve(
+def plan_convolve(
     x: Layout,
     weight: Layout,
     y: Layout,
@@ -67,6 +21,9 @@ def _plan_convolve(
     has_bias: bool,
     count: int,
 ) -> Plan | None:
+    """x @ weight.T, or the transposed convolution, on so many multiprocessors; None if not here."""
+    if not _is_pointwise(weight, geometry):
+        return None
     w = _filter(weight)
     image, pixels = (y, x) if transposed else (x, y)
     seen = _pixels(image, pixels, geometry.stride)
@@ -87,10 +44,12 @@ def _plan_convolve(
     return matmul_tma.plan(entries, w.transposed, whole, x.itemsize, count, fill=fill)
 
 
-@launch.planned
-def _plan_grad_weight(
+def plan_grad_weight(
     grad_output: Layout, input: Layout, output: Layout, geometry: Geometry, count: int
 ) -> Plan | None:
+    """grad_output.T @ input, the gradient of the filter; None if not here."""
+    if not _is_pointwise(output, geometry):
+        return None
     seen = _pixels(input, grad_output, geometry.stride)
     if seen is None:
         return None
@@ -98,6 +57,10 @@ def _plan_grad_weight(
     w = _filter(output)
     a, b = pixels.transposed, image.transposed
     return matmul_tma.plan(a, b, w, input.itemsize, count, sums_batch=True)
+
+
+def _is_pointwise(weight: Layout, geometry: Geometry) -> bool:
+    return tuple(weight.shape[2:]) == (1, 1) and geometry.groups == 1 and not any(geometry.padding)
 
 
 def _filter(weight: Layout) -> Entries:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops import conv_tma, matmul_tma
+from tritorch.ops import conv_tma
 from tritorch.ops.conv_tma import Plan
 from tritorch.ops.geometry import Geometry
 from tritorch.ops.strided import Layout
@@ -22,6 +22,8 @@ from tritorch.ops.strided import Layout
 kernels = launch.kernels("stem")
 weight_kernels = launch.kernels("conv_weight")
 
+# channels of a pixel, of which four are packed
+MAX_CHANNELS = 4
 # packed pixels beside each other that the view has as one
 _MAX_COLUMNS = 4
 _UNIT = Geometry((1, 1), (0, 0), (1, 1), 1)
@@ -60,43 +62,41 @@ def _packed(size: tuple[int, ...], taps: tuple[int, ...], geometry: Geometry) ->
     return _Packed(size[0] + rows - 1, size[1] + columns - 1, (rows, columns), padding)
 
 
-def _takes(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> bool:
-    if weight.dim() != 4 or geometry.groups != 1 or weight.shape[1] > 4:
+def _takes(weight: Layout, geometry: Geometry) -> bool:
+    if len(weight.shape) != 4 or geometry.groups != 1 or weight.shape[1] > MAX_CHANNELS:
         return False
     if geometry.stride != (2, 2) or geometry.dilation != (1, 1):
         return False
-    if math.ceil((weight.shape[3] + geometry.padding[1] % 2) / 2) > _MAX_COLUMNS:
-        return False
-    # the image is gathered, and may lie anywhere
-    return matmul_tma.processors(x) > 0 and matmul_tma.are_aligned(y) and x.dtype == y.dtype
+    return math.ceil((weight.shape[3] + geometry.padding[1] % 2) / 2) <= _MAX_COLUMNS
 
 
 def plan_convolve(
-    x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry, transposed: bool
+    x: Layout, weight: Layout, y: Layout, geometry: Geometry, count: int
 ) -> Plan | None:
-    """How to write the convolution of x into y; None if not here."""
-    if transposed or not _takes(x, weight, y, geometry):
+    """How to write the convolution of x into y, 16-bit numbers on 16 bytes, on so many
+    multiprocessors; None if not here.  x is gathered and may lie anywhere.
+    """
+    if not _takes(weight, geometry):
         return None
     packed = _packed(y.shape[2:], weight.shape[2:], geometry)
     view, filters = packed.view(x.shape[0], y.shape[3]), packed.filters(y.shape[1])
-    count = matmul_tma.processors(x)
-    return conv_tma.plan_layouts(view, filters, Layout.of(y), _UNIT, False, count)
+    return conv_tma.plan_convolve(view, filters, y, _UNIT, False, count)
 
 
 def convolve(
     plan: Plan,
+    geometry: Geometry,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     y: Tensor,
-    geometry: Geometry,
+    bias: Tensor | None = None,
     activation: str | None = None,
     before: Tensor | None = None,
 ) -> None:
     """Writes the activation of the convolution into y, and the values before it into `before`."""
     packed = _packed(y.shape[2:], weight.shape[2:], geometry)
     images, filters = _pack_images(x, packed), _pack_filters(weight, packed, geometry)
-    conv_tma.convolve(plan, images, filters, bias, y, activation, before)
+    conv_tma.convolve(plan, images, filters, y, bias, activation, before)
 
 
 def _pack_images(x: Tensor, packed: _Packed) -> Tensor:
@@ -130,17 +130,16 @@ def _pack_filters(weight: Tensor, packed: _Packed, geometry: Geometry) -> Tensor
 
 
 def plan_grad_weight(
-    grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
+    grad_output: Layout, input: Layout, output: Layout, geometry: Geometry
 ) -> Plan | None:
-    """How to sum up the gradient of a filter; None if not here."""
-    if grad_output.dim() != 4 or not _takes(input, output, grad_output, geometry):
+    """How to sum up the gradient of a filter from grad_output on 16 bytes; None if not here."""
+    if not _takes(output, geometry):
         return None
     packed = _packed(grad_output.shape[2:], output.shape[2:], geometry)
     # rows of taps as columns, of which a program may take several at once
     view = packed.view(input.shape[0], grad_output.shape[3])
-    filters = packed.filters(output.shape[0])
-    layouts = (_turned(layout) for layout in (Layout.of(grad_output), view, filters))
-    return conv_tma.plan_grad_layouts(*layouts, _UNIT)
+    layouts = map(_turned, (grad_output, view, packed.filters(output.shape[0])))
+    return conv_tma.plan_grad_weight(*layouts, _UNIT)
 
 
 def _turned(layout: Layout) -> Layout:
@@ -150,7 +149,7 @@ def _turned(layout: Layout) -> Layout:
 
 
 def grad_weight(
-    plan: Plan, grad_output: Tensor, input: Tensor, output: Tensor, geometry: Geometry
+    plan: Plan, geometry: Geometry, grad_output: Tensor, input: Tensor, output: Tensor
 ) -> None:
     """Writes the gradient of the filter into `output`."""
     packed = _packed(grad_output.shape[2:], output.shape[2:], geometry)
