@@ -100,7 +100,7 @@ def overridden(spec, dtype):
     asking = {}
     for sample in spec.workloads(Maker(dtype)):
         with pytest.MonkeyPatch.context() as patched, launch.choices() as chosen:
-            patched.setattr(launch, "run", lambda *_, **__: None)
+            patched.setattr(launch.Prepared, "__call__", lambda *_, **__: None)
             compiled(spec, "sm_90", dtype, sample.arguments)
         for name, _ in chosen:
             asking.setdefault(name, sample.arguments)
@@ -140,7 +140,11 @@ def test_full_float32_compiles_without_spills(target):
 def only_recorded(monkeypatch):
     """Launches are recorded and neither compiled nor run; the results are uninitialised memory."""
     launched = []
-    monkeypatch.setattr(launch, "run", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    monkeypatch.setattr(
+        launch.Prepared,
+        "__call__",
+        lambda prepared, *_, **__: launched.append(prepared.kernel.__name__),
+    )
     return launched
 
 

@@ -296,7 +296,11 @@ def launched(target, *operands, **options):
 @pytest.mark.compile
 def test_other_gpus_and_what_descriptors_do_not_take(monkeypatch):
     """Everything else has the portable kernels."""
-    monkeypatch.setattr(launch, "run", lambda kernel, *_, **__: names.append(kernel.__name__))
+
+    def launched(prepared, on, *tensors, floats=()):
+        names.append(prepared.kernel.__name__)
+
+    monkeypatch.setattr(launch.Prepared, "__call__", launched)
 
     def takes(target, x, w, **options):
         names.clear()

@@ -274,7 +274,11 @@ def test_a_strided_gradient_writes_its_zeros_without_a_spill():
 def test_what_descriptors_do_not_take(monkeypatch):
     """Everything else has the portable kernels."""
     names = []
-    monkeypatch.setattr(launch, "run", lambda kernel, *_, **__: names.append(kernel.__name__))
+
+    def launched(prepared, on, *tensors, floats=()):
+        names.append(prepared.kernel.__name__)
+
+    monkeypatch.setattr(launch.Prepared, "__call__", launched)
 
     def takes(op, *operands, target="sm_90"):
         names.clear()
