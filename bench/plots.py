@@ -31,7 +31,10 @@ def figures(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
         yield "Roofline", _roofline(worked, ceilings)
     lines = _lines(timed)
     if lines:
-        yield "Time against the size of the tensors", _scaling(lines)
+        yield (
+            "Time against the least that the ceilings allow, which is the dashed line",
+            _scaling(lines),
+        )
 
 
 def colours(rows: Sequence[Row]) -> dict[str, str]:
@@ -196,13 +199,13 @@ def _roofline(rows: Sequence[Row], ceilings: Ceilings) -> Any:
     return figure
 
 
-def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, list[tuple[int, float]]]]:
+def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, list[tuple[float, float]]]]:
     """Points by op and pass, then by implementation, where there are three sizes or more."""
-    groups: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
+    groups: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
-        if row.get("gbps") and not str(row["pass"]).startswith("host"):
-            # the bytes that it moves at least
-            size = round(row["gbps"] * row["median_us"] * 1e3)
+        if row.get("roofline") and not str(row["pass"]).startswith("host"):
+            # the least time of its work by the ceilings of the run: bytes say little of products
+            size = float(f"{row['roofline'] * row['median_us']:.4g}")
             group = groups.setdefault((str(row["op"]), str(row["pass"])), {})
             group.setdefault(str(row["implementation"]), []).append((size, row["median_us"]))
     wide = {
@@ -213,8 +216,8 @@ def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, list[tuple[in
     return dict(list(wide.items())[:_PANELS])
 
 
-def _scaling(groups: Mapping[tuple[str, str], Mapping[str, list[tuple[int, float]]]]) -> Any:
-    """A panel for each op and pass: the time against the bytes of the least traffic."""
+def _scaling(groups: Mapping[tuple[str, str], Mapping[str, list[tuple[float, float]]]]) -> Any:
+    """A panel for each op and pass: the time against the least time that the ceilings allow."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     named = [{"implementation": name} for lines in groups.values() for name in lines]
@@ -229,6 +232,8 @@ def _scaling(groups: Mapping[tuple[str, str], Mapping[str, list[tuple[int, float
             xs, ys = zip(*sorted(points), strict=True)
             axis.plot(xs, ys, color=colour[name], linewidth=1.2, alpha=0.45)
             axis.scatter(xs, ys, color=colour[name], s=11, linewidths=0)
+        ends = [min(min(x) for x in sides.values())[0], max(max(x) for x in sides.values())[0]]
+        axis.plot(ends, ends, color=_INK, linewidth=1, linestyle="--")
         axis.set_xscale("log")
         axis.set_yscale("log")
         for side in (axis.xaxis, axis.yaxis):
@@ -237,7 +242,7 @@ def _scaling(groups: Mapping[tuple[str, str], Mapping[str, list[tuple[int, float
             side.set_minor_locator(NullLocator())
         axis.set_title(f"{op}, {which}", fontsize=8, color=_INK)
         axis.grid(color=_GRID)
-        axis.set_xlabel("bytes", fontsize=7)
+        axis.set_xlabel("least microseconds", fontsize=7)
         axis.set_ylabel("microseconds", fontsize=7)
     _keys(axes.flat[0], colour, {str(one["implementation"]) for one in named})
     return figure

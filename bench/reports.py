@@ -31,10 +31,18 @@ _METRICS = (
     ("headroom", "", None),
     ("peak_bytes", "bytes", None),
     ("first_seconds", "s", None),
+    # of the kernels of a call the most, and of spills all
+    ("registers", "", None),
+    ("spills", "", None),
+    ("shared_bytes", "bytes", None),
 )
 _WHAT = ("op", "name", "shape", "arguments", "dtype", "layout", "pass", "implementation")
 _WHERE = ("gpu", "torch", "triton", "commit", "date")
 
+DETAILS = (
+    "op", "call", "pass", "implementation", "CUDA graph, us", "host, us", "peak memory",
+    "first call, s", "kernels",
+)  # fmt: skip
 HEADER = ("op", "call", "pass", "implementation", "time, us", "±", "x torch", "roofline", "checked")
 
 
@@ -49,11 +57,22 @@ def csv_text(result: Result) -> str:
     )
     for row in result["rows"]:
         head = [_plain(row.get(name)) for name in (*_WHAT, "baseline", "verified")]
+        row = {**row, **_most(row.get("kernels") or ())}
         for metric, unit, ends in _METRICS:
             if row.get(metric) is not None:
                 low, high = (row.get(ends) if ends else None) or (None, None)
                 writer.writerow([*head, metric, row[metric], low, high, unit, *fixed])
     return text.getvalue()
+
+
+def _most(kernels: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    if not kernels:
+        return {}
+    return {
+        "registers": max(one["registers"] for one in kernels),
+        "spills": sum(one["spills"] for one in kernels),
+        "shared_bytes": max(one["shared_bytes"] for one in kernels),
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -65,18 +84,46 @@ def line(row: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = row.get("interval_us") or (None, None)
     us = row.get("median_us")
     spread = "" if not us or low is None else f"{50 * (high - low) / us:.1f} %"
-    call = row.get("arguments") or str(row["shape"])
     return (
-        str(row["op"]),
-        f"{row['name']}: {call}" if row.get("name") else call,
-        str(row["pass"]),
-        str(row["implementation"]),
+        *_named(row),
         "" if us is None else number(us),
         spread,
         "" if row.get("speedup") is None else f"{row['speedup']:.2f}",
         "" if row.get("roofline") is None else f"{row['roofline']:.0%}",
         _checked(row),
     )
+
+
+def details(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a row has besides its time, as cells; all but the first four empty where it has none."""
+    peak = row.get("peak_bytes")
+    return (
+        *_named(row),
+        *("" if row.get(name) is None else number(row[name]) for name in ("graph_us", "host_us")),
+        "" if peak is None else f"{peak / 2**20:,.1f} MiB",
+        "" if row.get("first_seconds") is None else f"{row['first_seconds']:.2f}",
+        "; ".join(map(_kernel, row.get("kernels") or ())),
+    )
+
+
+def _kernel(one: Mapping[str, Any]) -> str:
+    parts = [f"{one['registers']} registers"]
+    if one["spills"]:
+        parts.append(f"{one['spills']} spilled")
+    if one["shared_bytes"]:
+        parts.append(f"{one['shared_bytes'] / 1024:.0f} KiB shared")
+    parts.append(f"{one['num_warps']} warps")
+    return f"{str(one['kernel']).removesuffix('_kernel')}: {', '.join(parts)}"
+
+
+def _named(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    call = row.get("arguments") or str(row["shape"])
+    call = f"{row['name']}: {call}" if row.get("name") else call
+    return str(row["op"]), call, str(row["pass"]), str(row["implementation"])
+
+
+def _detailed(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    return [cells for cells in map(details, rows) if any(cells[4:])]
 
 
 def _checked(row: Mapping[str, Any]) -> str:
@@ -96,9 +143,16 @@ def number(value: float) -> str:
 
 def markdown(result: Result) -> str:
     """A table, and where it comes from."""
-    lines = [HEADER, ("--",) * len(HEADER), *map(line, _measured(result))]
-    table = "".join("| " + " | ".join(map(_cell, one)) + " |\n" for one in lines)
-    return f"{table}\n{_where(result)}\n"
+    rows = _measured(result)
+    tables = [_markdown(HEADER, [line(row) for row in rows])]
+    if detailed := _detailed(rows):
+        tables.append(_markdown(DETAILS, detailed))
+    return "\n".join([*tables, f"{_where(result)}\n"])
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ("--",) * len(header), *rows]
+    return "".join("| " + " | ".join(map(_cell, one)) + " |\n" for one in lines)
 
 
 def _cell(text: str) -> str:
@@ -133,6 +187,7 @@ def page(result: Result) -> str:
         failures=_failures(rows, result),
         figures="".join(drawn),
         rows=_table(HEADER, [line(row) for row in rows], [_kind(row) for row in rows]),
+        details=_table(DETAILS, _detailed(rows)),
         environment=_table(("", ""), list(_pairs(result["environment"]))),
         ceilings=_table(
             ("ceiling", "dtype", "shape", "TFLOP/s", "GB/s"),
@@ -218,6 +273,8 @@ table { border-collapse: collapse; margin: 8px 0; font-size: 13px;
 th, td { padding: 3px 18px 3px 0; text-align: left; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th { color: var(--soft); font-weight: 500; }
+td:first-child { min-width: 105px; max-width: 130px; overflow-wrap: anywhere; }
+.more td { white-space: normal; } .more td:last-child { min-width: 230px; }
 td:nth-child(n+5):nth-child(-n+8), th { white-space: nowrap; }
 .fast td:nth-child(7) { color: var(--good); } .slow td:nth-child(7) { color: var(--slow); }
 .bad, .bad td:last-child { color: var(--bad); }
@@ -230,6 +287,7 @@ footer { color: var(--soft); font-size: 13px; }
 $failures
 <section>$figures</section>
 <details open><summary>Rows</summary>$rows</details>
+<details class="more"><summary>Graphs, host, memory, kernels</summary>$details</details>
 <details><summary>Ceilings of this machine, measured in the same run</summary>$ceilings</details>
 <details><summary>Environment</summary>$environment</details>
 <footer><p>Repeat: <code>$command</code></p>

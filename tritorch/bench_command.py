@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _STOPPED = 130
 _OUTPUTS = ("json", "csv", "md", "png", "html")
-_LINE = "{:<22} {:<26} {:<13} {:<14} {:>11} {:>8} {:>9}  {}"
+_LINE = "{:<22} {:<26} {:<13} {:<14} {:>11} {:>8} {:>9} {:>9} {:>9}  {}"
 
 
 class _Default(click.Group):
@@ -239,8 +239,8 @@ def _keeper(store: Store, console: Console) -> Callable[[dict[str, Any]], None]:
     """Keeps rows, and shows them."""
     from tritorch.bench.reports import number
 
-    head = ("op", "call", "pass", "by", "time, us", "x torch", "roofline", "")
-    console.print(_LINE.format(*head).rstrip(), style="bold", markup=False)
+    head = ("op", "call", "pass", "by", "time, us", "x torch", "roofline", "graph, us", "host, us")
+    console.print(_LINE.format(*head, "").rstrip(), style="bold", markup=False)
 
     def keep(row: dict[str, Any]) -> None:
         store.add(row)
@@ -254,6 +254,10 @@ def _keeper(store: Store, console: Console) -> Callable[[dict[str, Any]], None]:
             "-" if us is None else number(us),
             "-" if speedup is None else f"{speedup:.2f}",
             "-" if roofline is None else f"{roofline:.0%}",
+            *(
+                "-" if row.get(name) is None else number(row[name])
+                for name in ("graph_us", "host_us")
+            ),
             _said(row),
         )
         colour = "bold red" if wrong else None

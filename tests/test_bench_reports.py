@@ -1,0 +1,76 @@
+"""What a result has besides times is in the tables, the CSV and the page too."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from tritorch.bench import plots, reports
+
+pytestmark = pytest.mark.reference
+
+KERNELS = [
+    {"kernel": "a_kernel", "registers": 40, "spills": 0, "num_warps": 4, "shared_bytes": 0},
+    {"kernel": "b_kernel", "registers": 168, "spills": 6, "num_warps": 8, "shared_bytes": 147456},
+]
+ROW = {
+    "op": "conv2d", "name": "s1", "shape": [8, 3], "dtype": "bfloat16", "layout": "channels_last",
+    "pass": "forward", "implementation": "tritorch", "baseline": "torch", "median_us": 20.0,
+    "speedup": 1.5, "speedup_interval": [1.4, 1.6], "verified": True, "roofline": 0.5,
+    "tflops": 1.0, "gbps": 100.0, "graph_us": 17.25, "host_us": 9.5, "peak_bytes": 3 << 20,
+    "first_seconds": 1.234, "kernels": KERNELS,
+}  # fmt: skip
+TORCH = {
+    **{name: ROW[name] for name in ("op", "name", "shape", "dtype", "layout", "pass")},
+    "implementation": "torch", "baseline": "", "median_us": 30.0, "speedup": None,
+    "verified": True,
+}  # fmt: skip
+
+
+def result(*rows):
+    return {"schema": 1, "environment": {"gpu": "G"}, "rows": list(rows)}
+
+
+DETAILS = (
+    "17.25", "9.5", "3.0 MiB", "1.23",
+    "a: 40 registers, 4 warps; b: 168 registers, 6 spilled, 144 KiB shared, 8 warps",
+)  # fmt: skip
+
+
+def test_details_are_cells():
+    assert reports.details(ROW)[4:] == DETAILS
+    assert reports.details(TORCH)[4:] == ("",) * 5
+
+
+def test_markdown_has_a_second_table_where_there_is_something_to_tell():
+    text = reports.markdown(result(ROW, TORCH))
+    assert " | ".join(DETAILS) in text
+    # torch's row has no such numbers
+    assert text.count("| torch |") == 1
+    assert "CUDA graph" not in reports.markdown(result(TORCH))
+
+
+def test_the_page_has_them_too():
+    page = reports.page(result(ROW, TORCH))
+    for cell in DETAILS:
+        assert f"<td>{cell}</td>" in page
+
+
+def test_csv_has_a_line_for_each_number():
+    lines = csv.DictReader(reports.csv_text(result(ROW, TORCH)).splitlines())
+    found = {one["metric"]: one["value"] for one in lines if one["implementation"] == "tritorch"}
+    assert found["graph_us"] == "17.25"
+    assert found["peak_bytes"] == str(3 << 20)
+    # the most of any kernel, and all spills
+    assert (found["registers"], found["spills"], found["shared_bytes"]) == ("168", "6", "147456")
+
+
+def test_a_line_grows_with_the_least_time_that_the_ceilings_allow():
+    rows = [{**ROW, "median_us": us, "roofline": share} for us, share in ((4, 0.5), (10, 0.4))]
+    assert plots._lines(rows) == {}
+    rows.append({**ROW, "median_us": 20.0, "roofline": 0.9})
+    points = plots._lines(rows)["conv2d", "forward"]["tritorch"]
+    assert points == [(2.0, 4), (4.0, 10), (18.0, 20.0)]
+    # what has no ceiling has no place
+    assert plots._lines([{**row, "roofline": None} for row in rows]) == {}
