@@ -24,6 +24,9 @@ _TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
 # a share of the time that the least traffic or the operations take; caches may beat the former
 _IMPOSSIBLE = 0.5
 
+# a share of a call's time that may be left on other streams, and the microseconds of a question
+_ELSEWHERE, _NOISE = 0.2, 50.0
+
 _CLOCKS: tuple[tuple[Any, str, Any], ...] = tuple(
     (owner, name, getattr(owner, name))
     for owner, name in (
@@ -45,6 +48,15 @@ def patched() -> str:
         if getattr(owner, name) is not original:
             return f"patched timer: {getattr(owner, '__name__', owner)}.{name} was replaced"
     return ""
+
+
+def elsewhere(unfinished: float, us: float) -> str:
+    """Says that a call of so many microseconds leaves so many of work on another stream behind,
+    where no event has seen it.
+    """
+    if unfinished <= max(_NOISE, _ELSEWHERE * us):
+        return ""
+    return f"work on another stream: the GPU is busy for {unfinished:.0f} us after the last event"
 
 
 def lazy(results: Mapping[str, Any]) -> str:

@@ -155,6 +155,9 @@ class Bench:
             timed = timing.measure(
                 sides, self.clock, self.plan, flush=flush, witness=kept.see, seed=self.seed
             )
+            for name in (name for name in timed if name != TORCH):
+                left = self.clock.unfinished(sides[name][0])
+                kept.elsewhere[name] = guards.elsewhere(left, timed[name].median.value)
         kept.caught = guards.mutated(before, prepared.slots) or guards.patched()
         return timed, kept
 
@@ -170,7 +173,9 @@ class Bench:
         prepared = judge.prepared
         candidates = [name for name in timed if name != TORCH and not failures.get(name)]
         for name in candidates:
-            failures[name] = kept.caught or kept.judged(name, prepared, judge)
+            failures[name] = (
+                kept.caught or kept.elsewhere[name] or kept.judged(name, prepared, judge)
+            )
         # other numbers in the same memory
         prepared.refill(0, self.seed + _NEW_NUMBERS)
         judge.forget()
@@ -220,11 +225,13 @@ class Bench:
 class _Kept:
     """What one timed call of each side returned: the last that was seen on the first slot.
 
-    `caught`: what was wrong with inputs or clocks afterwards.
+    `caught`: what was wrong with inputs or clocks afterwards; `elsewhere`: of each side, what it
+    left on other streams.
     """
 
     def __init__(self) -> None:
         self.caught = ""
+        self.elsewhere: dict[str, str] = {}
         self._seen: dict[str, tuple[int, object]] = {}
 
     def see(self, side: str, slot: int, result: object) -> None:

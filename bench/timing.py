@@ -34,6 +34,8 @@ _SPIN = 300, 50_000
 _ROUND = 16
 # rounds at least: where time is short, and else, because samples of one round resemble each other
 _ROUNDS = 3, 6
+# times that it is looked for work on other streams, and calls of one look
+_TRIES, _TOGETHER = 3, 4
 # that much more than the L2 cache is read to empty it
 _COLD = 2
 
@@ -54,6 +56,9 @@ class Clock(Protocol):
 
     def finish(self) -> None:
         """Waits until everything has run."""
+
+    def unfinished(self, call: Call) -> float:
+        """Microseconds that the device works on after all that the call has put on its stream."""
 
     def cache(self) -> int:
         """Bytes of the cache that must be cold."""
@@ -79,6 +84,9 @@ class CpuClock:
     def finish(self) -> None:
         pass
 
+    def unfinished(self, call: Call) -> float:
+        return 0.0
+
     def cache(self) -> int:
         return 0
 
@@ -103,6 +111,23 @@ class GpuClock:
 
     def finish(self) -> None:
         synchronize()
+
+    def unfinished(self, call: Call) -> float:
+        least = float("inf")
+        # the shortest of some: the host is held up now and then
+        for _ in range(_TRIES):
+            end = Event()
+            synchronize()
+            # work elsewhere adds up while the host is faster than it
+            for _ in range(_TOGETHER):
+                call()
+            end.record()
+            while not end.query():
+                pass
+            begun = now()
+            synchronize()
+            least = min(least, now() - begun)
+        return 1e6 * least
 
     def times(
         self, calls: Sequence[Call], *, flush: bool = False, ahead: bool = True, keep: int = -1

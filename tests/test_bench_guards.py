@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tritorch.bench import timing
+from tritorch.bench import guards, timing
 from tritorch.bench.cases import Case, Planner
 from tritorch.bench.rows import Bench
 from tritorch.registry import Cost
@@ -173,6 +173,16 @@ def test_impossible_time_is_caught():
     row = measured(product, cost={"forward": Cost(10**9, 1)}, ceilings=ceilings)
     refused(row, "impossible: ")
     assert row["roofline"] > 2
+
+
+def test_work_on_another_stream_is_caught(monkeypatch):
+    monkeypatch.setattr(timing.CpuClock, "unfinished", lambda self, call: 800.0)
+    refused(measured(product), "work on another stream: the GPU is busy for 800 us after")
+    # what a question takes, and what a long call may leave
+    monkeypatch.setattr(timing.CpuClock, "unfinished", lambda self, call: 40.0)
+    assert measured(product)["verified"]
+    assert guards.elsewhere(150.0, 1000.0) == ""
+    assert guards.elsewhere(250.0, 1000.0)
 
 
 def test_what_raises_has_a_row_without_a_time():

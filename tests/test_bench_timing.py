@@ -172,3 +172,22 @@ def test_the_geometric_mean_is_that_of_the_ratios():
     mean = intervals.geometric_mean([2.0, 0.5, 4.0])
     assert mean.value == pytest.approx(4 ** (1 / 3))
     assert mean.low < mean.value < mean.high
+
+
+def test_work_that_no_event_has_seen_is_found(gpu, monkeypatch):
+    """A call that ends on its own stream at once, and half a millisecond later elsewhere."""
+    busy = [0.0]
+
+    def elsewhere():
+        busy[0] = max(busy[0], time.perf_counter()) + 5e-4
+
+    def waits():
+        if busy[0] > time.perf_counter():
+            time.sleep(busy[0] - time.perf_counter())
+
+    monkeypatch.setattr(timing, "synchronize", waits)
+    clock = GpuClock()
+    # four calls, which the host makes in no time
+    assert 1500 < clock.unfinished(elsewhere) < 10_000
+    assert clock.unfinished(lambda: None) < 50
+    assert CpuClock().unfinished(elsewhere) == 0
