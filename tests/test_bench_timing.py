@@ -92,29 +92,38 @@ def test_the_cpu_s_clock_times_calls():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU that is not there: it spins for as long as it is told to, from when it is told."""
-    state = types.SimpleNamespace(spun=[], until=0.0)
+    """A GPU that is not there: it spins for as long as it is told to, from when it is told.
+
+    Its time, and the host's, is what is spent of it: `spend`.
+    """
+    state = types.SimpleNamespace(spun=[], until=0.0, time=0.0)
+
+    def spend(seconds):
+        state.time += seconds
+
+    state.spend = spend
 
     class Event:
         def __init__(self, enable_timing=False):
             self.at = 0.0
 
         def record(self):
-            self.at = time.perf_counter()
+            self.at = state.time
             self.until = state.until
 
         def query(self):
-            return time.perf_counter() > self.until
+            return state.time > self.until
 
         def elapsed_time(self, other):
             return (other.at - self.at) * 1e3
 
     def sleep(cycles):
         state.spun.append(cycles / timing._CYCLES)
-        state.until = time.perf_counter() + cycles / timing._CYCLES / 1e6
+        state.until = state.time + cycles / timing._CYCLES / 1e6
 
     ones = torch.ones
     properties = types.SimpleNamespace(L2_cache_size=1 << 12)
+    monkeypatch.setattr(timing, "now", lambda: state.time)
     monkeypatch.setattr(timing, "Event", Event)
     monkeypatch.setattr(timing, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "_sleep", sleep)
@@ -126,7 +135,7 @@ def gpu(monkeypatch):
 
 def test_the_gpu_spins_until_the_host_is_ahead(gpu):
     clock = GpuClock()
-    calls = [lambda: time.sleep(0.001)] * 5
+    calls = [lambda: gpu.spend(0.001)] * 5
     found, _ = clock.times(calls)
     assert not clock.host_bound
     # too short at first, and long enough at the second try
@@ -141,7 +150,7 @@ def test_calls_that_wait_for_the_gpu_are_host_bound(gpu):
     clock = GpuClock()
 
     def waits():
-        time.sleep(max(0.0, gpu.until - time.perf_counter()) + 1e-4)
+        gpu.spend(max(0.0, gpu.until - gpu.time) + 1e-4)
 
     clock.times([waits] * 3)
     assert clock.host_bound
@@ -176,18 +185,19 @@ def test_the_geometric_mean_is_that_of_the_ratios():
 
 def test_work_that_no_event_has_seen_is_found(gpu, monkeypatch):
     """A call that ends on its own stream at once, and half a millisecond later elsewhere."""
-    busy = [0.0]
+    busy = 0.0
 
     def elsewhere():
-        busy[0] = max(busy[0], time.perf_counter()) + 5e-4
+        nonlocal busy
+        busy = max(busy, gpu.time) + 5e-4
 
     def waits():
-        if busy[0] > time.perf_counter():
-            time.sleep(busy[0] - time.perf_counter())
+        gpu.spend(max(0.0, busy - gpu.time) + 5e-6)
 
     monkeypatch.setattr(timing, "synchronize", waits)
+    gpu.spend(1.0)
     clock = GpuClock()
     # four calls, which the host makes in no time
-    assert 1500 < clock.unfinished(elsewhere) < 10_000
-    assert clock.unfinished(lambda: None) < 50
+    assert clock.unfinished(elsewhere) == pytest.approx(2005)
+    assert clock.unfinished(lambda: None) == pytest.approx(5)
     assert CpuClock().unfinished(elsewhere) == 0
