@@ -107,3 +107,70 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 def test_what_is_no_program_is_said(target):
     with pytest.raises(ValueError, match=f"tune: {target}"):
         tune.program(target)
+
+
+MODEL = """
+import torch
+from tritorch import ops
+def factory():
+    a, b = torch.ones(33, 33), torch.ones(33, 20)
+    return lambda: ops.matmul(ops.matmul(a, b), b.T)
+"""
+
+
+@pytest.fixture
+def command(device, two, tmp_path, monkeypatch):
+    """`tritorch tune` of a model that asks two questions, whose answers take no time."""
+    (tmp_path / "asking.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("tritorch.tune_command._device", lambda: torch.device(device))
+
+    def measure(sides, clock, plan, **options):
+        made = timing.intervals.median
+        value = {"own": 9.0, "1": 5.0}
+        return {name: timing.Timing(((value[name],),), made([value[name]])) for name in sides}
+
+    monkeypatch.setattr(timing, "measure", measure)
+    arguments = ["tune", "--model", "asking:factory", "--out", str(tmp_path / "t.json")]
+    return lambda: CliRunner().invoke(main, arguments)
+
+
+def test_a_model_is_tuned_into_a_table_and_not_twice(command, tmp_path):
+    result = command()
+    assert result.exit_code == 0, result.output
+    assert result.output.count("matmul_config") == 2
+    assert "BLOCK_K: 64" in result.output
+    assert len(tuned.read(tmp_path / "t.json")) == 2
+    again = command()
+    assert (again.exit_code, "matmul_config" in again.output) == (0, False)
+
+
+def test_an_interrupted_run_keeps_its_answers_and_goes_on(command, tmp_path, monkeypatch):
+    answer, asked = tune.answer, []
+
+    def interrupted(*arguments):
+        asked.append(arguments)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(*arguments)
+
+    monkeypatch.setattr(tune, "answer", interrupted)
+    result = command()
+    assert result.exit_code == 130
+    assert "interrupted: what was measured is kept" in result.output
+    assert result.output.count("matmul_config") == 1
+    assert len(tuned.read(tmp_path / "t.json")) == 1
+    # the one that is known is not asked again
+    assert command().exit_code == 0
+    assert len(asked) == 3
+    assert len(tuned.read(tmp_path / "t.json")) == 2
+
+
+def test_a_full_disk_is_said(command, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tune, "write_whole", full)
+    result = command()
+    assert result.exit_code == 3
+    assert "the table could not be written: [Errno 28] No space left" in result.output

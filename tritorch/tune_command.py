@@ -13,9 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
+    import torch
+
     from tritorch.bench.tune import Answer, Task
 
-_UNABLE, _USAGE = 3, 2
+_UNABLE, _USAGE, _STOPPED = 3, 2, 130
 
 
 @click.command()
@@ -43,35 +45,53 @@ def tune(
     checked against it, and the fastest is kept in a table that later launches read.  An interrupted
     run keeps what it has, and the next one goes on there.
 
-    Exit status: 0, 2 for a wrong request, 3 without a GPU.
+    Exit status: 0, 2 for a wrong request, 3 without a GPU or where the table cannot be written, 130
+    interrupted.
     """
-    import torch
-
     from tritorch import tuned
     from tritorch.bench import timing, tune
 
     if not ops and model is None:
         raise click.UsageError("name ops, or a program by --model")
     console = Console(stderr=True, highlight=False, emoji=False)
-    if not torch.cuda.is_available():
+    device = _device()
+    if device is None:
         console.print("tune: there is no GPU to measure on")
         sys.exit(_UNABLE)
-    device = torch.device("cuda", torch.cuda.current_device())
     file = out if out is not None else tuned.path()
     plan = timing.Plan(seconds=seconds, precision=0.005)
+    answers: list[Answer] = []
+    status = 0
     try:
-        tasks = [task for run in _programs(ops, model, dtype) for task in tune.tasks_of(run)]
+        programs = _programs(ops, model, dtype, device)
+        tasks = [task for run in programs for task in tune.tasks_of(run)]
         tasks = list({str(task) + repr(task.arguments): task for task in tasks}.values())
-        answers = _tuned(tasks, lambda told: tune.tune(tasks, file, device, plan, told), console)
+        run = tune.tune
+        _tuned(tasks, lambda told: run(tasks, file, device, plan, told), answers, console)
     except ValueError as error:
-        console.print(str(error), style="red")
+        console.print(str(error), style="red", markup=False)
         sys.exit(_USAGE)
+    except KeyboardInterrupt:
+        console.print("interrupted: what was measured is kept, and the next run goes on there")
+        status = _STOPPED
+    except OSError as error:
+        console.print(f"the table could not be written: {error}", style="red", markup=False)
+        status = _UNABLE
     Console(highlight=False, emoji=False).print(_table(answers))
     console.print(f"table: {file}")
+    sys.exit(status)
+
+
+def _device() -> torch.device | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _programs(
-    ops: tuple[str, ...], model: str | None, dtype: str
+    ops: tuple[str, ...], model: str | None, dtype: str, device: torch.device
 ) -> Iterator[Callable[[], object]]:
     import torch
 
@@ -81,7 +101,7 @@ def _programs(
     if not isinstance(chosen, torch.dtype):
         raise ValueError(f"tune: {dtype} is no dtype")
     if ops:
-        yield from tune.programs(ops, chosen, torch.device("cuda"))
+        yield from tune.programs(ops, chosen, device)
     if model is not None:
         yield tune.program(model)
 
@@ -89,8 +109,10 @@ def _programs(
 def _tuned(
     tasks: list[Task],
     run: Callable[[Callable[[Task], object]], Iterator[Answer]],
+    answers: list[Answer],
     console: Console,
-) -> list[Answer]:
+) -> None:
+    """Adds answers to the list as they are found, and shows how far it is."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -105,9 +127,9 @@ def _tuned(
             progress.update(bar, description=str(task)[:60], completed=len(seen))
             seen.append(task)
 
-        found = list(run(told))
+        for answer in run(told):
+            answers.append(answer)
         progress.update(bar, completed=len(tasks))
-    return found
 
 
 def _table(answers: list[Answer]) -> Table:
