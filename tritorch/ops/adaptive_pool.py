@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, binding, checks, launch
-from tritorch.ops import pool_function, windows
+from tritorch.ops import avg_pool_function, windows
 from tritorch.ops.geometry import is_channels_last
 from tritorch.ops.pool3d import in_format_of
 from tritorch.ops.spatial_mean import SpatialMean
+from tritorch.ops.strided import Layout
 from tritorch.ops.windows import Counts, Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -51,21 +52,32 @@ def _adaptive_avg_pool(
     input: Tensor, size: Sequence[int], channels_last: bool, gradient: bool
 ) -> Tensor:
     output = _pooled(input, size, channels_last, gradient)
-    # an image is a volume of one slice
-    volumes = [x if x.dim() == 5 else x.unsqueeze(2) for x in (input, output)]
-    read, written = (tuple(volume.shape[2:]) for volume in volumes)
-    windows.run(
+    _plan(Layout.of(input), Layout.of(output), gradient)(output, input, output)
+    return output
+
+
+@launch.planned
+def _plan(input: Layout, output: Layout, gradient: bool) -> launch.Prepared:
+    volumes = [_as_volume(layout) for layout in (input, output)]
+    (n, c, *read), (_, _, *written) = (volume.shape for volume in volumes)
+    return windows.prepared(
         kernels.adaptive_avg_pool_kernel,
-        volumes,
-        (input.shape[1], *read, *written),
-        input.shape[0] * math.prod(size),
+        (c, *read, *written),
+        n * math.prod(written),
         volumes,
         tuple(map(windows.largest, read, written)),
         wide=windows.multiplies_beyond_int32(read, written),
-        flat=input.dim() == 4,
+        flat=len(input.shape) == 4,
         GRADIENT=gradient,
     )
-    return output
+
+
+def _as_volume(layout: Layout) -> Layout:
+    """An image is a volume of one slice."""
+    if len(layout.shape) == 5:
+        return layout
+    (n, c, *size), (along_n, along_c, *along) = layout.shape, layout.strides
+    return Layout((n, c, 1, *size), (along_n, along_c, 0, *along), layout.itemsize)
 
 
 class AdaptiveAvgPool(torch.autograd.Function):
@@ -101,7 +113,7 @@ def _mean(input: Tensor, size: Sequence[int]) -> Tensor:
         channels_last = is_channels_last(images)
         output = binding.apply(AdaptiveAvgPool, images, size, channels_last, False)
     else:
-        output = pool_function.avg_pool(images, window, size)
+        output = avg_pool_function.avg_pool(images, window, size)
     return output if batched else output[0]
 
 

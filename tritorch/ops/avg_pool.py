@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, checks
-from tritorch.ops import pool_function, windows
+from tritorch.ops import avg_pool_function, windows
 from tritorch.ops.windows import Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -79,7 +79,7 @@ def avg_pool2d(
         return avg_pool2d_reference(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )
-    return pool_function.avg_pool(input, window, size, count_include_pad, divisor_override)
+    return avg_pool_function.avg_pool(input, window, size, count_include_pad, divisor_override)
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, checks
-from tritorch.ops import pool_function, windows
+from tritorch.ops import avg_pool_function, pool_function, windows
 from tritorch.ops.pool import widened_reference
 from tritorch.ops.windows import Ints, Window
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
@@ -136,7 +136,7 @@ def avg_pool1d(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad
         )
     rows = input.unsqueeze(-2)
-    output = pool_function.avg_pool(rows, _of_a_row(window), (1, p), count_include_pad)
+    output = avg_pool_function.avg_pool(rows, _of_a_row(window), (1, p), count_include_pad)
     return output.squeeze(-2)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, checks
-from tritorch.ops import pool_function, windows
+from tritorch.ops import avg_pool_function, pool_function, windows
 from tritorch.ops.geometry import is_channels_last
 from tritorch.ops.pool import widened_reference
 from tritorch.ops.windows import Ints
@@ -158,7 +158,7 @@ def avg_pool3d(
         return avg_pool3d_reference(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )
-    return pool_function.avg_pool(input, window, size, count_include_pad, divisor_override)
+    return avg_pool_function.avg_pool(input, window, size, count_include_pad, divisor_override)
 
 
 _OVERLAP: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1}

@@ -1,4 +1,4 @@
-"""Max and average pooling of images and volumes: launches, and their gradients."""
+"""Max pooling of images and volumes: launches, and their gradients."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tritorch import binding, launch
 from tritorch.ops import windows
 from tritorch.ops.geometry import is_channels_last
+from tritorch.ops.strided import Layout
 from tritorch.ops.windows import Window
 
 kernels = launch.kernels("pool")
@@ -23,14 +24,16 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values, taps and indices; what is not asked for has no elements."""
     channels_last = is_channels_last(input)
-    shape, nothing = (*input.shape[:2], *size), (0,) * input.dim()
+    shape = (*input.shape[:2], *size)
     cells = math.prod(window[: len(size)])
     taps_dtype = torch.uint8 if cells <= 256 else torch.int32
-    return (
-        windows.empty(input, shape, channels_last, input.dtype),
-        windows.empty(input, shape if keep_taps else nothing, channels_last, taps_dtype),
-        windows.empty(input, shape if return_indices else nothing, channels_last, torch.int64),
-    )
+
+    def empty(dtype: torch.dtype, wanted: bool = True) -> Tensor:
+        if not wanted:
+            return torch.empty(0, dtype=dtype, device=input.device)
+        return windows.empty(input, shape, channels_last, dtype)
+
+    return empty(input.dtype), empty(taps_dtype, keep_taps), empty(torch.int64, return_indices)
 
 
 @binding.library_op(
@@ -42,23 +45,32 @@ def _max_pool_forward(
     input: Tensor, window: Window, size: Sequence[int], keep_taps: bool, return_indices: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, taps, indices = _outputs(input, window, size, keep_taps, return_indices)
+    given = tuple(window), keep_taps, return_indices
+    run = _plan_max_pool(Layout.of(input), Layout.of(y), *given)
+    run(y, input, y, taps if keep_taps else None, indices if return_indices else None)
+    return y, taps, indices
+
+
+@launch.planned
+def _plan_max_pool(
+    input: Layout, y: Layout, window: Window, keep_taps: bool, return_indices: bool
+) -> launch.Prepared:
+    size = y.shape[2:]
     extents, *spacing = windows.split(window)
-    windows.run(
+    return windows.prepared(
         kernels.max_pool2d_forward_kernel
         if len(size) == 2
         else kernels3d.max_pool3d_forward_kernel,
-        (input, y, taps if keep_taps else None, indices if return_indices else None),
         (*input.shape[1:], *size),
         input.shape[0] * math.prod(size),
         (input, y),
         [number for numbers in spacing for number in numbers],
         **_adaptive(window, input.shape[2:], size),
-        **_named("T R S", extents),
+        **windows.named("T R S", extents),
         UNROLL=kernels.unrolled_taps(*extents),
         HAS_TAPS=keep_taps,
         HAS_INDICES=return_indices,
     )
-    return y, taps, indices
 
 
 def _adaptive(window: Window, sizes: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
@@ -86,8 +98,14 @@ def _max_pool_backward(
 ) -> Tensor:
     grad_input = _grad_input(grad_output, taps, window, shape, channels_last)
     images = (grad_output, taps, grad_input)
-    pixels, size = tuple(shape[2:]), grad_output.shape[2:]
-    sizes = (*shape[1:], *size)
+    _plan_max_pool_backward(tuple(window), *map(Layout.of, images))(grad_input, *images)
+    return grad_input
+
+
+@launch.planned
+def _plan_max_pool_backward(window: Window, *images: Layout) -> launch.Prepared:
+    (_, _, *size), (n, c, *pixels) = images[0].shape, images[-1].shape
+    sizes = (c, *pixels, *size)
     extents, stride, padding, dilation = windows.split(window)
     adaptive = windows.is_adaptive(window)
     if len(size) == 2 and not adaptive and kernels.holds_windows(*extents, *stride, *dilation):
@@ -95,41 +113,27 @@ def _max_pool_backward(
             (size - 1 + before) // step + 1
             for size, before, step in zip(pixels, padding, stride, strict=True)
         )
-        windows.run(
+        return windows.prepared(
             kernels.max_pool2d_backward_kernel,
-            images,
             (*sizes, *cells),
-            shape[0] * math.prod(cells),
+            n * math.prod(cells),
             images,
             padding,
-            **_named("R S", extents),
-            **_named("STRIDE_H STRIDE_W", stride),
-            **_named("DILATION_H DILATION_W", dilation),
+            **windows.named("R S", extents),
+            **windows.named("STRIDE_H STRIDE_W", stride),
+            **windows.named("DILATION_H DILATION_W", dilation),
         )
-        return grad_input
     if adaptive:
         counts = tuple(map(windows.largest, size, pixels))
     else:
         counts = tuple(map(kernels.windows_per_cell, extents, stride, dilation))
-    over_pixels = (images, sizes, shape[0] * math.prod(pixels), images)
+    over_pixels = (sizes, n * math.prod(pixels), images)
     if len(size) == 2:
         kernel = kernels.max_pool2d_backward_loop_kernel
         spacing = (*extents, *counts, *window[2:])
-        windows.run(kernel, *over_pixels, spacing, **_adaptive(window, pixels, size))
-    else:
-        windows.run(kernels3d.max_pool3d_backward_kernel, *over_pixels, window, **_counts(counts))
-    return grad_input
-
-
-def _counts(counts: Sequence[int]) -> dict[str, Any]:
-    """How many windows meet in a pixel, as kernels take it at compile time."""
-    named = _named("NUM_Z NUM_P NUM_Q", counts)
-    return {**named, "UNROLL": kernels.unrolled_taps(*counts)}
-
-
-def _named(names: str, numbers: Sequence[int]) -> dict[str, Any]:
-    """Numbers along the last axes by the kernels' names."""
-    return dict(zip(names.split()[-len(numbers) :], numbers, strict=True))
+        return windows.prepared(kernel, *over_pixels, spacing, **_adaptive(window, pixels, size))
+    kernel = kernels3d.max_pool3d_backward_kernel
+    return windows.prepared(kernel, *over_pixels, window, **windows.counts(counts))
 
 
 def _gathered(input: Tensor, taps: Tensor, window: Window) -> Tensor:
@@ -141,19 +145,23 @@ def _gathered(input: Tensor, taps: Tensor, window: Window) -> Tensor:
 )
 def _max_pool_gather(input: Tensor, taps: Tensor, window: Window) -> Tensor:
     y = _gathered(input, taps, window)
+    _plan_gather(Layout.of(input), Layout.of(y), tuple(window))(y, input, taps, y)
+    return y
+
+
+@launch.planned
+def _plan_gather(input: Layout, y: Layout, window: Window) -> launch.Prepared:
     size = y.shape[2:]
     extents, *spacing = windows.split(window)
-    windows.run(
+    return windows.prepared(
         kernels.max_pool2d_gather_kernel if len(size) == 2 else kernels3d.max_pool3d_gather_kernel,
-        (input, taps, y),
         (*input.shape[1:], *size),
         y.shape[0] * math.prod(size),
         (input, y),
         [number for numbers in spacing for number in numbers],
         **_adaptive(window, input.shape[2:], size),
-        **_named("R S", extents[1:]),
+        **windows.named("R S", extents[1:]),
     )
-    return y
 
 
 class MaxPool(torch.autograd.Function):
@@ -165,10 +173,11 @@ class MaxPool(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         keep_taps = ctx.needs_input_grad[0]
         output, taps, indices = _max_pool_forward(input, window, size, keep_taps, return_indices)
-        _save(ctx, input, taps, window)
-        ctx.mark_non_differentiable(indices)
-        # zeros for the gradient of the indices would be as large as they are
-        ctx.set_materialize_grads(False)
+        if keep_taps:
+            _save(ctx, input, taps, window)
+            ctx.mark_non_differentiable(indices)
+            # zeros for the gradient of the indices would be as large as they are
+            ctx.set_materialize_grads(False)
         return output, indices
 
     @staticmethod
@@ -246,155 +255,3 @@ def max_pool(
     if not return_indices:
         return values
     return values, indices if batched else indices[0]
-
-
-def _averages(
-    input: Tensor,
-    window: Window,
-    size: Sequence[int],
-    count_include_pad: bool,
-    divisor_override: int | None,
-) -> Tensor:
-    shape = (*input.shape[:2], *size)
-    return windows.empty(input, shape, is_channels_last(input), input.dtype)
-
-
-@binding.library_op(
-    "avg_pool_forward(Tensor input, int[] window, SymInt[] size, bool count_include_pad, "
-    "int? divisor_override) -> Tensor",
-    fake=_averages,
-)
-def _avg_pool_forward(
-    input: Tensor,
-    window: Window,
-    size: Sequence[int],
-    count_include_pad: bool,
-    divisor_override: int | None,
-) -> Tensor:
-    y = _averages(input, window, size, count_include_pad, divisor_override)
-    extents, stride, padding, _ = windows.split(window)
-    windows.run(
-        kernels.avg_pool2d_forward_kernel
-        if len(size) == 2
-        else kernels3d.avg_pool3d_forward_kernel,
-        (input, y),
-        (*input.shape[1:], *size),
-        input.shape[0] * math.prod(size),
-        (input, y),
-        (*stride, *padding, divisor_override or 1),
-        **_named("T R S", extents),
-        UNROLL=kernels.unrolled_taps(*extents),
-        COUNT_INCLUDE_PAD=count_include_pad,
-        HAS_DIVISOR=divisor_override is not None,
-    )
-    return y
-
-
-def _grad_averaged(
-    grad_output: Tensor,
-    window: Window,
-    shape: Sequence[int],
-    channels_last: bool,
-    count_include_pad: bool,
-    divisor_override: int | None,
-) -> Tensor:
-    return windows.empty(grad_output, shape, channels_last, grad_output.dtype)
-
-
-@binding.library_op(
-    "avg_pool_backward(Tensor grad_output, int[] window, SymInt[] shape, bool channels_last, "
-    "bool count_include_pad, int? divisor_override) -> Tensor",
-    fake=_grad_averaged,
-)
-def _avg_pool_backward(
-    grad_output: Tensor,
-    window: Window,
-    shape: Sequence[int],
-    channels_last: bool,
-    count_include_pad: bool,
-    divisor_override: int | None,
-) -> Tensor:
-    grad_input = windows.empty(grad_output, shape, channels_last, grad_output.dtype)
-    size = grad_output.shape[2:]
-    extents, stride, padding, dilation = windows.split(window)
-    windows.run(
-        kernels.avg_pool2d_backward_kernel
-        if len(size) == 2
-        else kernels3d.avg_pool3d_backward_kernel,
-        (grad_output, grad_input),
-        (*shape[1:], *size),
-        shape[0] * math.prod(shape[2:]),
-        (grad_output, grad_input),
-        (*extents, *stride, *padding, divisor_override or 1),
-        **_counts(tuple(map(kernels.windows_per_cell, extents, stride, dilation))),
-        COUNT_INCLUDE_PAD=count_include_pad,
-        HAS_DIVISOR=divisor_override is not None,
-    )
-    return grad_input
-
-
-class AvgPool(torch.autograd.Function):
-    """Linear in its input: keeps nothing but shapes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        window: Window,
-        size: Sequence[int],
-        count_include_pad: bool,
-        divisor_override: int | None,
-    ) -> Tensor:
-        ctx.window, ctx.divisor = window, (count_include_pad, divisor_override)
-        ctx.shape, ctx.channels_last = input.shape, is_channels_last(input)
-        output: Tensor = _avg_pool_forward(input, window, size, *ctx.divisor)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        grad_input = binding.apply(
-            AvgPoolBackward, grad_output, ctx.window, ctx.shape, ctx.channels_last, *ctx.divisor
-        )
-        return grad_input, None, None, None, None
-
-
-class AvgPoolBackward(torch.autograd.Function):
-    """The transpose of `AvgPool`: each is the other's gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        grad_output: Tensor,
-        window: Window,
-        shape: Sequence[int],
-        channels_last: bool,
-        count_include_pad: bool,
-        divisor_override: int | None,
-    ) -> Tensor:
-        ctx.window, ctx.divisor = window, (count_include_pad, divisor_override)
-        ctx.size = grad_output.shape[2:]
-        grad_input: Tensor = _avg_pool_backward(
-            grad_output, window, shape, channels_last, *ctx.divisor
-        )
-        return grad_input
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        grad_grad_output = binding.apply(AvgPool, grad, ctx.window, ctx.size, *ctx.divisor)
-        return grad_grad_output, None, None, None, None, None
-
-
-def avg_pool(
-    input: Tensor,
-    window: Window,
-    size: Sequence[int],
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> Tensor:
-    """The kernels' means of images or volumes, batched or not, whose arguments are checked."""
-    batched = input.dim() == len(size) + 2
-    images = input if batched else input[None]
-    output: Tensor = binding.apply(
-        AvgPool, images, window, size, count_include_pad, divisor_override
-    )
-    return output if batched else output[0]

@@ -51,6 +51,20 @@ def check(
     stride = kernel_size if stride in (None, (), []) else checks.ints(op, "stride", stride, axes)
     padding = checks.ints(op, "padding", padding, axes)
     dilation = checks.ints(op, "dilation", dilation, axes)
+    return _checked(op, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+@checks.remembered
+def _checked(
+    op: str,
+    input: torch.Size,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    ceil_mode: bool,
+) -> tuple[Window, tuple[int, ...]]:
+    axes = len(kernel_size)
     for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
         if min(value) < 1:
             checks.fail(RuntimeError, op, f"{name} must be positive", **{name: value})
@@ -62,12 +76,12 @@ def check(
             padding=padding,
             kernel_size=kernel_size,
         )
-    if input.dim() not in (axes + 1, axes + 2) or 0 in input.shape[-axes - 1 :]:
+    if len(input) not in (axes + 1, axes + 2) or 0 in input[-axes - 1 :]:
         rule = f"input must be {shapes(axes)}, and no size but N may be 0"
         checks.fail(RuntimeError, op, rule, input=input)
     size = tuple(
         _output_size(*axis, ceil_mode)
-        for axis in zip(input.shape[-axes:], kernel_size, stride, padding, dilation, strict=True)
+        for axis in zip(input[-axes:], kernel_size, stride, padding, dilation, strict=True)
     )
     if min(size) < 1:
         checks.fail(
@@ -189,38 +203,33 @@ def empty(like: Tensor, size: Sequence[int], channels_last: bool, dtype: torch.d
     )
 
 
-def run(
+def counts(counts: Sequence[int]) -> dict[str, Any]:
+    """How many windows meet in a pixel, as kernels take it at compile time."""
+    return {**named("NUM_Z NUM_P NUM_Q", counts), "UNROLL": kernels.unrolled_taps(*counts)}
+
+
+def named(names: str, numbers: Sequence[int]) -> dict[str, Any]:
+    """Numbers along the last axes by the kernels' names."""
+    return dict(zip(names.split()[-len(numbers) :], numbers, strict=True))
+
+
+def prepared(
     kernel: Any,
-    pointers: Sequence[Tensor | None],
     sizes: Sequence[int],
     pixels: int,
-    images: Sequence[Tensor],
+    images: Sequence[strided.Layout],
     spacing: Sequence[int],
     wide: bool = False,
     flat: bool = False,
     **constants: Any,
-) -> None:
-    """Launches a kernel of kernels/pool.py, or one with such a tile, over `pixels` times channels.
+) -> launch.Prepared:
+    """A launch of a kernel of kernels/pool.py, or one with such a tile, over `pixels` times
+    channels.
 
-    The kernel takes `pointers`, `sizes`, `pixels`, the strides of `images` and `spacing`; the last
-    of `images` is written.  `wide`: whether it computes numbers beyond int32 besides offsets.
+    The kernel takes tensors, `sizes`, `pixels`, the strides of `images` and `spacing`; the last of
+    `images` is written.  `wide`: whether it computes numbers beyond int32 besides offsets.
     `flat`: whether volumes are images of one slice.
     """
-    layouts = tuple(map(strided.Layout.of, images))
-    numbers, named = (tuple(sizes), pixels, tuple(spacing)), tuple(constants.items())
-    _plan(kernel, numbers, layouts, wide, flat, named)(images[-1], *pointers)
-
-
-@launch.planned
-def _plan(
-    kernel: Any,
-    numbers: tuple[tuple[int, ...], int, tuple[int, ...]],
-    images: tuple[strided.Layout, ...],
-    wide: bool,
-    flat: bool,
-    constants: tuple[tuple[str, Any], ...],
-) -> launch.Prepared:
-    sizes, pixels, spacing = numbers
     written = images[-1]
     channels, channels_last = written.shape[1], written.stride(1) == 1
     if len(written.shape) == 4 or flat:
@@ -237,5 +246,5 @@ def _plan(
         INDEX_64=wide
         or geometry.is_wide(*images)
         or strided.is_wide((pixels + block_pixels,), (1,)),
-        **dict(constants),
+        **constants,
     )
