@@ -352,6 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
                 _correctness(options.out.resolve(), LIMIT)
             else:
                 print("skipped: correctness: it is about a GPU")
+        _pictures(store)
     except OtherResults as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -364,6 +365,16 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
     told.summary(store)
     return 0
+
+
+def _pictures(store: Store) -> None:
+    try:
+        told.pictures(store)
+    except OSError:
+        raise
+    except Exception as error:
+        # the numbers are there, and can be drawn again
+        print(f"skipped: pictures: {type(error).__name__}: {error}")
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from typing import Any
 
+from tritorch.bench import plots, reports
 from tritorch.bench.store import Store
 
 
@@ -74,3 +76,19 @@ def costs(found: list[dict[str, Any]]) -> list[str]:
         each = 1e3 * total / len(some)
         lines.append(f"details {name}: {len(some)} rows, {total:.1f} s, {each:.0f} ms each")
     return lines
+
+
+def pictures(store: Store) -> None:
+    """Writes a page and a picture beside the result, as far as this machine can draw."""
+    if store.path is None or not store.rows:
+        return
+    result = store.content()
+    page = store.path.with_suffix(".html")
+    page.write_text(reports.page(result), encoding="utf-8")
+    print(f"page: {page}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("skipped: pictures: matplotlib is not installed")
+    elif any(True for _ in plots.figures(store.rows)):
+        picture = store.path.with_suffix(".png")
+        plots.png(store.rows, picture)
+        print(f"picture: {picture}")

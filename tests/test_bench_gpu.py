@@ -84,6 +84,9 @@ def test_every_section_gives_rows_and_the_next_run_repeats_none(tmp_path):
         "host",
     }
     assert "conv conv2d grad_input tritorch: 3 shapes" in said
+    page = (tmp_path / "out" / "gpu.html").read_text()
+    assert page.count("<figure>") == 3
+    assert (tmp_path / "out" / "gpu.png").stat().st_size > 10_000
     again, _ = run(tmp_path / "out", "", sections, "--seconds", "60")
     assert again["rows"] == result["rows"]
 
@@ -250,7 +253,10 @@ store.write_whole = full
     assert len(json.loads((out / "gpu.json").read_text())["rows"]) == 2
 
 
-DETAILS = """
+KERNEL = {"kernel": "k", "registers": 32, "spills": 0, "num_warps": 4, "shared_bytes": 0}
+DETAILS = f"""
+KERNEL = {KERNEL}"""
+DETAILS += """
 import types
 from tritorch.bench import details
 # what is asked, on a machine that has no GPU
@@ -267,7 +273,7 @@ def graph(subject):
     if subject.prepared.case.op == "linear":
         raise ValueError("unlucky")
     return {"graph_us": 1.0}
-details.MEASURES = {"graph": graph, "kernels": lambda subject: {"kernels": [{"registers": 32}]},
+details.MEASURES = {"graph": graph, "kernels": lambda subject: {"kernels": [KERNEL]},
     "memory": lambda subject: {"peak_bytes": len(subject.name)}}
 """
 
@@ -278,7 +284,7 @@ def test_details_are_added_to_rows_that_are_there(tmp_path):
         if row["op"] == "linear":
             assert "graph_us" not in row
         elif row["implementation"] == "tritorch":
-            assert (row["graph_us"], row["kernels"]) == (1.0, [{"registers": 32}])
+            assert (row["graph_us"], row["kernels"]) == (1.0, [KERNEL])
             assert row["peak_bytes"] == len("tritorch")
             assert set(row["details_seconds"]) == {"graph", "kernels", "memory"}
         else:

@@ -6,7 +6,8 @@ import csv
 
 import pytest
 
-from tritorch.bench import plots, reports
+from tritorch.bench import plots, reports, told
+from tritorch.bench.store import Store
 
 pytestmark = pytest.mark.reference
 
@@ -74,3 +75,13 @@ def test_a_line_grows_with_the_least_time_that_the_ceilings_allow():
     assert points == [(2.0, 4), (4.0, 10), (18.0, 20.0)]
     # what has no ceiling has no place
     assert plots._lines([{**row, "roofline": None} for row in rows]) == {}
+
+
+def test_a_machine_without_matplotlib_gets_a_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    store = Store(tmp_path / "gpu.json")
+    store.rows, store.environment = [ROW], {"gpu": "G"}
+    told.pictures(store)
+    assert "Pictures need matplotlib" in (tmp_path / "gpu.html").read_text()
+    assert not (tmp_path / "gpu.png").exists()
+    assert "skipped: pictures: matplotlib is not installed" in capsys.readouterr().out
