@@ -15,7 +15,7 @@ from tritorch.bench import baselines, cases, ceilings, clocks, peers, rows, timi
 from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import Case, Planner
 from tritorch.registry import Maker, Sample, specs
-from tritorch.testing import requests
+from tritorch.testing import loading, requests
 from tritorch.testing.errors import RequestError
 
 # sizes of the letters of a user's inputs that he did not choose, by the number of letters
@@ -29,9 +29,9 @@ class Wanted:
     """What to measure.
 
     `targets`: names of ops, or "module:function".  `passes`: empty for all.  `beside`: of
-    "compile" and the names of peers.  `small`: the samples of the tests instead of real shapes.
-    `reference`, `inputs`: of a user's function, as `tritorch check` takes them; `sizes`: numbers
-    for the letters of its inputs, a choice each.
+    "compile", the names of peers, and "module:function".  `small`: the samples of the tests
+    instead of real shapes.  `reference`, `inputs`: of a user's function, as `tritorch check` takes
+    them; `sizes`: numbers for the letters of its inputs, a choice each.
     """
 
     targets: tuple[str, ...] = ()
@@ -98,17 +98,22 @@ def _planned(samples: Callable[[Maker], Any], dtype: torch.dtype) -> Iterator[Sa
 
 
 def beside(case: Case, names: Sequence[str]) -> dict[str, Case]:
-    """For each pass the case with more implementations: torch.compile, and the peers that have it.
+    """For each pass the case with more implementations: torch.compile, the user's functions, and
+    the peers that have it.
 
     Raises what a peer raises when it is imported, or when it is asked.
     """
     both: dict[str, Any] = {}
-    if "compile" in names:
-        both[COMPILED] = baselines.compiled(case.reference, again=True)
+    for name in names:
+        if name == "compile":
+            both[COMPILED] = baselines.compiled(case.reference, again=True)
+        elif ":" in name:
+            own = name.rpartition(":")[2]
+            both[name if own in case.implementations else own] = loading.find(name)
     found = {}
     for which in case.passes:
         more = dict(both)
-        for name in (name for name in names if name != "compile"):
+        for name in (name for name in names if name in peers.NAMES):
             if (function := peers.of_case(case, name, which)) is not None:
                 more[name] = function
         found[which] = case.on(**more) if more else case

@@ -105,9 +105,31 @@ def test_a_wrong_function_has_no_speed_up_and_status_1(theirs):
     assert re.search(r"forward +wrong +[\d.]+ +- .*FAILED output 0: C1", line)
 
 
+def test_a_users_function_stands_beside_ours(theirs, tmp_path):
+    file = tmp_path / "acts.py"
+    file.write_text(
+        "import torch\n"
+        "def halves(input, inplace=False):\n    return (input.abs() + input) / 2\n"
+        "def half(input, inplace=False):\n    return input / 2\n"
+    )
+    path = tmp_path / "result.json"
+    beside = f"{file}:halves,{file}:half"
+    options = ("--pass", "forward", "--dtype", "float32", "--json", path, *QUICK)
+    result = bench("relu", "--vs", beside, *options)
+    found = {row["implementation"]: row for row in json.loads(path.read_text())["rows"]}
+    assert found.keys() == {"tritorch", "torch", "halves", "half"}
+    assert found["halves"]["verified"]
+    assert found["halves"]["speedup"]
+    # a wrong function of the user's is his to mend
+    assert not found["half"]["verified"]
+    assert result.exit_code == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("relu", "--vs", "{}:constant"), "is no function"),
+        (("relu", "--vs", "{}:prodct"), "did you mean product?"),
         (("softmx",), "there is no op 'softmx'; did you mean softmax"),
         (("{}:constant",), "is no function"),
         (("{}:prodct",), "did you mean product?"),

@@ -64,7 +64,8 @@ def _words(context: click.Context, option: click.Parameter, value: str) -> tuple
     show_default=True,
     metavar="A,B",
     help="Whom to show besides torch: compile (torch.compile), peers (all that are installed of "
-    "flag_gems, attorch, liger_kernel) or some of these; '' for nobody.",
+    "flag_gems, attorch, liger_kernel) or some of these, and functions of yours, as "
+    "MODULE:FUNCTION, that take an op's arguments; '' for nobody.",
 )
 @click.option("--reference", default="", metavar="NAME", help="As `tritorch check` takes it.")
 @click.option("--inputs", default="", metavar="TEXT", help="As `tritorch check` takes them.")
@@ -182,12 +183,18 @@ def _passes(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _beside(names: tuple[str, ...], device: str) -> tuple[str, ...]:
     from tritorch.bench import peers
+    from tritorch.testing import loading
+    from tritorch.testing.errors import RequestError
 
     found: list[str] = []
     for name in names:
         if name == "peers":
             # none of them runs without a GPU
             found += peers.installed() if device == "cuda" else ()
+        elif ":" in name:
+            if not callable(loading.find(name)):
+                raise RequestError(f"--vs: {name} is no function")
+            found.append(name)
         elif name == "compile":
             found.append(name)
         elif name not in peers.NAMES:
@@ -230,6 +237,8 @@ def _command(targets: tuple[str, ...], options: Mapping[str, Any]) -> str:
     for name in ("reference", "inputs", "sizes"):
         if options[name]:
             words.append(f"--{name} '{options[name]}'")
+    if options["beside"] != ("peers",):
+        words.append(f"--vs '{','.join(options['beside'])}'")
     if options["passes"]:
         words.append(f"--pass {','.join(options['passes'])}")
     return " ".join(words)
