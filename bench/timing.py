@@ -33,7 +33,7 @@ _SPIN = 300, 50_000
 # calls of one round; a launch queue takes about a thousand entries
 _ROUND = 16
 # rounds at least: where time is short, and else, because samples of one round resemble each other
-_ROUNDS = 3, 6
+_ROUNDS = 3, 12
 # times that it is looked for work on other streams, and calls of one look
 _TRIES, _TOGETHER = 3, 4
 # that much more than the L2 cache is read to empty it
@@ -198,7 +198,7 @@ class Plan:
     """How long to measure.
 
     Until every side's median is known to `precision` (half of its 95 % interval, as a fraction) and
-    has `least` samples in six rounds, or it has `most`, or until `seconds` have gone by, but for
+    has `least` samples in twelve rounds, or it has `most`, or until `seconds` have gone by, but for
     three rounds at least.
     """
 
@@ -232,7 +232,7 @@ def measure(
     rounds: dict[str, list[tuple[float, ...]]] = {name: [] for name in sides}
     bound = dict.fromkeys(sides, False)
     count, ring = {}, dict.fromkeys(sides, 0)
-    share = plan.seconds / len(sides) / 6
+    share = plan.seconds / len(sides) / _ROUNDS[1]
     for name, calls in sides.items():
         # the first call compiles, searches, allocates; the second tells how long a round is
         calls[0]()

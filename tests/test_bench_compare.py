@@ -12,8 +12,11 @@ import pytest
 from tritorch.bench import compare
 from tritorch.bench.compare import NoResult, read
 from tritorch.bench.intervals import median
+from tritorch.bench.measured import RESULTS
 
 pytestmark = pytest.mark.reference
+
+REAL = RESULTS / "nvidia-h100-80gb-hbm3" / "2026-11-26" / "163943Z-gpu.json"
 
 
 def row(number, us, draw, *, noise=0.02, drift=0.005, rounds=6, calls=12, **more):
@@ -70,6 +73,34 @@ def test_one_slow_row_among_many_is_found():
     assert [one.row["shape"] for one in report.rows if one.verdict == "SLOWER"] == [[17]]
     # the slowest first
     assert report.rows[0].verdict == "SLOWER"
+
+
+def halves(factor):
+    """The even and the odd rounds of what an H100 gave, which took turns."""
+    rows = read(REAL)["rows"]
+    rows = [row for row in rows if row["verified"] and len(row.get("samples_us") or ()) >= 6]
+    for number, slower in ((0, 1.0), (1, factor)):
+        found = []
+        for row in rows:
+            rounds = [[slower * us for us in one] for one in row["samples_us"][number::2]]
+            us = median([us for one in rounds for us in one]).value
+            found.append({**row, "samples_us": rounds, "median_us": us})
+        yield {"rows": found, "environment": {}}
+
+
+def test_half_of_what_a_gpu_gave_is_as_fast_as_the_other_half():
+    report = compare.compare(*halves(1.0))
+    assert len(report.rows) > 400
+    # few rounds leave some unsure, and none wrong
+    assert report.count("SLOWER") + report.count("FASTER") == 0
+    assert report.count("SAME") > 0.75 * len(report.rows)
+    assert abs(report.geomean.value - 1) < 0.001
+
+
+def test_a_slow_down_of_a_fifth_of_what_a_gpu_gave_is_slower():
+    report = compare.compare(*halves(1.2))
+    assert report.count("SLOWER") >= 0.95 * len(report.rows)
+    assert report.count("SLOWER") + report.count("UNSURE") == len(report.rows)
 
 
 def test_a_difference_below_the_threshold_is_the_same():
