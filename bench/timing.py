@@ -205,7 +205,7 @@ class Plan:
     seconds: float = 1.0
     precision: float = 0.01
     least: int = 20
-    most: int = 500
+    most: int = 1000
     ahead: bool = True
 
 

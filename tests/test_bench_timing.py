@@ -57,7 +57,7 @@ def test_it_stops_when_the_medians_are_known():
     draw = random.Random(0)
     plan = Plan(seconds=5.0, precision=0.01, least=20)
     quiet = measure({"a": ring("a")}, Fake(lambda name: 100 * draw.gauss(1, 0.001)), plan)["a"]
-    noisy = measure({"a": ring("a")}, Fake(lambda name: 100 * draw.gauss(1, 0.1)), plan)["a"]
+    noisy = measure({"a": ring("a")}, Fake(lambda name: 100 * draw.gauss(1, 0.08)), plan)["a"]
     assert len(quiet.rounds) == 12
     assert noisy.median.precision <= 0.01
     assert len(noisy.samples) > 1.5 * len(quiet.samples)
