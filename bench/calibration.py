@@ -1,10 +1,12 @@
 """The estimate beside what a run has measured: how far off it is, kept with the result.
 
 It needs no GPU: kernels are compiled by several processes, most of them found in Triton's cache.
+`python -m tritorch.bench.calibration RESULT` does the same for an old result, in a file beside it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 
 from tritorch.bench import predictions
+from tritorch.bench.environment import environment
 from tritorch.bench.precompile import target_of
 from tritorch.bench.predictions import Measured, Prediction
 from tritorch.bench.store import Store
@@ -42,11 +45,11 @@ def add(
     made, failures = _estimated(found, workers, until)
     errors = [one.error for one in made]
     left = len(found) - len(made) - len(failures)
-    store.more["calibration"] = {
+    store.more["calibration"] = [_row(one) for one in made]
+    store.more["calibration_summary"] = {
         "about": "estimates from code and grid, beside what was measured",
-        "rows": [_row(one) for one in made],
+        "errors": predictions.spread(errors) if errors else "",
         "same_kernels": all(one.fresh for one in found),
-        "summary": predictions.spread(errors) if errors else "",
         "left_out": left,
         "failures": failures,
     }
@@ -118,8 +121,37 @@ def known(target: str, results: Path = predictions.RESULTS) -> str:
         if '"calibration"' not in text:
             continue
         content: Mapping[str, Any] = json.loads(text)
-        where, found = content["environment"], content.get("calibration") or {}
-        if target_of(where.get("capability")) == target and found.get("same_kernels"):
-            said = f"{found['summary']} of {len(found['rows'])} rows on {where['gpu']}"
+        where, rows = content["environment"], content.get("calibration")
+        if rows and target_of(where.get("capability")) == target:
+            summary = content["calibration_summary"]
+            said = f"{summary['errors']} of {len(rows)} rows on {where['gpu']}"
+            said += "" if summary["same_kernels"] else ", measured with earlier kernels"
             newest = max(newest, (str(where.get("date")), said))
     return newest[1]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("result", type=Path, help="a result of make gpu")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
+    path: Path = options.result
+    measured = Store(path)
+    measured.again()
+    store = Store(None, "calibration")
+    store.rows, store.environment = measured.rows, measured.environment
+    add(store, options.workers)
+    store.rows, store.path = (
+        [],
+        path.with_name(f"{path.stem.removesuffix('-gpu')}-calibration.json"),
+    )
+    # the numbers that it is about stay where they are
+    store.more |= {"source": path.name, "estimated_at": environment()["commit"]}
+    store.write()
+    print(f"calibration: {store.path}")
+
+
+if __name__ == "__main__":
+    main()

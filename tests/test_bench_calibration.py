@@ -47,8 +47,8 @@ def test_the_error_is_printed_and_kept(doubled, capsys):
     slowed = {**ROW, "shape": [256, 64, 56, 56], "throttled": ["hardware slowdown"]}
     store = Store.of(result(ROW, *others, slowed, {**backward, "name": ""}))
     calibration.add(store, 1, fresh=True)
-    kept = store.more["calibration"]
-    assert kept["rows"] == [
+    kept = store.more["calibration_summary"]
+    assert store.more["calibration"] == [
         {
             "op": "relu", "name": "activation", "shape": [256, 64, 112, 112],
             "dtype": "bfloat16", "layout": "channels_last", "pass": "forward",
@@ -57,7 +57,7 @@ def test_the_error_is_printed_and_kept(doubled, capsys):
     ]  # fmt: skip
     assert kept["failures"] == ["relu activation: a fallback to torch, which has no estimate"]
     assert (kept["left_out"], kept["same_kernels"]) == (0, True)
-    assert kept["summary"].startswith("tenths +100%, +100%, +100%; 0% within 10%")
+    assert kept["errors"].startswith("tenths +100%, +100%, +100%; 0% within 10%")
     said = capsys.readouterr().out
     assert "it is never a measurement" in said
     assert "relu  forward  1     +100%   x2.00" in said
@@ -70,16 +70,16 @@ def test_the_error_is_printed_and_kept(doubled, capsys):
 def test_an_estimate_that_fails_costs_itself_alone(doubled):
     store = Store.of(result({**ROW, "pass": "backward", "median_us": 666.0}, ROW))
     calibration.add(store, 1, fresh=True)
-    kept = store.more["calibration"]
+    kept = store.more["calibration_summary"]
     assert kept["failures"] == ["relu activation: ValueError: no such instruction"]
-    assert len(kept["rows"]) == 1
+    assert len(store.more["calibration"]) == 1
 
 
 @pytest.mark.reference
 def test_what_there_is_no_time_for_is_left_out_and_said(doubled, capsys):
     store = Store.of(result(ROW, {**ROW, "shape": [256, 64, 56, 56]}))
     calibration.add(store, 1, until=time.time() - 1, fresh=True)
-    assert store.more["calibration"]["left_out"] == 1
+    assert store.more["calibration_summary"]["left_out"] == 1
     assert "skipped: calibration: 1 rows: no time left" in capsys.readouterr().out
 
 
@@ -90,9 +90,22 @@ def test_it_runs_by_itself_on_an_old_result(doubled, tmp_path, capsys):
     call = ["--out", str(tmp_path), "--sections", "calibration", "--device", "cpu"]
     assert gpu.main([*call, "--workers", "1"]) == 0
     new = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(new.pop("calibration")["rows"]) == 1
+    assert len(new.pop("calibration")) == 1
+    assert not new.pop("calibration_summary")["same_kernels"]
     assert new == old
     assert "measured with other kernels" in capsys.readouterr().out
+
+
+@pytest.mark.reference
+def test_an_old_result_is_left_as_it_is_and_gets_a_file_beside_it(doubled, tmp_path):
+    old = json.dumps(result(ROW))
+    (tmp_path / "1-gpu.json").write_text(old)
+    calibration.main([str(tmp_path / "1-gpu.json"), "--workers", "1"])
+    assert (tmp_path / "1-gpu.json").read_text() == old
+    new = json.loads((tmp_path / "1-calibration.json").read_text())
+    assert (new["kind"], new["source"], new["rows"]) == ("calibration", "1-gpu.json", [])
+    assert new["environment"] == json.loads(old)["environment"]
+    assert len(new["calibration"]) == 1
 
 
 @pytest.mark.reference
@@ -104,12 +117,14 @@ def test_nothing_measured_is_said(capsys):
 @pytest.mark.reference
 def test_the_newest_error_of_a_target_is_known(tmp_path):
     assert calibration.known("sm_90", tmp_path) == ""
-    for date, summary in (("2", "good"), ("1", "bad")):
-        one = result(calibration={"rows": [1, 2], "summary": summary, "same_kernels": True})
+    for date, errors in (("2", "good"), ("1", "bad")):
+        summary = {"errors": errors, "same_kernels": date == "1"}
+        one = result(calibration=[1, 2], calibration_summary=summary)
         one["environment"]["date"] = date
         (tmp_path / "G" / date).mkdir(parents=True)
         (tmp_path / "G" / date / "gpu.json").write_text(json.dumps(one))
-    assert calibration.known("sm_90", tmp_path) == "good of 2 rows on G"
+    said = "good of 2 rows on G, measured with earlier kernels"
+    assert calibration.known("sm_90", tmp_path) == said
     assert calibration.known("sm_80", tmp_path) == ""
 
 
@@ -125,7 +140,7 @@ def test_the_distribution_is_told_in_words():
 def test_a_real_estimate_is_near(capsys):
     store = Store.of(result({**ROW, "median_us": 280.0}))
     calibration.add(store, 1, fresh=True)
-    (row,) = store.more["calibration"]["rows"]
+    (row,) = store.more["calibration"]
     # twice 411 MB at three quarters of an H100's bandwidth
     assert 200 < row["estimated_us"] < 400
 
