@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from tests.settings import restored
 from tritorch.bench import rows
 from tritorch.cli import main
 
@@ -24,13 +25,8 @@ def bench(*arguments):
 
 @pytest.fixture(autouse=True)
 def settings_are_restored():
-    products = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [flags.fp32_precision for flags in products]
-    searched = torch.backends.cudnn.benchmark
-    yield
-    torch.backends.cudnn.benchmark = searched
-    for flags, precision in zip(products, before, strict=True):
-        flags.fp32_precision = precision
+    with restored():
+        yield
 
 
 @pytest.fixture

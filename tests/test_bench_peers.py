@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import nn
 
+from tests.settings import restored
 from tritorch.bench import peers, session, timing
 from tritorch.bench.cases import Planner, of_spec, workloads
 from tritorch.bench.rows import Bench
@@ -172,6 +173,8 @@ def all_installed(monkeypatch):
         "liger_kernel.transformers.functional": functional,
     }.items():
         monkeypatch.setitem(sys.modules, name, made)
+    with restored():
+        yield
 
 
 def cases(ops):
