@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import tritorch.nn as nn
-from tritorch import launch, ops
+from tritorch import backend, launch, ops
 
 pytestmark = pytest.mark.interpret
 
@@ -278,3 +278,45 @@ def test_what_is_no_integer_is_no_stride_after_calls_that_had_an_equal_one(one):
         ops.conv2d(x, w, stride=same)
     with pytest.raises(TypeError, match="conv2d: stride must be integers"):
         ops.conv2d(x, w, stride=one)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_many_products_of_images_in_another_order_go_through_copies(axes, activation, device):
+    """The same numbers as of images in channels_last, in the order in which torch has them."""
+    kernel = (3, 5) if axes == 2 else (3, 2, 2)
+    x = made(2, 16, *(4, 5, 3)[:axes], dtype=torch.float16, device=device)
+    w = made(24, 16, *kernel, seed=1, dtype=torch.float16, device=device)
+    last = torch.channels_last if axes == 2 else torch.channels_last_3d
+    found = []
+    for order in (torch.contiguous_format, last):
+        leaves = [t.clone(memory_format=order).requires_grad_() for t in (x, w)]
+        with backend.strict(), launch.recorded() as names:
+            y = getattr(ops, f"conv{axes}d")(*leaves, padding=1, activation=activation)
+            y.backward(torch.ones_like(y))
+        found.append((y, *(leaf.grad for leaf in leaves)))
+        assert all(t.is_contiguous(memory_format=order) for t in found[-1])
+        # in and out: of the output also what an activation was applied to
+        copies = 0 if order == last else 6 + (activation == "gelu")
+        assert names.count("reorder_kernel") == copies
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("channels", "taps"), [(16, 1), (12, 5)])
+def test_few_products_and_odd_channels_are_not_copied(channels, taps, device):
+    x = made(2, channels, 9, dtype=torch.float16, device=device)
+    w = made(16, channels, taps, seed=1, dtype=torch.float16, device=device)
+    with launch.recorded() as names:
+        y = ops.conv1d(x, w)
+    assert "reorder_kernel" not in names
+    assert_close(y.double(), F.conv1d(x.double(), w.double()), rtol=2e-3, atol=2e-3)
+
+
+def test_images_whose_rows_are_apart_are_not_copied(device):
+    x = made(1, 16, 6, 8, dtype=torch.float16, device=device)[..., :5]
+    w = made(16, 16, 3, 3, seed=1, dtype=torch.float16, device=device)
+    with launch.recorded() as names:
+        y = ops.conv2d(x, w)
+    assert "reorder_kernel" not in names
+    assert_close(y.double(), F.conv2d(x.double(), w.double()), rtol=2e-3, atol=2e-3)

@@ -45,7 +45,9 @@ def conv2d(
     One number stands for both axes of the image in `stride`, `padding` and `dilation`.
 
     Args:
-        input: (N, C, H, W) or (C, H, W), any strides; fastest as channels_last.
+        input: (N, C, H, W) or (C, H, W), any strides; fastest as channels_last: 16-bit
+            images in another order are copied to it, and results from it, where products outweigh
+            that.
         weight: (K, C / groups, R, S), the same dtype and device; fastest as channels_last:
             from another order each call, and each gradient of the input, may copy it to that one.
         bias: (K,) or None.
@@ -156,6 +158,8 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("relu-depthwise", image, (5, 1, 3, 3), groups=5, activation="relu")
     yield sample("empty-batch", (0, 5, 6, 4), (6, 5, 3, 3), padding=1)
     yield sample("empty-batch-depthwise", (0, 5, 6, 4), (5, 1, 3, 3), padding=1, groups=5)
+    # enough products of 16-bit numbers for copies in channels_last
+    yield sample("many-channels", (2, 16, 3, 5), (24, 16, 3, 3), padding=1)
     # channels along memory that are no whole vectors
     yield sample("fours", (1, 12, 4, 5), (20, 12, 1, 1), **last)
     yield sample("tile-edges", (1, 33, 3, 4), (65, 33, 3, 3), padding=1)
@@ -285,6 +289,7 @@ register(
             "matmul_tma.matmul_tma_sum_kernel",
             "reduce.channel_sum_kernel",
             "reduce.split_sum_kernel",
+            "reorder.reorder_kernel",
             "stem.pack_pixels_kernel",
         ),
         gradients=("input", "weight", "bias"),

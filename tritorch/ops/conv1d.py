@@ -43,7 +43,9 @@ def conv1d(
     """Cross-correlation of signals with filters: the kernels of `conv2d` on views of one row.
 
     Args:
-        input: (N, C, L) or (C, L), any strides; fastest where the channels are contiguous.
+        input: (N, C, L) or (C, L), any strides; fastest where the channels are contiguous:
+            16-bit signals in another order are copied to that one, and results from it, where
+            products outweigh that.
         weight: (K, C / groups, S), the same dtype and device; fastest where the
             channels are contiguous: from another order each call, and each gradient of the input,
             may copy it to that one.
@@ -97,6 +99,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("same-even", (2, 3, 7), (4, 3, 4), padding="same", dilation=3, bias=False)
     yield sample("groups", (2, 6, 9), (4, 3, 2), padding="valid", groups=2)
     yield sample("depthwise", (2, 5, 11), (5, 1, 3), stride=2, padding=2, groups=5)
+    yield sample("many-channels", (2, 32, 9), (24, 32, 5), stride=2, padding=1)
     yield sample("relu", (2, 5, 9), (6, 5, 3), activation="relu")
     yield sample("unbatched", (4, 8), (3, 4, 3), padding=(2,))
     yield sample("empty-batch", (0, 4, 8), (3, 4, 3))
@@ -106,6 +109,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
 def _workloads(make: Maker) -> Iterator[Sample]:
     for name, n, c, k, length, kernel, stride, groups in (
         ("wav2vec-512", 16, 512, 512, 3199, 3, 2, 1),
+        ("tcn-512", 16, 512, 512, 2048, 3, 1, 1),
         ("conformer-depthwise", 16, 256, 256, 1000, 31, 1, 256),
     ):
         yield Sample(
@@ -163,12 +167,15 @@ register(
         kernels=(
             "activation.activation_backward_kernel",
             "conv.conv2d_kernel",
+            "conv_tma.conv2d_tma_kernel",
             "conv_weight.conv2d_grad_weight_kernel",
             "conv_weight.conv2d_sum_weight_kernel",
+            "conv_weight_tma.conv2d_grad_weight_tma_kernel",
             "depthwise.depthwise_conv2d_kernel",
             "depthwise.depthwise_conv2d_grad_weight_kernel",
             "reduce.channel_sum_kernel",
             "reduce.split_sum_kernel",
+            "reorder.reorder_kernel",
         ),
         gradients=("input", "weight", "bias"),
         samples=_samples,

@@ -45,7 +45,9 @@ def conv3d(
     One number stands for all three axes of the volume in `stride`, `padding` and `dilation`.
 
     Args:
-        input: (N, C, D, H, W) or (C, D, H, W), any strides; fastest as channels_last_3d.
+        input: (N, C, D, H, W) or (C, D, H, W), any strides; fastest as channels_last_3d:
+            16-bit volumes in another order are copied to it, and results from it, where products
+            outweigh that.
         weight: (K, C / groups, T, R, S), the same dtype and device; fastest as channels_last_3d:
             from another order each call, and each gradient of the input, may copy it to that one.
         bias: (K,) or None.
@@ -113,6 +115,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("same-even", (1, 2, 3, 2, 3), (3, 2, 2, 4, 1), padding="same")
     yield sample("groups", (2, 4, 3, 2, 3), (6, 2, 2, 1, 2), padding="valid", groups=2)
     yield sample("depthwise", (1, 2, 3, 2, 2), (4, 1, 2, 2, 1), padding=1, groups=2)
+    yield sample("many-channels", (1, 16, 2, 3, 3), (16, 16, 3, 2, 2), padding=1)
     yield sample("relu", (1, 2, 3, 2, 3), (3, 2, 2, 1, 2), activation="relu")
     yield sample("unbatched", (3, 4, 2, 3), (2, 3, 2, 2, 2))
     yield sample("empty-batch", (0, 3, 4, 2, 3), (2, 3, 2, 2, 2))
@@ -184,6 +187,7 @@ register(
             "conv_weight.conv2d_sum_weight_kernel",
             "reduce.channel_sum_kernel",
             "reduce.split_sum_kernel",
+            "reorder.reorder_kernel",
         ),
         gradients=("input", "weight", "bias"),
         samples=_samples,

@@ -112,7 +112,9 @@ def conv_transpose2d(
     One number stands for both axes of the image.
 
     Args:
-        input: (N, C, H, W) or (C, H, W), any strides; fastest as channels_last.
+        input: (N, C, H, W) or (C, H, W), any strides; fastest as channels_last: 16-bit
+            images in another order are copied to it, and results from it, where products outweigh
+            that.
         weight: (C, K / groups, R, S), the same dtype and device; fastest as channels_last:
             from another order each call, and each gradient of the input, may copy it to that one.
         bias: (K,) or None.
@@ -215,6 +217,7 @@ def _samples_1d(make: Maker) -> Iterator[Sample]:
     yield _sample(make, "gaps", (1, 3, 4), (3, 4, 2), stride=3, output_padding=2, bias=False)
     yield _sample(make, "dilation", (2, 4, 5), (4, 3, 3), dilation=3, padding=2, output_padding=2)
     yield _sample(make, "depthwise", (2, 5, 6), (5, 1, 3), stride=2, padding=1, groups=5)
+    yield _sample(make, "many-channels", (1, 32, 9), (32, 24, 7), stride=2, padding=2)
     yield _sample(make, "unbatched", (4, 5), (4, 3, 3), padding=(1,))
     yield _sample(make, "empty-batch", (0, 4, 5), (4, 3, 3))
     yield _sample(make, "tiny", (1, 1, 2), (1, 2, 2), stride=2, padding=1, gradcheck=True)
@@ -243,6 +246,8 @@ def _samples_2d(make: Maker) -> Iterator[Sample]:
     )
     yield _sample(make, "channels-last", (1, 16, 3, 4), (16, 8, 2, 2), channels_last=True)
     yield _sample(make, "split-sum", (1, 256, 1, 2), (256, 16, 1, 3), channels_last=True)
+    # enough products of 16-bit numbers for copies in channels_last
+    yield _sample(make, "many-channels", (1, 16, 3, 4), (16, 24, 3, 4), padding=1)
     yield _sample(make, "unbatched", (4, 3, 5), (4, 3, 3, 3), padding=2)
     yield _sample(make, "empty-batch", (0, 4, 3, 5), (4, 3, 3, 3))
     yield _sample(make, "tiny", (1, 1, 2, 1), (1, 2, 2, 1), stride=(2, 1), gradcheck=True)
@@ -265,6 +270,7 @@ def _samples_3d(make: Maker) -> Iterator[Sample]:
     )
     yield _sample(make, "groups", (2, 4, 2, 2, 3), (4, 2, 2, 1, 2), groups=2)
     yield _sample(make, "depthwise", (1, 2, 2, 2, 3), (2, 1, 2, 3, 2), stride=(1, 2, 1), groups=2)
+    yield _sample(make, "many-channels", (1, 16, 2, 3, 2), (16, 16, 3, 2, 2), padding=1)
     yield _sample(make, "unbatched", (3, 2, 2, 2), (3, 2, 2, 2, 2))
     yield _sample(make, "empty-batch", (0, 3, 2, 2, 2), (3, 2, 2, 2, 2))
     yield _sample(make, "tiny", (1, 1, 2, 1, 1), (1, 2, 2, 1, 1), stride=(2, 1, 1), gradcheck=True)
@@ -274,6 +280,7 @@ def _samples_3d(make: Maker) -> Iterator[Sample]:
 _LAYERS: dict[int, tuple[Any, ...]] = {
     1: (
         ("hifigan-512", 16, 512, 256, (256,), 16, 8, 4, 1),
+        ("decoder-256", 16, 256, 256, (1024,), 7, 1, 3, 1),
         ("upsample-depthwise", 16, 256, 256, (1000,), 4, 2, 1, 256),
     ),
     2: (
@@ -370,6 +377,7 @@ _KERNELS = (
     "conv_weight.conv2d_sum_weight_kernel",
     "reduce.channel_sum_kernel",
     "reduce.split_sum_kernel",
+    "reorder.reorder_kernel",
 )
 _DEPTHWISE = (
     "depthwise.depthwise_conv2d_kernel",
@@ -387,7 +395,7 @@ for _axes, _op, _reference, _samples in (
             name=_op.__name__,
             op=_op,
             reference=_reference,
-            kernels=_KERNELS + (_DEPTHWISE if _axes < 3 else ()) + (_TMA if _axes == 2 else ()),
+            kernels=_KERNELS + (_DEPTHWISE if _axes < 3 else ()) + (_TMA if _axes < 3 else ()),
             gradients=("input", "weight", "bias"),
             samples=_samples,
             workloads=_workloads(_axes),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops import conv_tma, matmul_tma, pointwise, stem
+from tritorch.ops import conv_tma, matmul_tma, pointwise, reorder, stem
 from tritorch.ops.activation_function import computes
 from tritorch.ops.geometry import (
     Geometry,
@@ -100,6 +100,11 @@ def _way(
     precision: str,
 ) -> Callable[..., None]:
     """What convolves tensors of these layouts: the first kernel that takes them."""
+    products = math.prod((x if transposed else y).shape) * math.prod(weight.shape[1:])
+    if _are_vectors(weight, geometry) and reorder.pays(products, x, y):
+        images = reorder.channels_last(x), reorder.channels_last(y)
+        rest = geometry, transposed, epilogue, count, precision
+        return partial(reorder.convolve, _way(images[0], weight, images[1], *rest))
     hopper: matmul_tma.Plan | conv_tma.Plan | None
     # beside erf the tile of 64 filters has no registers for its sums
     crowded = epilogue.activation == "gelu" and y.shape[1] // geometry.groups <= 64
@@ -120,6 +125,12 @@ def _way(
     return partial(
         _convolve, _plan_convolve(x, weight, y, geometry, transposed, precision, epilogue)
     )
+
+
+def _are_vectors(weight: Layout, geometry: Geometry) -> bool:
+    """Whether the channels of a group are whole vectors on both sides."""
+    outputs, inputs = weight.shape[:2]
+    return inputs % 8 == 0 and outputs // geometry.groups % 8 == 0
 
 
 def _convolve(
@@ -248,6 +259,11 @@ def _way_of_grad_weight(
     count: int,
     precision: str,
 ) -> Callable[..., Tensor | None]:
+    products = math.prod(grad_output.shape) * math.prod(output.shape[1:])
+    if _are_vectors(output, geometry) and reorder.pays(products, grad_output, input):
+        images = reorder.channels_last(grad_output), reorder.channels_last(input)
+        run = _way_of_grad_weight(*images, output, geometry, count, precision)
+        return partial(reorder.grad_weight, run)
     hopper: matmul_tma.Plan | conv_tma.Plan | None
     if count and output.shape[1] <= stem.MAX_CHANNELS:
         hopper = stem.plan_grad_weight(grad_output, input, output, geometry)

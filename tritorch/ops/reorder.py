@@ -1,0 +1,118 @@
+"""Convolutions of images in another order than channels_last, through copies in that order.
+
+Kernels that find the channels of a pixel beside each other are several times as fast as those that
+gather them, and with enough products for every number a copy costs less than that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from tritorch import launch
+from tritorch.ops.strided import Layout, is_wide
+
+kernels = launch.kernels("reorder")
+
+# products for every number that is copied: those of a 3x3 filter of 16 channels are just enough
+_MIN_PRODUCTS = 64
+
+
+def channels_last(images: Layout) -> Layout:
+    """Itself where the channels of a pixel are beside each other, else a dense copy's layout."""
+    if images.stride(1) == 1:
+        return images
+    c, *axes = images.shape[1:]
+    steps = [math.prod(axes[dim + 1 :]) * c for dim in range(len(axes))]
+    return Layout(tuple(images.shape), (math.prod(axes) * c, 1, *steps), images.itemsize)
+
+
+def pays(products: int, *images: Layout) -> bool:
+    """Whether some of the images are to be copied, for so many products: 16-bit numbers in which
+    the kernel finds a pixel after the other.
+    """
+    copied = [one for one in images if one.stride(1) != 1]
+    return (
+        bool(copied)
+        and all(one.itemsize == 2 and _over_pixels(one) is not None for one in copied)
+        and products > _MIN_PRODUCTS * sum(math.prod(one.shape) for one in copied)
+    )
+
+
+def _over_pixels(images: Layout) -> int | None:
+    """The stride from a pixel to the next one, of all axes as one; None if they are not."""
+    stride, expected = 1, None
+    for size, step in zip(images.shape[:1:-1], images.strides[:1:-1], strict=True):
+        if size == 1:
+            continue
+        if expected is None:
+            stride = step
+        elif step != expected:
+            return None
+        expected = size * step
+    return stride
+
+
+def convolve(
+    run: Callable[..., None],
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    before: Tensor | None = None,
+) -> None:
+    """`run` of channels_last images, with copies of those that are not."""
+    into = _like(y)
+    kept = None if before is None else _like(before)
+    run(_copied(x), weight, into, bias, activation, kept)
+    for target, written in ((y, into), (before, kept)):
+        if target is not None and written is not None and target is not written:
+            _copy(written, target)
+
+
+def grad_weight(
+    run: Callable[..., Tensor | None], grad_output: Tensor, input: Tensor, output: Tensor
+) -> Tensor | None:
+    """`run` of channels_last images, with copies of those that are not."""
+    return run(_copied(grad_output), _copied(input), output)
+
+
+def _like(images: Tensor) -> Tensor:
+    """Itself where it is in the order, else memory for it."""
+    if images.stride(1) == 1:
+        return images
+    _, strides, _ = channels_last(Layout.of(images))
+    return images.new_empty_strided(images.shape, strides)
+
+
+def _copied(images: Tensor) -> Tensor:
+    copy = _like(images)
+    if copy is not images:
+        _copy(images, copy)
+    return copy
+
+
+def _copy(x: Tensor, y: Tensor) -> None:
+    _plan(Layout.of(x), Layout.of(y))(x, x, y)
+
+
+@launch.planned
+def _plan(x: Layout, y: Layout) -> launch.Prepared:
+    n, c, *axes = x.shape
+    pixels = math.prod(axes)
+    strides: Any = [(one.strides[0], one.strides[1], _over_pixels(one)) for one in (x, y)]
+    return launch.Prepared(
+        kernels.reorder_kernel,
+        (n * math.ceil(c / kernels.BLOCK_C) * math.ceil(pixels / kernels.BLOCK_P),),
+        (c, pixels, *strides[0], *strides[1]),
+        BLOCK_C=kernels.BLOCK_C,
+        BLOCK_P=kernels.BLOCK_P,
+        # the last tiles pass the end
+        INDEX_64=any(
+            is_wide((c + kernels.BLOCK_C, pixels + kernels.BLOCK_P), along[1:]) for along in strides
+        ),
+    )
