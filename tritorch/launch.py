@@ -254,17 +254,14 @@ class Prepared:
             # what is compiled for a profiler must not outlive it
             self._by_triton(on, (*tensors, *self.numbers, *floats))
             return
-        key = (
-            device,
-            *[
-                (t.dtype, t.data_ptr() % 16)
-                if isinstance(t, Tensor)
-                else t
-                if t is None
-                else _described(t)
-                for t in tensors
-            ],
-        )
+        seen: list[Any] = [device]
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                seen.append(tensor.dtype)
+                seen.append(tensor.data_ptr() % 16)
+            else:
+                seen.append(tensor if tensor is None else _described(tensor))
+        key = tuple(seen)
         bound = self._bound.get(key)
         if bound is None:
             arguments = (*tensors, *self.numbers, *floats)
