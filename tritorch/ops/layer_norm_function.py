@@ -91,12 +91,9 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contiguous, as torch's."""
     rows = input.shape[: input.dim() - normalized]
-    dtype = accumulator_dtype(input.dtype)
-    return (
-        input.new_empty(input.shape),
-        input.new_empty(rows, dtype=dtype),
-        input.new_empty(rows, dtype=dtype),
-    )
+    mean = input.new_empty(rows, dtype=accumulator_dtype(input.dtype))
+    output = torch.empty_like(input, memory_format=torch.contiguous_format)
+    return output, mean, torch.empty_like(mean)
 
 
 @binding.library_op(

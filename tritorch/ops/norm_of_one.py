@@ -44,6 +44,8 @@ class Norm(torch.autograd.Function):
     ) -> Tensor:
         output: Tensor
         output, mean, rstd = _FORWARD[norm](input, extent, weight, bias, eps)
+        if not any(ctx.needs_input_grad):
+            return output
         binding.save_for_backward(ctx, input, weight, mean, rstd)
         ctx.norm, ctx.extent, ctx.eps = norm, extent, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
