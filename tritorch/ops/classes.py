@@ -21,7 +21,7 @@ def check_indices(op: str, input: Tensor, target: Tensor, otherwise: str = "") -
 
     `otherwise`: what else the target may be.
     """
-    shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else (1,)
+    shape = (input.shape[0], *input.shape[2:]) if input.dim() > 1 else (1,)
     if input.dim() == 1:
         fits = target.dim() == 0 or target.shape == shape
         as_many = target.dim() != 1

@@ -210,6 +210,8 @@ class CrossEntropy(torch.autograd.Function):
         result, rows, denominator = cross_entropy_rows.forward(
             input, target, weight, ignore_index, reduction, label_smoothing, keep_rows
         )
+        if not keep_rows:
+            return result
         divides = denominator.numel() == 1
         binding.save_for_backward(
             ctx, input, target, weight, rows, denominator if divides else None

@@ -70,12 +70,12 @@ def forward(
     spread = spreads(target, label_smoothing)
     of_classes = weight_stride(weight), ignore_index
     run = _plan_forward(Layout.of(input), target.stride(), of_classes, spread, reduced)
-    partial = rows.new_empty((1 if probabilities else 2, *run.grid)) if reduced else result
+    partial = rows.new_empty(1 if probabilities else 2, *run.grid) if reduced else result
     kept = rows if keep_rows else None
     run(input, input, target, weight, partial, kept, floats=(label_smoothing,))
     if reduced:
         divides = denominator.numel() == 1
-        divisor = first_class(input).numel() if reduction == "mean" else 1
+        divisor = input.numel() // input.shape[1] if reduction == "mean" else 1
         # a sum has no use for the weights
         sums = partial if divides else partial[:1]
         loss.total(sums, result, divisor, denominator if divides else None)

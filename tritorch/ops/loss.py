@@ -310,12 +310,15 @@ def promote(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
-def declined(*tensors: Tensor | None) -> str | None:
+def declined(input: Tensor, *others: Tensor | None) -> str | None:
     """Why the elementwise kernels do not take these tensors."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if len({tensor.device for tensor in given}) > 1:
-        return "tensors on different devices"
-    dims = max(tensor.dim() for tensor in given)
+    device, dims = input.device, input.dim()
+    for other in others:
+        if other is None:
+            continue
+        if other.device != device:
+            return "tensors on different devices"
+        dims = max(dims, other.dim())
     return f"{dims} dimensions" if dims > strided.RANK else None
 
 
