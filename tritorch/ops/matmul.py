@@ -65,6 +65,9 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
         return matmul_reference(input, other)
     a, b = binding.autocast_to_lower(input, other)
     checks.same_dtype_and_device("matmul", a, other=b)
+    if a.dim() == b.dim() == 2:
+        product: Tensor = binding.apply(Matmul, a, b)
+        return product
     left, right = a.dim() == 1, b.dim() == 1
     a = a[None] if left else a
     b = b[:, None] if right else b

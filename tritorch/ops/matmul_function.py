@@ -174,6 +174,8 @@ class Linear(torch.autograd.Function):
             output, before = (_shaped(each, shape) for each in matmul_keeping(*arguments))
         else:
             output = _shaped(matmul(*arguments), shape)
+        if not any(ctx.needs_input_grad):
+            return output
         save_product(ctx, (input, weight, bias), activation, output, before)
         return output
 
@@ -196,6 +198,8 @@ class Linear(torch.autograd.Function):
 
 
 def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if len(shape) == 2:
+        return rows
     # no view: autograd forbids to change one in place that a Function returns
     shaped: Tensor = torch.ops.aten._unsafe_view.default(rows, shape)
     return shaped
