@@ -162,7 +162,8 @@ def spread(errors: Sequence[float]) -> str:
     count = len(errors)
     near = [sum(abs(error) <= math.log1p(most) for error in errors) / count for most in _NEAR]
     shares = (f"{part:.0%} within {most:.0%}" for part, most in zip(near, _NEAR, strict=True))
-    return f"tenths {low}, {middle}, {high}; {', '.join(shares)}"
+    said = f"median {middle}, eight of ten between {low} and {high}"
+    return f"{said}; {', '.join(shares)}"
 
 
 def _errors(errors: Sequence[float]) -> tuple[str, ...]:

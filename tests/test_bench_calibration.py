@@ -57,7 +57,9 @@ def test_the_error_is_printed_and_kept(doubled, capsys):
     ]  # fmt: skip
     assert kept["failures"] == ["relu activation: a fallback to torch, which has no estimate"]
     assert (kept["left_out"], kept["same_kernels"]) == (0, True)
-    assert kept["errors"].startswith("tenths +100%, +100%, +100%; 0% within 10%")
+    assert kept["errors"].startswith(
+        "median +100%, eight of ten between +100% and +100%; 0% within"
+    )
     said = capsys.readouterr().out
     assert "it is never a measurement" in said
     assert "relu  forward  1     +100%   x2.00" in said
@@ -132,7 +134,8 @@ def test_the_newest_error_of_a_target_is_known(tmp_path):
 def test_the_distribution_is_told_in_words():
     errors = [0.0] * 8 + [0.15, -3.0]
     assert predictions.spread(errors) == (
-        "tenths +0%, +0%, +0%; 80% within 10%, 90% within 20%, 90% within 50%"
+        "median +0%, eight of ten between +0% and +0%; "
+        "80% within 10%, 90% within 20%, 90% within 50%"
     )
 
 
