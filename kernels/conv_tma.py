@@ -50,11 +50,10 @@ def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed):
         return None
     narrow = k <= 64
     configs = [each for each in CONV2D_TMA_CONFIGS[2] if narrow == (each.kwargs["BLOCK_K"] == 64)]
-    residues = stride * stride if transposed else 1
-    return min(configs, key=lambda config: cycles(config, n, p, q, k, c, taps, residues))
+    return min(configs, key=lambda config: cycles(config, n, p, q, k, c, taps))
 
 
-def cycles(config, n, p, q, k, c, taps, residues=1):
+def cycles(config, n, p, q, k, c, taps):
     """An estimate of the cycles that one multiprocessor is busy: products of 16-bit numbers, or
     traffic of shared memory, whichever takes longer, and what is not overlapped at a tile's ends.
     """
@@ -74,21 +73,9 @@ def cycles(config, n, p, q, k, c, taps, residues=1):
     ends = 6000
     if config.kwargs["PERSISTENT"]:
         ends = 5000
-        taps *= _imbalance(triton.cdiv(k, block_k), residues)
     elif together == 1:
         ends = 9000
     return tiles * triton.cdiv(c, block_c) * taps * step + triton.cdiv(tiles, together) * ends
-
-
-def _imbalance(num_k, residues):
-    """The taps of the busiest persistent program over those of an average one: where its tiles have
-    the same residue along an axis, three taps leave it two of them and others one.
-    """
-    common, rest = MULTIPROCESSORS, num_k * residues
-    while rest:
-        common, rest = rest, common % rest
-    # axes along which they are the same
-    return (4 / 3) ** (max(1, common // num_k).bit_length() - 1)
 
 
 def residents(config):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from tritorch import backend, launch, ops
 from tritorch.ops import conv_tma, matmul_tma
+from tritorch.ops.geometry import Geometry
+from tritorch.ops.strided import Layout
 from tritorch.testing import dry
 from tritorch.testing.detectors import detecting
 
@@ -329,3 +331,28 @@ def test_other_gpus_and_what_descriptors_do_not_take(monkeypatch):
     assert names.count(FORWARD) == names.count(PORTABLE) == 1
     # odd sizes have no parity views, and a batch of 24 does not fill a tile of single pixels
     assert takes("sm_90", empty(24, 64, 27, 27), empty(192, 64, 3, 3), stride=2) == (False, True)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("channels", [128, 256, 512])
+@pytest.mark.parametrize("count", [132, 114, 78])
+def test_every_persistent_program_has_tiles_of_all_residues(channels, count):
+    """They differ in taps: four, two, two and one of a 3x3 filter with a stride of 2."""
+    sizes = (256, channels, 14, 14), (channels, channels, 3, 3), (256, channels, 28, 28)
+    last = torch.channels_last
+    layouts = [Layout.of(empty(*size).contiguous(memory_format=last)) for size in sizes]
+    geometry = Geometry((2, 2), (1, 1), (1, 1), 1)
+    [config] = [
+        each
+        for each in conv_tma.kernels.CONV2D_TMA_CONFIGS[2]
+        if each.kwargs["PERSISTENT"] and each.kwargs["BLOCK_K"] == 128
+    ][:1]
+    with launch.override("conv2d_tma_config", config):
+        plan = conv_tma.plan_convolve(*layouts, geometry, True, count)
+    (programs, _), tiles = plan.grid, plan.sizes[7]
+    assert programs < tiles
+    num_k = channels // 128
+    for program in range(programs):
+        residues = [tile // num_k % 4 for tile in range(program, tiles, programs)]
+        counts = [residues.count(residue) for residue in range(4)]
+        assert max(counts) - min(counts) <= num_k, (program, counts)

@@ -113,7 +113,8 @@ def plan_convolve(
     )
     if tiles * block_npq > _MAX_WASTE * n * p * q:
         return None
-    tiles *= math.ceil(w.written / block_k) * residues
+    num_k = math.ceil(w.written / block_k)
+    tiles *= num_k * residues
     taps = math.ceil(r / tap_steps[0]) * math.ceil(s / tap_steps[1])
     num_steps = math.ceil(w.read / block_c) * taps
     splits, steps = 1, num_steps
@@ -130,6 +131,9 @@ def plan_convolve(
     programs = tiles
     if persistent:
         programs = min(tiles, max(count * kernels.residents(config) // groups, 1))
+        # residues differ in taps: of a common factor a program would have tiles of some of them
+        while math.gcd(programs, num_k * residues) > num_k:
+            programs -= 1
     return Plan(
         (programs, groups * splits),
         views,
