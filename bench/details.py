@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tritorch.bench import launches, timing
+from tritorch.bench import fatal, launches, timing
 from tritorch.bench.cases import TORCH
 from tritorch.bench.passes import Prepared
 
@@ -49,11 +49,7 @@ def _graph(subject: Subject) -> Row:
     def make() -> list[timing.Call]:
         return [prepared.call(subject.name, number) for number in range(len(prepared.slots))]
 
-    try:
-        return {"graph_us": timing.graph_time(make, _GRAPH).value}
-    except RuntimeError as error:
-        # some calls cannot be captured: they wait for the GPU
-        return {"graph_us": None, "graph_failure": str(error).partition("\n")[0][:200]}
+    return {"graph_us": timing.graph_time(make, _GRAPH).value}
 
 
 def _memory(subject: Subject) -> Row:
@@ -82,13 +78,22 @@ _ANYWHERE = frozenset({"host"})
 def of(
     subject: Subject, wanted: Iterable[str], device: torch.device
 ) -> tuple[Row, dict[str, float]]:
-    """The wanted fields of a row, and the seconds that each measure took."""
+    """The wanted fields of a row, and the seconds that each measure took.
+
+    What cannot be measured is told by a field of its own, `graph_failure` say.
+    """
     found, seconds = Row(), dict[str, float]()
     with torch.set_grad_enabled(bool(subject.prepared.wanted)):
         for name in sorted(wanted):
             if device.type == "cuda" or name in _ANYWHERE:
                 start = time.monotonic()
-                found |= MEASURES[name](subject)
+                try:
+                    found |= MEASURES[name](subject)
+                except Exception as error:
+                    # a call that waits for the GPU cannot be captured, for one
+                    fatal.reraise(error)
+                    why = f"{type(error).__name__}: {error}".partition("\n")[0]
+                    found[f"{name}_failure"] = why[:200]
                 subject.clock.finish()
                 seconds[name] = round(time.monotonic() - start, 4)
     return found, seconds

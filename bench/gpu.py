@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from tritorch.bench import calibration, precompile, rows, told
+from tritorch.bench import calibration, fatal, precompile, rows, told
 from tritorch.bench.baselines import use_fast_algorithms, use_full_float32
 from tritorch.bench.environment import environment
 from tritorch.bench.sections import LIMIT, WEIGHTS, Runner, Setting, planned
@@ -111,7 +111,7 @@ def _section(runner: Runner, section: str, until: float, tell: Callable[..., Non
     try:
         runner.run(section, min(until, start + LIMIT))
     except Exception as error:
-        rows.reraise_fatal(error)
+        fatal.reraise(error)
         tell("skip", section=section, what="the rest", why=f"{error!r}"[:500])
     seen = {"before": before, "after": runner.clocks()}
     tell("ended", section=section, seconds=time.time() - start, clocks=seen)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tritorch import backend
-from tritorch.bench import clocks, details, guards, intervals, timing
+from tritorch.bench import clocks, details, fatal, guards, intervals, timing
 from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import OURS, TORCH, Case, Slot
 from tritorch.bench.ceilings import Ceilings
@@ -129,7 +129,7 @@ class Bench:
                 # compiling, loading, searching for algorithms
                 self.first[name] = timing.now() - start
             except Exception as error:
-                reraise_fatal(error)
+                fatal.reraise(error)
                 failures[name] = f"raises {type(error).__name__}: {error}"[:500]
                 prepared.calls[name].clear()
                 continue
@@ -273,24 +273,6 @@ def _results(prepared: Prepared, name: str, call: Callable[[], Any]) -> dict[str
         return prepared.outcome(prepared.case.implementations[name], 0)
     with torch.set_grad_enabled(bool(prepared.wanted)):
         return prepared.named(call())
-
-
-# of the driver, after which every later call fails too
-_FATAL = (
-    "CUDA error",
-    "illegal memory access",
-    "illegal instruction",
-    "misaligned address",
-    "launch failure",
-    "device-side assert",
-)
-
-
-def reraise_fatal(error: Exception) -> None:
-    """Raises an error of the device again: nothing more can be measured by this process."""
-    text = str(error)
-    if "out of memory" not in text and any(fatal in text for fatal in _FATAL):
-        raise error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tritorch.bench import baselines, ceilings, clocks, rows, timing
+from tritorch.bench import baselines, ceilings, clocks, fatal, rows, timing
 from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import BOTH, FORWARD, OURS, TORCH, Case, Slot, workloads
 from tritorch.bench.passes import Prepared
@@ -166,7 +166,7 @@ class Runner:
         return False
 
     def _fail(self, section: str, what: str, error: Exception) -> None:
-        rows.reraise_fatal(error)
+        fatal.reraise(error)
         self.failed.add(what)
         self.tell("skip", section=section, what=what, why=f"{type(error).__name__}: {error}"[:500])
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import tritorch.ops  # noqa: F401  declares the specs
-from tritorch.bench import baselines, cases, ceilings, clocks, peers, rows, timing
+from tritorch.bench import baselines, cases, ceilings, clocks, fatal, peers, rows, timing
 from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import Case, Planner
 from tritorch.registry import Maker, Sample, specs
@@ -153,7 +153,7 @@ def measure(
         except torch.OutOfMemoryError:
             problems.append(f"{what}: out of memory with {case.text()}")
         except Exception as error:
-            rows.reraise_fatal(error)
+            fatal.reraise(error)
             problems.append(f"{what}: {type(error).__name__}: {error}")
     return problems
 

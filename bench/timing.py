@@ -309,7 +309,8 @@ def graph_time(make: Callable[[], Sequence[Call]], plan: Plan = Plan()) -> Inter
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         calls = make()
-        for call in calls[:2]:
+        # each once: what is made for a tensor when it is first seen cannot be captured
+        for call in calls:
             call()
         synchronize()
         graph.capture_begin()

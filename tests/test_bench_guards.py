@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tritorch.bench import guards, timing
+from tritorch.bench import fatal, guards, timing
 from tritorch.bench.cases import Case, Planner
 from tritorch.bench.rows import Bench
 from tritorch.registry import Cost
@@ -193,6 +193,26 @@ def test_what_raises_has_a_row_without_a_time():
     assert row["failure"] == "raises NotImplementedError: only for 8 x 8"
     assert row["median_us"] is None
     assert row["speedup"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: misaligned address", True),
+        ("CUDA out of memory. Tried to allocate 20 GiB", False),
+        ("CUDA error: operation not permitted when stream is capturing", False),
+        ("operation failed due to a previous error during capture", False),
+        ("no kernel of that name", False),
+    ],
+)
+def test_errors_that_end_a_process_are_told_from_others(text, ends):
+    try:
+        fatal.reraise(RuntimeError(text))
+    except RuntimeError:
+        assert ends
+    else:
+        assert not ends
 
 
 def test_wrong_gradient_is_caught():
