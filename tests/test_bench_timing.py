@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 import types
@@ -201,3 +202,48 @@ def test_work_that_no_event_has_seen_is_found(gpu, monkeypatch):
     assert clock.unfinished(elsewhere) == pytest.approx(2005)
     assert clock.unfinished(lambda: None) == pytest.approx(5)
     assert CpuClock().unfinished(elsewhere) == 0
+
+
+@pytest.fixture
+def graphs(gpu, monkeypatch):
+    """CUDA graphs that keep a diary; a replay takes a millisecond."""
+    diary: list[str] = []
+
+    class Graph:
+        def capture_begin(self):
+            diary.append("begin")
+
+        def capture_end(self):
+            diary.append("end")
+
+        def replay(self):
+            gpu.spend(1e-3)
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda one: contextlib.nullcontext())
+    return diary
+
+
+def test_a_graph_holds_the_whole_ring_and_is_timed_by_the_call(graphs):
+    def make():
+        graphs.append("make")
+        return [lambda i=i: graphs.append(f"call {i}") for i in range(4)]
+
+    found = timing.graph_time(make, Plan(seconds=0.01, least=6, most=12))
+    calls = [f"call {i}" for i in range(4)]
+    # on the stream that is captured, and each once before that
+    assert graphs == ["make", *calls, "begin", *calls, "end"]
+    assert found.value == pytest.approx(250)
+
+
+def test_what_cannot_be_captured_ends_the_capture(graphs):
+    def refuses():
+        if "begin" in graphs:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        timing.graph_time(lambda: [refuses])
+    assert graphs == ["begin", "end"]
