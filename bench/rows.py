@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ Row = dict[str, Any]
 # of a GPU's memory that a ring may take
 _MEMORY = 0.5
 _NEW_NUMBERS = 1_000_003
+# times that a throttled GPU is waited for, and seconds of one
+_RETRIES, _COOLING = 10, 2.0
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.clock = timing.clock(self.device)
         self.first: dict[str, float] = {}
+        self.retries = _RETRIES
 
     def memory(self) -> int:
         if self.device.type != "cuda":
@@ -66,7 +70,24 @@ class Bench:
         return [Slot.of(case, self.device, self.seed + number) for number in range(count)]
 
     def rows(self, case: Case, which: str, slots: list[Slot]) -> list[Row]:
-        """The rows of one pass, the first implementation's first."""
+        """The rows of one pass, the first implementation's first.
+
+        What was measured while the GPU was throttled is discarded and measured again, once, and not
+        more often than a hot machine has time for.
+        """
+        found = self._rows(case, which, slots)
+        if self.retries > 0 and any(row.get("throttled") for row in found):
+            self.retries -= 1
+            time.sleep(_COOLING)
+            # what is compiled by now is not compiled again
+            first = dict(self.first)
+            found = self._rows(case, which, slots)
+            for row in found:
+                if "first_seconds" in row:
+                    row["first_seconds"] = first.get(row["implementation"])
+        return found
+
+    def _rows(self, case: Case, which: str, slots: list[Slot]) -> list[Row]:
         prepared = Prepared(case, which, slots)
         backend.reset()
         judge = guards.Judge(prepared)
@@ -75,12 +96,7 @@ class Bench:
         timed, kept = self._timed(prepared, failures)
         slowed = clocks.summary(self.watch.seen())
         # while what was differentiated is still what lies in memory
-        extras = {
-            name: details.of(details.Subject(prepared, name, self.clock), self.extras, self.device)[
-                0
-            ]
-            for name in timed
-        }
+        extras = {name: self.details(prepared, name, self.extras)[0] for name in timed}
         self._judge(judge, timed, kept, failures, verdicts)
         baseline = timed.get(TORCH)
         found = []

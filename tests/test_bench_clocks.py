@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from tritorch.bench import clocks, compare, reports, timing, told
+from tritorch.bench import clocks, compare, reports, rows, timing, told
 from tritorch.bench.cases import workloads
 from tritorch.bench.environment import environment
 from tritorch.bench.rows import Bench
@@ -170,6 +170,37 @@ def test_a_row_says_that_it_was_measured_while_the_gpu_was_throttled(monkeypatch
     assert row["clock_mhz"] == [900.0, 900.0]
     assert "GPU throttled: hardware thermal slowdown" in reports.line(row)[-1]
     assert "THROTTLED: hardware thermal slowdown" in told.line(row)
+
+
+class Cooling:
+    """Sees a slowed GPU while it measures for the first time, and a healthy one afterwards."""
+
+    latest = None
+
+    def __init__(self, hot):
+        self.masks = [0, 0x40] * hot
+
+    def seen(self):
+        return [clocks.State(self.masks.pop(0) if self.masks else 0)]
+
+
+@pytest.mark.parametrize(
+    ("hot", "throttled", "pauses"), [(0, 0, 0), (1, 0, 1), (2, 1, 1), (99, 3, 2)]
+)
+def test_what_was_measured_while_throttled_is_measured_again(monkeypatch, hot, throttled, pauses):
+    slept = []
+    monkeypatch.setattr(rows.time, "sleep", slept.append)
+    case = next(workloads(["relu"], small=True))
+    plan = timing.Plan(seconds=0.001, least=3)
+    bench = Bench(torch.device("cpu"), plan, watch=Cooling(hot))
+    bench.retries = 2
+    slots = bench.slots(case)
+    monkeypatch.setattr(bench, "device", types.SimpleNamespace(type="cuda"))
+    found = [bench.rows(case, "forward", slots)[0] for _ in range(3)]
+    assert sum(bool(row["throttled"]) for row in found) == throttled
+    # a hot machine is not waited for again and again
+    assert len(slept) == pauses
+    assert all(row["verified"] for row in found)
 
 
 def test_a_slower_row_of_a_throttled_gpu_is_unsure():
