@@ -356,3 +356,24 @@ def test_every_persistent_program_has_tiles_of_all_residues(channels, count):
         residues = [tile // num_k % 4 for tile in range(program, tiles, programs)]
         counts = [residues.count(residue) for residue in range(4)]
         assert max(counts) - min(counts) <= num_k, (program, counts)
+
+
+@pytest.mark.interpret
+def test_few_channels_of_a_network_in_torchs_own_order():
+    case = STEMS["7x7"]
+    x, *operands, grad = (t.contiguous() for t in case.make())
+    with tiles(case) as names, detecting() as detector:
+        found = gradients(lambda *leaves: case.run(x, *leaves), operands, grad)
+    assert detector.findings == []
+    # the result, and the gradient of it
+    assert names.count("reorder_kernel") == names.count("pack_pixels_kernel") == 2
+    assert PORTABLE not in names
+    assert found[0].is_contiguous()
+    exact = gradients(
+        lambda *leaves: case.reference(x.double(), *leaves),
+        [o.double() for o in operands],
+        grad.double(),
+    )
+    for one, other in zip(found, exact, strict=True):
+        error = (one.double() - other).abs().max()
+        assert error <= torch.finfo(case.dtype).eps * other.abs().max()

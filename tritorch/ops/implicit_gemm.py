@@ -110,9 +110,12 @@ def _way(
     crowded = epilogue.activation == "gelu" and y.shape[1] // geometry.groups <= 64
     if count and weight.shape[1] <= stem.MAX_CHANNELS:
         if not crowded and not transposed:
-            hopper = stem.plan_convolve(x, weight, y, geometry, count)
+            # x is packed from any order
+            results = reorder.channels_last(y) if reorder.pays(products, y) else y
+            hopper = stem.plan_convolve(x, weight, results, geometry, count)
             if hopper is not None:
-                return partial(stem.convolve, hopper, geometry)
+                run = partial(stem.convolve, hopper, geometry)
+                return run if results is y else partial(reorder.results, run)
     elif count:
         has_bias = epilogue.stride is not None
         hopper = pointwise.plan_convolve(x, weight, y, geometry, transposed, has_bias, count)
@@ -266,9 +269,13 @@ def _way_of_grad_weight(
         return partial(reorder.grad_weight, run)
     hopper: matmul_tma.Plan | conv_tma.Plan | None
     if count and output.shape[1] <= stem.MAX_CHANNELS:
-        hopper = stem.plan_grad_weight(grad_output, input, output, geometry)
+        grads = grad_output
+        if reorder.pays(products, grad_output):
+            grads = reorder.channels_last(grad_output)
+        hopper = stem.plan_grad_weight(grads, input, output, geometry)
         if hopper is not None:
-            return partial(stem.grad_weight, hopper, geometry)
+            run = partial(stem.grad_weight, hopper, geometry)
+            return run if grads is grad_output else partial(reorder.of_grads, run)
     elif count:
         hopper = pointwise.plan_grad_weight(grad_output, input, output, geometry, count)
         if hopper is not None:

@@ -66,9 +66,22 @@ def convolve(
     before: Tensor | None = None,
 ) -> None:
     """`run` of channels_last images, with copies of those that are not."""
+    results(run, _copied(x), weight, y, bias, activation, before)
+
+
+def results(
+    run: Callable[..., None],
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    before: Tensor | None = None,
+) -> None:
+    """`run` into channels_last memory, and from there into y and `before`."""
     into = _like(y)
     kept = None if before is None else _like(before)
-    run(_copied(x), weight, into, bias, activation, kept)
+    run(x, weight, into, bias, activation, kept)
     for target, written in ((y, into), (before, kept)):
         if target is not None and written is not None and target is not written:
             _copy(written, target)
@@ -79,6 +92,13 @@ def grad_weight(
 ) -> Tensor | None:
     """`run` of channels_last images, with copies of those that are not."""
     return run(_copied(grad_output), _copied(input), output)
+
+
+def of_grads(
+    run: Callable[..., Tensor | None], grad_output: Tensor, input: Tensor, output: Tensor
+) -> Tensor | None:
+    """The same of a kernel that takes its input in any order."""
+    return run(_copied(grad_output), input, output)
 
 
 def _like(images: Tensor) -> Tensor:
