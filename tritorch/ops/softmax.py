@@ -20,7 +20,7 @@ kernels = launch.kernels("softmax")
 
 def _empty(input: Tensor, dtype: torch.dtype) -> Tensor:
     # contiguous whatever the input's layout, as torch makes it
-    return torch.empty(input.shape, dtype=dtype, device=input.device)
+    return torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 @binding.library_op(
@@ -29,7 +29,7 @@ def _empty(input: Tensor, dtype: torch.dtype) -> Tensor:
 )
 def _softmax_forward(input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
     y = _empty(input, dtype)
-    _launch(kernels.softmax_forward_kernel, dim, log, input, y)
+    _launch("softmax_forward_kernel", dim, log, input, y)
     return y
 
 
@@ -42,19 +42,19 @@ def _softmax_backward(
     grad_output: Tensor, output: Tensor, dim: int, dtype: torch.dtype, log: bool
 ) -> Tensor:
     grad_input = _empty(output, dtype)
-    _launch(kernels.softmax_backward_kernel, dim, log, grad_output, output, grad_input)
+    _launch("softmax_backward_kernel", dim, log, grad_output, output, grad_input)
     return grad_input
 
 
-def _launch(kernel: Any, dim: int, log: bool, *tensors: Tensor) -> None:
+def _launch(kernel: str, dim: int, log: bool, *tensors: Tensor) -> None:
     if tensors[0].numel():
-        strides = (tensor.stride() for tensor in tensors)
+        strides = [tensor.stride() for tensor in tensors]
         _plan(kernel, dim, log, tensors[0].shape, *strides)(tensors[-1], *tensors)
 
 
 @launch.planned
 def _plan(
-    kernel: Any, dim: int, log: bool, shape: tuple[int, ...], *of_tensors: tuple[int, ...]
+    kernel: str, dim: int, log: bool, shape: tuple[int, ...], *of_tensors: tuple[int, ...]
 ) -> launch.Prepared:
     # of a scalar every dimension is the only one
     n = shape[dim] if shape else 1
@@ -76,7 +76,7 @@ def _plan(
     )
     steps = zip(along, nest.strides, strict=True)
     return launch.Prepared(
-        kernel,
+        getattr(kernels, kernel),
         (math.ceil(nest.numel / block_m),),
         (nest.numel, n, *nest.sizes[1:], *(i for step, along in steps for i in (step, *along))),
         config,
