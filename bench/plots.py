@@ -15,12 +15,16 @@ Row = dict[str, Any]
 
 _INK, _GRID = "#68727d", "#8a94a044"
 _COLOURS = ("#1f6feb", "#e8702a", "#2da44e", "#8957e5", "#bf3989", "#9a6700")
+_MARKERS = "osD^vPX"
 # bars and panels that a picture can hold
 _BARS, _PANELS = 40, 12
 
 
-def figures(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
-    """Title and matplotlib figure of each picture that these rows have something to show in."""
+def figures(rows: Sequence[Row], calibration: Sequence[Row] = ()) -> Iterator[tuple[str, Any]]:
+    """Title and matplotlib figure of each picture that these rows have something to show in.
+
+    `calibration`: estimates beside what was measured, as `calibration` keeps them.
+    """
     timed = [row for row in rows if row.get("median_us") and row.get("section") != "ceilings"]
     ceilings = of_rows(rows)
     fast = [row for row in timed if row.get("speedup")]
@@ -34,6 +38,12 @@ def figures(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
         yield (
             "Time against the least that the ceilings allow, which is the dashed line",
             _scaling(lines),
+        )
+
+    if calibration:
+        yield (
+            "Static estimates (not measurements) against what was measured",
+            _estimates(calibration),
         )
 
 
@@ -54,13 +64,13 @@ def svg(figure: Any) -> str:
     return found[found.index("<svg") :]
 
 
-def png(rows: Sequence[Row], path: Any) -> None:
+def png(rows: Sequence[Row], path: Any, calibration: Sequence[Row] = ()) -> None:
     """All pictures, one below the other, in one file."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     images = []
-    for title, figure in figures(rows):
+    for title, figure in figures(rows, calibration):
         figure.suptitle(title, color="#1c2127", fontsize=13, x=0.02, ha="left")
         figure.set_facecolor("white")
         figure.set_dpi(150)
@@ -245,4 +255,36 @@ def _scaling(groups: Mapping[tuple[str, str], Mapping[str, list[tuple[float, flo
         axis.set_xlabel("least microseconds", fontsize=7)
         axis.set_ylabel("microseconds", fontsize=7)
     _keys(axes.flat[0], colour, {str(one["implementation"]) for one in named})
+    return figure
+
+
+def _estimates(calibration: Sequence[Row]) -> Any:
+    """A point for each row, by kind of op; the band is a fifth too long or too short."""
+    kinds = sorted({str(row["op"]) for row in calibration})
+    figure, axes = _axes(7.6, 4.2)
+    axis = axes[0, 0]
+    for number, kind in enumerate(kinds):
+        some = [row for row in calibration if row["op"] == kind]
+        axis.scatter(
+            [row["measured_us"] for row in some],
+            [row["estimated_us"] for row in some],
+            s=16,
+            color=_COLOURS[number % len(_COLOURS)],
+            marker=_MARKERS[number // len(_COLOURS) % len(_MARKERS)],
+            alpha=0.75,
+            linewidths=0,
+            label=kind,
+        )
+    times = [row["measured_us"] for row in calibration]
+    ends = [min(times) / 1.3, max(times) * 1.3]
+    axis.plot(ends, ends, color=_INK, linewidth=1, linestyle="--")
+    axis.fill_between(ends, [end / 1.2 for end in ends], [end * 1.2 for end in ends],
+                      color=_GRID, linewidth=0)  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("measured, microseconds", fontsize=8)
+    axis.set_ylabel("estimated, microseconds", fontsize=8)
+    axis.grid(color=_GRID)
+    axis.legend(frameon=False, fontsize=6, labelcolor=_INK, loc="center left",
+                bbox_to_anchor=(1.0, 0.5), ncols=1 + len(kinds) // 24)  # fmt: skip
     return figure

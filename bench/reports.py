@@ -176,7 +176,9 @@ def page(result: Result) -> str:
     with_plots = importlib.util.find_spec("matplotlib") is not None
     drawn = [
         f"<figure><figcaption>{escape(title)}</figcaption>{plots.svg(figure)}</figure>"
-        for title, figure in (plots.figures(result["rows"]) if with_plots else ())
+        for title, figure in (
+            plots.figures(result["rows"], result.get("calibration", ())) if with_plots else ()
+        )
     ]
     if not with_plots:
         drawn = ["<p>Pictures need matplotlib: pip install matplotlib</p>"]

@@ -37,6 +37,7 @@ class Store:
         store = cls(None, str(result.get("kind")))
         store.rows, store.environment = result["rows"], result["environment"]
         store.skipped = result.get("skipped", [])
+        store.more = {n: v for n, v in result.items() if n not in _FIELDS}
         return store
 
     def go_on(self, environment: Mapping[str, Any], *, fresh: bool = False) -> None:

@@ -90,5 +90,5 @@ def pictures(store: Store) -> None:
         print("skipped: pictures: matplotlib is not installed")
     elif any(True for _ in plots.figures(store.rows)):
         picture = store.path.with_suffix(".png")
-        plots.png(store.rows, picture)
+        plots.png(store.rows, picture, result.get("calibration", ()))
         print(f"picture: {picture}")

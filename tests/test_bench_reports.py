@@ -85,3 +85,18 @@ def test_a_machine_without_matplotlib_gets_a_page(tmp_path, monkeypatch, capsys)
     assert "Pictures need matplotlib" in (tmp_path / "gpu.html").read_text()
     assert not (tmp_path / "gpu.png").exists()
     assert "skipped: pictures: matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_estimates_have_a_picture_of_their_own_that_says_what_they_are(tmp_path):
+    estimates = [
+        {"op": op, "measured_us": us, "estimated_us": 1.1 * us}
+        for op in ("relu", "conv2d")
+        for us in (5.0, 50.0)
+    ]
+    titles = [title for title, _ in plots.figures([], estimates)]
+    assert titles == ["Static estimates (not measurements) against what was measured"]
+    page = reports.page({**result(), "calibration": estimates})
+    assert page.count("<svg") == 1
+    assert titles[0] in page
+    plots.png([], tmp_path / "a.png", estimates)
+    assert (tmp_path / "a.png").stat().st_size > 10_000

@@ -65,7 +65,7 @@ def write(store: Store, files: Mapping[str, Path | None], console: Console) -> N
                 console.print(f"{name}: {path}", markup=False)
         if files["png"] is not None:
             files["png"].parent.mkdir(parents=True, exist_ok=True)
-            plots.png(result["rows"], files["png"])
+            plots.png(result["rows"], files["png"], result.get("calibration", ()))
             console.print(f"png: {files['png']}", markup=False)
     except ValueError as error:
         stop(str(error), UNABLE)
