@@ -11,11 +11,10 @@ again behind the row where that happened.  Needs torch, Triton and numpy.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,8 +24,9 @@ from typing import Any
 
 import torch
 
-from tritorch.bench import calibration, fatal, precompile, rows, told
+from tritorch.bench import calibration, fatal, precompile, rows, suite, told
 from tritorch.bench.baselines import use_fast_algorithms, use_full_float32
+from tritorch.bench.cases import FORWARD, OURS
 from tritorch.bench.environment import environment
 from tritorch.bench.sections import LIMIT, WEIGHTS, Runner, Setting, planned
 from tritorch.bench.store import OtherResults, Store
@@ -42,8 +42,6 @@ _COMPILING = 90.0
 # exit statuses: what was measured is kept, what was measured last is not
 _INTERRUPTED, _UNABLE = 130, 3
 
-# of the checkout, where the tests are
-_ROOT = Path(__file__).resolve().parent.parent
 # threads of the parent are of no use to its children
 _processes: Any = multiprocessing.get_context("fork")
 
@@ -132,6 +130,8 @@ class Run:
         self.lost: set[str] = set()
         self.doing: dict[str, Any] = {}
         self.pool: Any = None
+        # seconds of a case, as they become known
+        self.compiled: dict[tuple[str, ...], float | None] = {}
         self.workers = 0
 
     def run(self, workers: int, target: str | None) -> None:
@@ -211,6 +211,9 @@ class Run:
 
     def _keep(self, row: dict[str, Any]) -> None:
         self.done.add(rows.key(row))
+        if row["implementation"] == OURS:
+            # of all passes together, by a process among others, unless they were in Triton's cache
+            row["compile_seconds"] = self.compiled.get(_case_of(row))
         self.store.add(row)
         if row["implementation"] != "torch":
             print(told.line(row), flush=True)
@@ -248,22 +251,32 @@ class Run:
             left = self.waiting.left[section]
             left.value = len(jobs)
             for number in range(len(jobs)):
+                case = _case_of(rows.head(jobs[number], FORWARD, OURS))
+                done = self._counting(section, case)
                 self.pool.apply_async(
                     _compiled,
                     (section, self.setting, number, target),
-                    callback=_counting(section, left),
-                    error_callback=_counting(section, left),
+                    callback=done,
+                    error_callback=lambda error, done=done: done((repr(error), None)),
                 )
 
+    def _counting(
+        self, section: str, case: tuple[str, ...]
+    ) -> Callable[[tuple[str, float | None]], None]:
+        left = self.waiting.left[section]
 
-def _counting(section: str, left: Any) -> Callable[[Any], None]:
-    def count(result: Any) -> None:
-        if result:
-            print(f"not compiled: {section}: {result}", flush=True)
-        with left.get_lock():
-            left.value -= 1
+        def count(result: tuple[str, float | None]) -> None:
+            why, self.compiled[case] = result
+            if why:
+                print(f"not compiled: {section}: {why}", flush=True)
+            with left.get_lock():
+                left.value -= 1
 
-    return count
+        return count
+
+
+def _case_of(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row.get(name)) for name in ("op", "name", "shape", "dtype"))
 
 
 def _lower() -> None:
@@ -274,30 +287,10 @@ def _lower() -> None:
     torch.set_num_threads(1)
 
 
-def _compiled(section: str, setting: Setting, number: int, target: str) -> str:
-    return precompile.compile_case(planned(section, setting)[number], target)
-
-
-def _correctness(out: Path, limit: float) -> None:
-    """The whole suite on the GPU, as `make gpu-test` runs it, in several processes if it can be."""
-    results = out / "tests.json"
-    missing = importlib.util.find_spec("pytest") is None
-    if missing or results.exists():
-        why = "pytest is not installed" if missing else f"{results} exists"
-        print(f"skipped: correctness: {why}", flush=True)
-        return
-    command = [sys.executable, "-m", "pytest", "tests", "-q", "--device", "cuda"]
-    if importlib.util.find_spec("xdist") is not None:
-        # kernels are compiled by the host, whose cores one process would not use
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
-    start = time.time()
-    try:
-        done = subprocess.run(
-            [*command, "--json", str(results)], timeout=limit, check=False, cwd=_ROOT
-        )
-        print(f"correctness: exit status {done.returncode}, {time.time() - start:.0f} s")
-    except subprocess.TimeoutExpired:
-        print(f"correctness: stopped after {limit:.0f} s, before its end")
+def _compiled(section: str, setting: Setting, number: int, target: str) -> tuple[str, float]:
+    start = time.monotonic()
+    why = precompile.compile_case(planned(section, setting)[number], target)
+    return why, round(time.monotonic() - start, 3)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -349,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
             calibration.add(store, options.workers, until, fresh=True if sections else None)
         if "correctness" in chosen:
             if options.device == "cuda":
-                _correctness(options.out.resolve(), LIMIT)
+                suite.run(options.out.resolve(), LIMIT)
             else:
                 print("skipped: correctness: it is about a GPU")
         _pictures(store)

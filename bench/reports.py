@@ -31,6 +31,7 @@ _METRICS = (
     ("headroom", "", None),
     ("peak_bytes", "bytes", None),
     ("first_seconds", "s", None),
+    ("compile_seconds", "s", None),
     # of the kernels of a call the most, and of spills all
     ("registers", "", None),
     ("spills", "", None),

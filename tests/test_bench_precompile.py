@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.test_bench_gpu import run
 from tritorch.bench import precompile
 from tritorch.bench.cases import OURS, workloads
 from tritorch.bench.launches import resources
@@ -54,3 +55,15 @@ def test_the_kernels_of_a_call_are_known():
     assert kernel["kernel"] == "activation_forward_kernel"
     assert kernel["num_warps"] in (1, 2, 4, 8)
     assert kernel["shared_bytes"] == 0
+
+
+def test_a_run_says_how_long_kernels_were_compiled(tmp_path):
+    options = ("--target", "sm_90", "--workers", "1")
+    result, said = run(tmp_path / "out", "", "host", *options)
+    ours = [row for row in result["rows"] if row["implementation"] == OURS]
+    assert ours
+    assert all(row["compile_seconds"] > 0 for row in ours)
+    # of all passes of a case together
+    assert len({row["compile_seconds"] for row in ours}) == len({row["op"] for row in ours})
+    assert "not compiled" not in said
+    assert not any("compile_seconds" in row for row in result["rows"] if row not in ours)
