@@ -41,8 +41,8 @@ _WHAT = ("op", "name", "shape", "arguments", "dtype", "layout", "pass", "impleme
 _WHERE = ("gpu", "torch", "triton", "commit", "date")
 
 DETAILS = (
-    "op", "call", "pass", "implementation", "CUDA graph, us", "host, us", "peak memory",
-    "first call, s", "kernels",
+    "op", "call", "pass", "implementation", "TFLOP/s", "GB/s", "CUDA graph, us", "host, us",
+    "peak memory", "first call, s", "kernels",
 )  # fmt: skip
 HEADER = ("op", "call", "pass", "implementation", "time, us", "±", "x torch", "roofline", "checked")
 
@@ -100,6 +100,7 @@ def details(row: Mapping[str, Any]) -> tuple[str, ...]:
     peak = row.get("peak_bytes")
     return (
         *_named(row),
+        *(number(row[name]) if row.get(name) else "" for name in ("tflops", "gbps")),
         *("" if row.get(name) is None else number(row[name]) for name in ("graph_us", "host_us")),
         "" if peak is None else f"{peak / 2**20:,.1f} MiB",
         "" if row.get("first_seconds") is None else f"{row['first_seconds']:.2f}",
@@ -277,7 +278,8 @@ th, td { padding: 3px 18px 3px 0; text-align: left; border-bottom: 1px solid var
   vertical-align: top; }
 th { color: var(--soft); font-weight: 500; }
 td:first-child { min-width: 105px; max-width: 130px; overflow-wrap: anywhere; }
-.more td { white-space: normal; } .more td:last-child { min-width: 230px; }
+.more table { font-size: 12px; } .more th, .more td { padding-right: 10px; white-space: normal; }
+.more td:last-child { min-width: 190px; }
 td:nth-child(n+5):nth-child(-n+8), th { white-space: nowrap; }
 .fast td:nth-child(7) { color: var(--good); } .slow td:nth-child(7) { color: var(--slow); }
 .bad, .bad td:last-child { color: var(--bad); }
@@ -290,7 +292,7 @@ footer { color: var(--soft); font-size: 13px; }
 $failures
 <section>$figures</section>
 <details open><summary>Rows</summary>$rows</details>
-<details class="more"><summary>Graphs, host, memory, kernels</summary>$details</details>
+<details class="more"><summary>Rates, graphs, host, memory, kernels</summary>$details</details>
 <details><summary>Ceilings of this machine, measured in the same run</summary>$ceilings</details>
 <details><summary>Environment</summary>$environment</details>
 <footer><p>Repeat: <code>$command</code></p>

@@ -34,14 +34,14 @@ def result(*rows):
 
 
 DETAILS = (
-    "17.25", "9.5", "3.0 MiB", "1.23",
+    "1", "100", "17.25", "9.5", "3.0 MiB", "1.23",
     "a: 40 registers, 4 warps; b: 168 registers, 6 spilled, 144 KiB shared, 8 warps",
 )  # fmt: skip
 
 
 def test_details_are_cells():
     assert reports.details(ROW)[4:] == DETAILS
-    assert reports.details(TORCH)[4:] == ("",) * 5
+    assert reports.details(TORCH)[4:] == ("",) * 7
 
 
 def test_markdown_has_a_second_table_where_there_is_something_to_tell():
