@@ -37,12 +37,12 @@ _ROOT = Path(__file__).resolve().parent.parent
 def environment() -> dict[str, Json]:
     """Everything that a result depends on besides the code that was timed, ready for JSON.
 
-    `gpu`, `capability` (such as "9.0"), `multiprocessors` and `gpu_memory` (bytes) are None without
-    a GPU, and what `clocks.settings` asks of the machine (driver, power limit, highest clock, ECC,
-    MIG) where it does not answer; `triton` is None where it is not installed. `commit` and `dirty`
-    (tracked files differ from it) describe the checkout that this file is in. Both are None outside
-    one; a copy of the tree that lacks its history can be told its commit in the variable
-    TRITORCH_COMMIT. `date` is UTC, ISO 8601, seconds. `tf32` holds torch's two switches,
+    `gpu`, `capability` (such as "9.0"), `multiprocessors`, `gpu_memory` and `l2_cache` (bytes) are
+    None without a GPU, and what `clocks.settings` asks of the machine (driver, power limit, highest
+    clock, ECC, MIG) where it does not answer; `triton` is None where it is not installed. `commit`
+    and `dirty` (tracked files differ from it) describe the checkout that this file is in. Both are
+    None outside one; a copy of the tree that lacks its history can be told its commit in the
+    variable TRITORCH_COMMIT. `date` is UTC, ISO 8601, seconds. `tf32` holds torch's two switches,
     `triton_env` the TRITON_* variables.
     """
     commit, dirty = _commit()
@@ -134,13 +134,15 @@ def _text(result: Mapping[str, Json]) -> str:
 
 def _gpu() -> dict[str, Json]:
     if not torch.cuda.is_available():
-        return {"gpu": None, "capability": None, "multiprocessors": None, "gpu_memory": None}
+        names = ("gpu", "capability", "multiprocessors", "gpu_memory", "l2_cache")
+        return dict.fromkeys(names)
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": device.name,
         "capability": f"{device.major}.{device.minor}",
         "multiprocessors": device.multi_processor_count,
         "gpu_memory": device.total_memory,
+        "l2_cache": getattr(device, "L2_cache_size", None),
     }
 
 
