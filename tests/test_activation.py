@@ -94,6 +94,32 @@ def test_in_place_result_version_and_gradient_are_torchs(name, device):
     assert_close(*results)
 
 
+# of hardsigmoid torch has none
+@pytest.mark.parametrize("name", [name for name in IN_PLACE if name != "hardsigmoid"])
+def test_second_gradients_in_place_are_torchs(name, device):
+    """Also the part of them that goes through the value that was overwritten."""
+    ours, theirs, options = IN_PLACE[name]
+    results = []
+    for function in (ours, theirs):
+        leaf = torch.linspace(-7, 7, 12, device=device, dtype=torch.float64).requires_grad_()
+        y = function(leaf * leaf, inplace=True, **options)
+        (first,) = torch.autograd.grad((y * y).sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad((first * first).sum(), leaf)
+        results.append((first.detach(), second))
+    assert_close(*results)
+
+
+def test_the_result_of_relu6_in_place_may_be_written(device):
+    """A hard swish by hand, of which torch keeps the input."""
+    results = []
+    for function in (ops.relu6, F.relu6):
+        leaf = torch.linspace(-7, 7, 12, device=device).requires_grad_()
+        y = leaf * function(leaf + 3, inplace=True).div_(6)
+        (grad,) = torch.autograd.grad(y.sum(), leaf)
+        results.append((y.detach(), grad))
+    assert_close(*results)
+
+
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place_refuses_a_leaf(name, device):
     ours, theirs, options = IN_PLACE[name]

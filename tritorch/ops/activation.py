@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks
 from tritorch.ops import strided
-from tritorch.ops.activation_function import Activation
+from tritorch.ops.activation_function import Activation, keeps_input
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
 
@@ -80,9 +80,14 @@ def _call(
         return reference(input, *options)
     # what a Function writes into torch.compile cannot follow, a copy it can
     copies = inplace and torch.compiler.is_compiling()
-    output: Tensor = binding.apply(
-        Activation, input, activation or op, slope, inplace and not copies
-    )
+    inplace = inplace and not copies
+    activation = activation or op
+    original = None
+    differentiates = input.requires_grad and torch.is_grad_enabled()
+    if inplace and differentiates and keeps_input(activation, slope):
+        # not in the Function, whose copy would have no graph for a second gradient
+        original = input.clone()
+    output: Tensor = binding.apply(Activation, input, original, activation, slope, inplace)
     return input.copy_(output) if copies else output
 
 

@@ -16,9 +16,6 @@ kernels = launch.kernels("activation")
 
 # whose derivative the output tells; the others need the input
 _FROM_OUTPUT = frozenset(("relu", "relu6", "leaky_relu", "sigmoid", "tanh"))
-# of which torch keeps the input all the same, so that the output may be changed in place; either
-# tells the derivative
-_KEEPS_INPUT = frozenset(("relu6", "leaky_relu"))
 # whose gradient torch lays out as what is saved; the others' is as grad_output
 _LAID_OUT_AS_SAVED = frozenset(("relu", "leaky_relu"))
 # that select among values at hand
@@ -31,6 +28,11 @@ def needs_output(activation: str, slope: float = 0.01) -> bool:
     """Whether `ActivationBackward` takes the activation's output, and not its input."""
     # a negative slope gives one output to two inputs
     return activation in _FROM_OUTPUT and slope >= 0
+
+
+def keeps_input(activation: str, slope: float) -> bool:
+    """Whether autograd keeps the activation's input, as torch does, and not its output."""
+    return activation == "relu6" or not needs_output(activation, slope)
 
 
 def computes(activation: str | None) -> bool:
@@ -191,20 +193,25 @@ class Activation(torch.autograd.Function):
     """Keeps what torch keeps: output or input."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, activation: str, slope: float, inplace: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        original: Tensor | None,
+        activation: str,
+        slope: float,
+        inplace: bool,
+    ) -> Tensor:
+        """`original`: what was in the input that is written, where that is kept."""
         ctx.activation, ctx.slope = activation, slope
-        from_output = needs_output(activation, slope)
         if inplace:
-            # torch keeps a copy too
-            copies = not from_output and ctx.needs_input_grad[0]
-            saved = input.clone() if copies else input
             _activation_forward_(input, activation, slope)
             ctx.mark_dirty(input)
-            binding.save_for_backward(ctx, saved)
+            binding.save_for_backward(ctx, input if original is None else original)
             return input
         output: Tensor = _activation_forward(input, activation, slope)
-        keeps_output = from_output and activation not in _KEEPS_INPUT
-        binding.save_for_backward(ctx, output if keeps_output else input)
+        # of leaky_relu torch keeps the input where it is not written
+        keeps = keeps_input(activation, slope) or activation == "leaky_relu"
+        binding.save_for_backward(ctx, input if keeps else output)
         return output
 
     @staticmethod
@@ -213,4 +220,4 @@ class Activation(torch.autograd.Function):
         grad_input = binding.apply(
             ActivationBackward, grad_output, saved, ctx.activation, ctx.slope
         )
-        return grad_input, None, None, None
+        return grad_input, None, None, None, None
