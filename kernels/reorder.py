@@ -27,5 +27,5 @@ def reorder_kernel(
     c = (pid % num_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(index_type)[:, None]
     p = (pid // num_c % num_p * BLOCK_P + tl.arange(0, BLOCK_P)).to(index_type)[None, :]
     mask = (c < C) & (p < P)
-    x = tl.load(x_ptr + n * x_stride_n + (c * x_stride_c + p * x_stride_p), mask=mask)
+    x = tl.load(x_ptr + n * x_stride_n + (c * x_stride_c + p * x_stride_p), mask=mask, other=0.0)
     tl.store(y_ptr + n * y_stride_n + (c * y_stride_c + p * y_stride_p), x, mask=mask)

@@ -138,8 +138,8 @@ def plan_grad_weight(
     packed = _packed(grad_output.shape[2:], output.shape[2:], geometry)
     # rows of taps as columns, of which a program may take several at once
     view = packed.view(input.shape[0], grad_output.shape[3])
-    layouts = map(_turned, (grad_output, view, packed.filters(output.shape[0])))
-    return conv_tma.plan_grad_weight(*layouts, _UNIT)
+    filters = packed.filters(output.shape[0])
+    return conv_tma.plan_grad_weight(_turned(grad_output), _turned(view), _turned(filters), _UNIT)
 
 
 def _turned(layout: Layout) -> Layout:
