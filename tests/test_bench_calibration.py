@@ -167,3 +167,9 @@ def test_inspect_says_how_far_off_its_estimate_was(monkeypatch):
 def test_what_has_no_configurations_is_not_ranked():
     result = CliRunner().invoke(main, ["inspect", "relu", "--rank"])
     assert (result.exit_code, "relu has no table" in result.output) == (2, True)
+
+
+@pytest.mark.compile
+def test_a_call_that_there_is_not_is_named():
+    result = CliRunner().invoke(main, ["inspect", "relu", "--calls", "triangle"])
+    assert (result.exit_code, "no kernel with --calls triangle" in result.output) == (3, True)

@@ -137,7 +137,9 @@ def inspect(target: str | None, json_file: Path | None, force: bool, **options: 
     found = _inspected(target, options)
     rows = [one.to_json() for one in found]
     if not rows:
-        _stop(f"{target} launches no kernel of that name", _UNABLE)
+        named = [f"--{n} {options[n]}" for n in ("calls", "kernel") if options[n]]
+        which = f" with {' '.join(named)}" if named else ""
+        _stop(f"{target} launches no kernel{which}", _UNABLE)
     if options["stages"]:
         _emit(found, options["stages"], options["out"], console)
     elif diff:
