@@ -7,7 +7,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritorch.ops  # noqa: F401  declares the specs
-from tritorch import backend, ops
+from tritorch import backend, nn, ops
 from tritorch.registry import specs
 
 # by torch's documentation of autocast on a GPU; what is in neither keeps the dtypes of its input
@@ -124,9 +124,35 @@ def test_who_listens_hears_of_library_ops(device):
         ops.relu(x)
     assert "tritorch::activation_forward" in {event.name for event in profile.events()}
 
-    traced = torch.jit.trace(ops.relu, (x.detach(),))
-    other = torch.randn(3, 5, device=device)
-    torch.testing.assert_close(traced(other), F.relu(other))
+
+LAYERS = {
+    "conv": lambda: nn.Conv2d(3, 4, 3, padding=1),
+    "transposed": lambda: nn.ConvTranspose2d(3, 4, 3, stride=2),
+    "max-pool": lambda: nn.MaxPool2d(2),
+    "avg-pool": lambda: nn.AvgPool2d(3, stride=1),
+    "global": lambda: nn.AdaptiveAvgPool2d(1),
+    "norm": lambda: nn.BatchNorm2d(3),
+    "linear": lambda: nn.Linear(6, 2),
+    "relu": lambda: nn.ReLU(),
+    "softmax": lambda: nn.Softmax(1),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", LAYERS)
+# it warns of every size that is looked at
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torch_jit_trace_records_torchs_own_ops(name, device):
+    layer = LAYERS[name]().to(device).eval()
+    backend.reset()
+    traced = torch.jit.trace(layer, (torch.randn(2, 3, 5, 6, device=device),))
+    assert backend.explain()
+    assert all(set(why) == {"torch.jit.trace is recording"} for why in backend.explain().values())
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert not any(kind.startswith("tritorch") for kind in kinds)
+    other = torch.randn(2, 3, 5, 6, device=device)
+    torch.testing.assert_close(traced(other), layer(other))
 
 
 @pytest.mark.interpret

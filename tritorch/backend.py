@@ -149,6 +149,9 @@ def _reason(tensors: tuple[Tensor | None, ...]) -> str | None:
             return _NESTED
         if tensor.layout != torch.strided:
             return f"layout {str(tensor.layout).removeprefix('torch.')}"
+    # its graphs hold numbers where our ops take lists, and are run where we are not
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is recording"
     # the kernels know no tangents
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
