@@ -25,8 +25,8 @@ def remembered(check: Callable[..., _Found]) -> Callable[..., _Found]:
 
     @functools.wraps(check)
     def checked(*arguments: object) -> _Found:
-        # symbols, which stand for sizes while a program is traced, have no hash
-        if torch.compiler.is_compiling():
+        # what stands for sizes while a program is traced has no hash, or one of its own
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return check(*arguments)
         try:
             return found(*arguments)
@@ -171,6 +171,16 @@ def _differentiable(op: str, tensor: Tensor) -> None:
             "a view whose writes autograd cannot follow cannot be written in place: clone it first",
             input=tensor,
         )
+
+
+def is_over(number: int, limit: int) -> bool:
+    """Whether it is larger; not where a program is traced that leaves it open."""
+    if not torch.compiler.is_compiling():
+        return number > limit
+    # of no use before, and sympy takes half a second to import
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(number > limit)
 
 
 def ints(op: str, name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:

@@ -13,12 +13,10 @@ from torch import Tensor
 from tritorch import backend, binding, checks
 from tritorch.ops.activation import check_epilogue, epilogue_reference
 from tritorch.ops.conv_function import Convolution, ConvolutionGradInput
-from tritorch.ops.geometry import is_channels_last
+from tritorch.ops.geometry import MAX_INDEX, is_channels_last
 
 Ints = int | Sequence[int]
 
-# what one launch may count in int32: pixels, and weights
-_MAX_INDEX = 2**30
 # programs along an axis of the grid
 _MAX_GROUPS = 2**16 - 1
 
@@ -256,7 +254,7 @@ def _declined(
         return "no channels"
     batch = input[0] if len(input) == axes + 2 else 1
     pixels = batch * max(math.prod(input[-axes:]), math.prod(size))
-    if max(pixels, math.prod(weight)) > _MAX_INDEX:
+    if checks.is_over(pixels, MAX_INDEX) or checks.is_over(math.prod(weight), MAX_INDEX):
         return "more than 2**30 pixels or weights"
     if groups > _MAX_GROUPS:
         return "more than 65535 groups"

@@ -9,6 +9,7 @@ from torch import Tensor
 from tritorch import launch
 from tritorch.ops.geometry import (
     Geometry,
+    check_sizes,
     is_wide,
     oriented,
     pixel_blocks,
@@ -68,6 +69,7 @@ def _plan_convolve(
     activation: str | None,
     keeps_before: bool,
 ) -> launch.Prepared:
+    check_sizes(weight, x, y)
     channels_last = y.stride(1) == 1
     w = oriented(weight, geometry.groups, transposed)
     n, channels, p, q = y.shape
@@ -122,6 +124,7 @@ def _plan_grad_weight(
     y: Layout, x: Layout, weight: Layout, geometry: Geometry
 ) -> tuple[int, launch.Prepared]:
     """Partial sums, and the launch that writes them."""
+    check_sizes(weight, x, y)
     outputs, _, *taps = weight.shape
     n, _, p, q = y.shape
     channels_last = y.stride(1) == 1

@@ -21,6 +21,20 @@ kernels = launch.kernels("pixels")
 reduce_kernels = launch.kernels("reduce")
 
 
+# what one launch may count in int32: pixels, and weights
+MAX_INDEX = 2**30
+
+
+def check_sizes(weight: Layout, *images: Layout) -> None:
+    """RuntimeError where a program that was traced for any size meets one that is too large."""
+    pixels = max(one.shape[0] * math.prod(one.shape[2:]) for one in images)
+    if max(pixels, math.prod(weight.shape)) > MAX_INDEX:
+        raise RuntimeError(
+            "convolution: a compiled or exported program has at most 2**30 pixels or weights "
+            f"(weight {tuple(weight.shape)}, images {[tuple(one.shape) for one in images]})"
+        )
+
+
 class Geometry(NamedTuple):
     """Numbers along each axis; of the padding those before the image, its size tells the rest."""
 

@@ -15,6 +15,7 @@ from tritorch.ops import conv_tma, matmul_tma, pointwise, reorder, stem
 from tritorch.ops.activation_function import computes
 from tritorch.ops.geometry import (
     Geometry,
+    check_sizes,
     is_wide,
     memory_format,
     oriented,
@@ -100,6 +101,7 @@ def _way(
     precision: str,
 ) -> Callable[..., None]:
     """What convolves tensors of these layouts: the first kernel that takes them."""
+    check_sizes(weight, x, y)
     products = math.prod((x if transposed else y).shape) * math.prod(weight.shape[1:])
     if _are_vectors(weight, geometry) and reorder.pays(products, x, y):
         images = reorder.channels_last(x), reorder.channels_last(y)
@@ -262,6 +264,7 @@ def _way_of_grad_weight(
     count: int,
     precision: str,
 ) -> Callable[..., Tensor | None]:
+    check_sizes(output, grad_output, input)
     products = math.prod(grad_output.shape) * math.prod(output.shape[1:])
     if _are_vectors(output, geometry) and reorder.pays(products, grad_output, input):
         images = reorder.channels_last(grad_output), reorder.channels_last(input)
