@@ -317,11 +317,12 @@ def test_few_products_and_odd_channels_are_not_copied(channels, taps, device):
 
 
 def test_images_whose_rows_are_apart_are_not_copied(device):
-    x = made(1, 16, 6, 8, dtype=torch.float16, device=device)[..., :5]
-    w = made(16, 16, 3, 3, seed=1, dtype=torch.float16, device=device)
-    with launch.recorded() as names:
-        y = ops.conv2d(x, w)
-    assert "reorder_kernel" not in names
+    whole = made(1, 16, 6, 8, dtype=torch.float16, device=device)
+    w = made(32, 16, 5, 5, seed=1, dtype=torch.float16, device=device)
+    for x, copies in ((whole, 2), (whole[..., :7], 0)):
+        with launch.recorded() as names:
+            y = ops.conv2d(x, w)
+        assert names.count("reorder_kernel") == copies
     assert_close(y.double(), F.conv2d(x.double(), w.double()), rtol=2e-3, atol=2e-3)
 
 
