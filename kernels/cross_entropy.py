@@ -41,6 +41,12 @@ def cross_entropy_config(rows, classes, contiguous):
     return row if classes > row.kwargs["BLOCK_C"] or rows < 1024 else whole_rows[-1]
 
 
+def holds_rows(classes, contiguous):
+    """Whether a tile has all classes, however many rows there are."""
+    *_, whole_row, _, apart = CROSS_ENTROPY_CONFIGS
+    return classes <= (whole_row if contiguous else apart).kwargs["BLOCK_C"]
+
+
 def num_steps(tiles_n, tiles_c):
     """Tiles along the classes that one program of the gradient writes."""
     return min(tiles_c, max(1, tiles_n * tiles_c // PROGRAMS))
@@ -90,6 +96,15 @@ def spread_weights(
 
 
 @triton.jit
+def empty_lanes(BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """Running values of `add_tile` before the first tile."""
+    # the least number in place of -inf, so that no difference is NaN where logits are -inf
+    LEAST: tl.constexpr = -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38
+    zeros = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+    return tl.full((BLOCK_N, BLOCK_C), LEAST, ACC), zeros, zeros, zeros
+
+
+@triton.jit
 def add_tile(
     largest, total, cost, q_sum,
     x_ptr, y_ptr, weight_ptr, starts, shift, y_starts, mask_n, first, end, kept, spread,
@@ -124,6 +139,13 @@ def add_tile(
 
 
 @triton.jit
+def row_statistics(largest, total):
+    """The largest logit of each row and log of its sum of exp(x - largest), from its lanes'."""
+    row_largest = tl.max(largest, axis=1)
+    return row_largest, tl.log(tl.sum(total * tl.exp(largest - row_largest[:, None]), axis=1))
+
+
+@triton.jit
 def cross_entropy_forward_kernel(
     x_ptr, y_ptr, weight_ptr, loss_ptr, rows_ptr,
     N, C, size_1, size_2, size_3, size_4,
@@ -138,11 +160,10 @@ def cross_entropy_forward_kernel(
     """One program computes the losses of BLOCK_N rows, or (REDUCED) their sum and the weights'.
 
     What the gradients need goes to the three rows of rows_ptr, if any: the largest logit, log of
-    the sum of exp(x - largest), and the sum of the target weights.
+    the sum of exp(x - largest), and the sum of the target weights.  Without them the gradients
+    compute it again.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    # the least number in place of -inf, so that no difference is NaN where logits are -inf
-    LEAST: tl.constexpr = -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38
     pid = tl.program_id(0)
     n = (pid.to(tl.int64) if INDEX_64 else pid) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < N
@@ -158,10 +179,7 @@ def cross_entropy_forward_kernel(
     kept = (1.0 - smoothing).to(ACC)
     spread = (smoothing / C).to(ACC)
 
-    largest = tl.full((BLOCK_N, BLOCK_C), LEAST, ACC)
-    total = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    cost = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    q_sum = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+    largest, total, cost, q_sum = empty_lanes(BLOCK_N, BLOCK_C, ACC)
     # only the first tile can begin before its rows, and only the last ones end after them: all
     # others are read without a mask, which would cost the wide loads
     inner = 0
@@ -183,8 +201,7 @@ def cross_entropy_forward_kernel(
             x_ptr, y_ptr, weight_ptr, starts, shift, y_starts, mask_n, first, end, kept, spread,
             x_stride_c, y_stride_c, weight_stride, SPREAD, PROBABILITIES, True, BLOCK_C)
 
-    row_largest = tl.max(largest, axis=1)
-    log_total = tl.log(tl.sum(total * tl.exp(largest - row_largest[:, None]), axis=1))
+    row_largest, log_total = row_statistics(largest, total)
     loss = tl.zeros((BLOCK_N,), ACC)
     weight = tl.zeros((BLOCK_N,), ACC)
     if SPREAD:
@@ -266,7 +283,7 @@ def cross_entropy_backward_kernel(
     INDEX_64: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One program writes STEPS tiles of BLOCK_N rows of one gradient, of x or (not OF_INPUT) t."""
-    ACC: tl.constexpr = rows_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid_n = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     n = (pid_n.to(tl.int64) if INDEX_64 else pid_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -285,8 +302,6 @@ def cross_entropy_backward_kernel(
     kept = (1.0 - smoothing).to(ACC)
     spread = (smoothing / C).to(ACC)
 
-    row_largest = tl.load(rows_ptr + n, mask=mask_n, other=0.0)
-    log_total = tl.load(rows_ptr + N + n, mask=mask_n, other=0.0)
     if ONE_GRAD_LOSS:
         scale = tl.load(grad_loss_ptr).to(ACC) + tl.zeros((BLOCK_N,), ACC)
     else:
@@ -306,7 +321,24 @@ def cross_entropy_backward_kernel(
         # the denominator is 0 where all rows are ignored, and their gradient still is
         scale = tl.where(ignored, 0.0, scale)
         q_y = kept * weight
-    q_total = tl.load(rows_ptr + N + N + n, mask=mask_n, other=0.0) if SPREAD else q_y
+    q_total = q_y
+    if rows_ptr is None:
+        # a tile has all classes
+        largest, total, cost, q_sum = empty_lanes(BLOCK_N, BLOCK_C, ACC)
+        largest, total, cost, q_sum = add_tile(
+            largest, total, cost, q_sum,
+            x_ptr, y_ptr, weight_ptr, starts, shift, y_starts, mask_n, 0, end, kept, spread,
+            x_stride_c, y_stride_c, weight_stride, SPREAD, PROBABILITIES, True, BLOCK_C)
+        row_largest, log_total = row_statistics(largest, total)
+        if SPREAD:
+            q_total += tl.sum(q_sum, axis=1)
+            if not PROBABILITIES:
+                q_total = tl.where(ignored, 0.0, q_total)
+    else:
+        row_largest = tl.load(rows_ptr + n, mask=mask_n, other=0.0)
+        log_total = tl.load(rows_ptr + N + n, mask=mask_n, other=0.0)
+        if SPREAD:
+            q_total = tl.load(rows_ptr + N + N + n, mask=mask_n, other=0.0)
 
     for step in range(STEPS):
         first = (split * STEPS + step) * BLOCK_C

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 
 import pytest
 import torch
@@ -63,6 +64,56 @@ def test_no_more_is_kept_for_the_gradient_than_by_torch(case, device):
         kept.append(bytes_kept(lambda of=layer, x=input, rest=call[1:]: of(x, *rest), own))
     ours, torchs = kept
     assert ours <= torchs
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(64, 1), (64, 2), (64, 3), (64, 1000), (2, 2, 8, 8), (2, 9, 3)])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_cross_entropy_keeps_no_more_than_torch(
+    shape, probabilities, reduction, label_smoothing, device
+):
+    """Where it keeps the logits, which torch does not, these live on in any case or are no more
+    than torch's logarithms; long rows have two or three numbers each besides.
+    """
+    kept = {}
+    for module in (nn.functional, torch.nn.functional):
+        target = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64, device=device)
+        if probabilities:
+            target = torch.full(shape, 1 / shape[1], device=device)
+        # as a layer makes them: nothing else needs them
+        logits = torch.zeros(shape, device=device, requires_grad=True) * 1.0
+        options = {"reduction": reduction, "label_smoothing": label_smoothing}
+        for own in ((logits, target), ()):
+
+            def call(of=module, x=logits, y=target, options=options):
+                return of.cross_entropy(x, y, **options)
+
+            kept.setdefault(own == (), []).append(bytes_kept(call, own))
+    ours, torchs = kept[False]
+    assert ours <= torchs
+    ours, torchs = kept[True]
+    rows = shape[0] * math.prod(shape[2:])
+    assert ours <= torchs + (12 * rows if shape[1] > 8 else 0)
+
+
+@pytest.mark.parametrize("loss", ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"])
+def test_losses_of_a_distance_keep_no_more_than_torch(loss, device):
+    """Besides input and target at first, then with them."""
+    kept = {}
+    for module in (nn.functional, torch.nn.functional):
+        for own in (True, False):
+            pair = [torch.zeros(4, 64, device=device, requires_grad=True) * 1.0 for _ in range(2)]
+
+            def call(of=getattr(module, loss), pair=pair):
+                return of(*pair)
+
+            kept.setdefault(own, []).append(bytes_kept(call, pair if own else ()))
+    ours, torchs = kept[True]
+    assert ours <= torchs
+    ours, torchs = kept[False]
+    # torch keeps the difference, one tensor that nothing else needs, instead of both
+    assert ours <= torchs * (2 if loss == "l1_loss" else 1)
 
 
 def with_parameters():

@@ -81,6 +81,10 @@ def _second(
         needs_input,
         needs_target,
     )
+    if not cross_entropy_rows.are_kept(rows):
+        rows = cross_entropy_rows.computed_again(
+            rows, input, target, weight, ignore_index, label_smoothing
+        )
     products = rows.new_empty(grad_output.shape)
     of_classes = cross_entropy_rows.weight_stride(weight), ignore_index
     spread = cross_entropy_rows.spreads(target, label_smoothing)
@@ -193,7 +197,7 @@ class CrossEntropyBackward(torch.autograd.Function):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Keeps of each row what its softmax needs, and computes it again for the gradients."""
+    """Keeps of long rows what their softmax needs, and computes it again for the gradients."""
 
     @staticmethod
     def forward(

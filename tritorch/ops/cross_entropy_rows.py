@@ -30,10 +30,14 @@ def _outputs(
     label_smoothing: float,
     keep_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, what the gradients need of each row, denominator; what is not used has no element."""
+    """Loss, what the gradients need of each row, denominator; what is not used has no element.
+
+    Of rows that a tile holds nothing is kept: the gradients compute it again as they read them.
+    """
     dtype = accumulator_dtype(input.dtype)
     shape = (input.shape[0], *input.shape[2:])
     values = 3 if spreads(target, label_smoothing) else 2
+    keep_rows = keep_rows and not kernels.holds_rows(input.shape[1], input.stride(1) == 1)
     divides = reduction == "mean" and not target.is_floating_point()
     return (
         input.new_empty(shape if reduction == "none" else ()),
@@ -67,11 +71,10 @@ def forward(
     reduced, probabilities = reduction != "none", target.is_floating_point()
     if not probabilities:
         classes.check_range("cross_entropy", input, target, ignore_index)
-    spread = spreads(target, label_smoothing)
-    of_classes = weight_stride(weight), ignore_index
+    of_classes, spread = _constants(target, weight, ignore_index, label_smoothing)
     run = _plan_forward(Layout.of(input), target.stride(), of_classes, spread, reduced)
     partial = rows.new_empty(1 if probabilities else 2, *run.grid) if reduced else result
-    kept = rows if keep_rows else None
+    kept = rows if are_kept(rows) else None
     run(input, input, target, weight, partial, kept, floats=(label_smoothing,))
     if reduced:
         divides = denominator.numel() == 1
@@ -80,6 +83,28 @@ def forward(
         sums = partial if divides else partial[:1]
         loss.total(sums, result, divisor, denominator if divides else None)
     return result, rows, denominator
+
+
+def are_kept(rows: Tensor) -> bool:
+    """Whether the forward pass kept anything of the rows."""
+    return rows.dim() > 1
+
+
+def computed_again(
+    rows: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """What the gradients need of each row, where `rows` are not kept."""
+    shape = (input.shape[0], *input.shape[2:])
+    losses, rows = input.new_empty(shape), rows.new_empty((3, *shape))
+    of_classes, spread = _constants(target, weight, ignore_index, label_smoothing)
+    run = _plan_forward(Layout.of(input), target.stride(), of_classes, spread, False)
+    run(input, input, target, weight, losses, rows, floats=(label_smoothing,))
+    return rows
 
 
 @launch.planned
@@ -151,10 +176,15 @@ def backward(
         wanted,
     )
     strides = target.stride(), grad.stride(), grad_output.stride()
-    of_classes = weight_stride(weight), ignore_index
-    spread = spreads(target, label_smoothing)
+    of_classes, spread = _constants(target, weight, ignore_index, label_smoothing)
     run = _plan_backward(Layout.of(input), *strides, divisor, of_classes, spread, wanted)
-    tensors = input, target, weight, rows, grad_output, denominator, grad
+    kept: Tensor | None = rows
+    if not are_kept(rows):
+        kept = None
+        if input.shape[1] > run.config.kwargs["BLOCK_C"]:
+            of_rows = ignore_index, label_smoothing
+            kept = computed_again(rows, input, target, weight, *of_rows)
+    tensors = input, target, weight, kept, grad_output, denominator, grad
     run(input, *tensors, floats=(label_smoothing,))
     return grad
 
@@ -195,6 +225,13 @@ def _plan_backward(
 def _config(input: Layout) -> Any:
     rows = input.shape[0] * math.prod(input.shape[2:])
     return launch.config(kernels.cross_entropy_config, rows, input.shape[1], input.stride(1) == 1)
+
+
+def _constants(
+    target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> tuple[tuple[int, int], bool]:
+    """What plans take of the classes, and whether their weights are spread."""
+    return (weight_stride(weight), ignore_index), spreads(target, label_smoothing)
 
 
 def weight_stride(weight: Tensor | None) -> int:
