@@ -4,10 +4,12 @@ own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import numbers
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -58,11 +60,16 @@ def describe(value: object) -> str:
     return f"{tuple(value.shape)} {dtype}{place}"
 
 
-def tensor(op: str, **tensors: object) -> None:
-    """TypeError unless every argument is a tensor."""
+def tensor(op: str, optional: Mapping[str, object] | None = None, /, **tensors: object) -> None:
+    """TypeError unless every argument is a tensor, or None among the `optional` ones."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             fail(TypeError, op, f"{name} must be a Tensor, not {type(value).__name__}")
+    if optional is None:
+        return
+    for name, value in optional.items():
+        if value is not None and not isinstance(value, Tensor):
+            fail(TypeError, op, f"{name} must be a Tensor or None, not {type(value).__name__}")
 
 
 def same_dtype_and_device(op: str, first: Tensor, **others: Tensor | None) -> None:
@@ -187,10 +194,9 @@ def ints(op: str, name: str, value: int | Sequence[int], count: int) -> tuple[in
     """`value` as a tuple of `count` integers: one number stands for all of them, as in torch."""
     if type(value) is int:
         return (value,) * count
-    # a tensor of one integer is an integer too, and has a length
-    is_one = hasattr(value, "__index__") or not isinstance(value, Iterable)
-    given: Iterable[object] = (value,) if is_one else value  # type: ignore[assignment]
-    values = tuple(_integer(op, name, one) for one in given)
+    # torch takes no other sequences
+    given = value if isinstance(value, (tuple, list)) else (value,)
+    values = tuple(integer(op, name, one, "must be integers") for one in given)
     if len(values) == 1:
         return values * count
     if len(values) != count:
@@ -198,9 +204,30 @@ def ints(op: str, name: str, value: int | Sequence[int], count: int) -> tuple[in
     return values
 
 
-def _integer(op: str, name: str, value: Any) -> Any:
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+def integer(op: str, name: str, value: Any, rule: str = "must be an integer") -> Any:
+    """`value` as an integer, if torch takes it for one: NumPy's and a tensor of one, no bool."""
+    if not isinstance(value, bool):
+        if isinstance(value, (int, torch.SymInt)):
+            return value
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    fail(TypeError, op, f"{name} {rule}", received=value)
+
+
+def number(op: str, name: str, value: Any) -> Any:
+    """`value` as a float, if torch takes it for one: NumPy's and a tensor of no dimension."""
+    if isinstance(value, torch.SymFloat):
         return value
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        fail(TypeError, op, f"{name} must be integers", received=value)
-    return operator.index(value)
+    if isinstance(value, Tensor):
+        taken = value.dim() == 0 and not value.requires_grad
+    else:
+        taken = isinstance(value, (numbers.Real, torch.SymInt))
+    if not taken:
+        fail(TypeError, op, f"{name} must be a number", received=value)
+    return float(value)
+
+
+def flag(op: str, name: str, value: object) -> None:
+    """TypeError unless `value` is True or False, and nothing like them."""
+    if not isinstance(value, bool):
+        fail(TypeError, op, f"{name} must be True or False", received=value)

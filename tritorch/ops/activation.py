@@ -128,13 +128,16 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
     Source: `torch.nn.functional.leaky_relu`.
     """
+    slope = negative_slope
+    if type(slope) is not float:
+        slope = checks.number("leaky_relu", "negative_slope", slope)
     return _call(
         "leaky_relu",
         F.leaky_relu,
         input,
         negative_slope,
         inplace,
-        slope=float(negative_slope),
+        slope=slope,
         inplace=inplace,
     )
 
@@ -160,6 +163,8 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
     Source: `torch.nn.functional.gelu`.
     """
+    if not isinstance(approximate, str):
+        checks.fail(TypeError, "gelu", "approximate must be a string", received=approximate)
     if approximate not in ("none", "tanh"):
         checks.fail(
             RuntimeError, "gelu", "approximate must be 'none' or 'tanh'", received=approximate

@@ -44,7 +44,7 @@ def adaptive_max_pool2d(
     Raises:
         RuntimeError: an `output_size` of other than one number or two, or a negative one, an input
             of other dimensions or with a size of 0 other than the first.
-        TypeError: `input` is not a tensor, `output_size` no numbers.
+        TypeError: `input` is not a tensor, `output_size` no integers.
 
     Source: `torch.nn.functional.adaptive_max_pool2d`.
     """
@@ -55,7 +55,7 @@ def adaptive_max_pool2d(
     if not backend.runs_triton(op, input, declined=declined):
         return adaptive_max_pool2d_reference(input, output_size, return_indices)
     window = windows.adaptive(input.shape[-2:], size)
-    return pool_function.max_pool(input, window, size, return_indices)
+    return pool_function.max_pool(input, window, size, bool(return_indices))
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -117,8 +117,14 @@ def _mean(input: Tensor, size: Sequence[int]) -> Tensor:
     return output if batched else output[0]
 
 
-def _declined(size: Sequence[int]) -> str | None:
-    return "an output without pixels" if 0 in size else None
+def _declined(input: Tensor, size: Sequence[int]) -> str | None:
+    if 0 in size:
+        return "an output without pixels"
+    if 0 in input.shape[-len(size) :]:
+        return "images without pixels"
+    if input.dim() not in (len(size) + 1, len(size) + 2):
+        return f"{input.dim()} dimensions"
+    return None
 
 
 def adaptive_avg_pool1d(input: Tensor, output_size: Ints) -> Tensor:
@@ -134,15 +140,15 @@ def adaptive_avg_pool1d(input: Tensor, output_size: Ints) -> Tensor:
 
     Raises:
         RuntimeError: an `output_size` that is several numbers or negative, an input of other
-            dimensions or of length 0.
+            dimensions, or of length 0 where `output_size` is not 1.
         TypeError: `input` is not a tensor, `output_size` not a number.
 
     Source: `torch.nn.functional.adaptive_avg_pool1d`.
     """
     op = "adaptive_avg_pool1d"
     checks.tensor(op, input=input)
-    size = windows.adaptive_size(op, input, output_size, 1, channels=False)
-    if not backend.runs_triton(op, input, declined=_declined(size)):
+    size = windows.adaptive_size(op, input, output_size, 1, channels=False, averages=True)
+    if not backend.runs_triton(op, input, declined=_declined(input, size)):
         return adaptive_avg_pool1d_reference(input, output_size)
     return _mean(input.unsqueeze(-2), (1, *size)).squeeze(-2)
 
@@ -152,7 +158,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Counts) -> Tensor:
 
     Window i along H begins at floor(i * H / P) and ends before ceil((i + 1) * H / P): they overlap
     where P does not divide H.  Sums are kept in float32 (float64 for float64) and rounded once.
-    The gradient of a global mean is an expanded view.
+    The gradient of a global mean is written out, as torch's.
 
     Args:
         input: (N, C, H, W) or (C, H, W), any strides; float32, float16, bfloat16 or float64 for the
@@ -163,16 +169,19 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Counts) -> Tensor:
         (N, C, P, Q) or (C, P, Q) in the input's dtype and memory format.
 
     Raises:
-        RuntimeError: an `output_size` of other than one number or two, or a negative one, an input
-            of other dimensions or with an image of size 0.
-        TypeError: `input` is not a tensor, `output_size` no numbers.
+        IndexError: an input without two dimensions for an `output_size` of 1.
+        RuntimeError: an `output_size` of other than one number or two, or a negative one; where it
+            is not 1, which is torch's mean of the last two dimensions whatever stands before them,
+            an input of other dimensions or with an image of size 0.
+        TypeError: `input` is not a tensor, `output_size` no integers.
+        ValueError: more sizes than dimensions before the last.
 
     Source: `torch.nn.functional.adaptive_avg_pool2d`.
     """
     op = "adaptive_avg_pool2d"
     checks.tensor(op, input=input)
-    size = windows.adaptive_size(op, input, output_size, 2, channels=False)
-    if not backend.runs_triton(op, input, declined=_declined(size)):
+    size = windows.adaptive_size(op, input, output_size, 2, channels=False, averages=True)
+    if not backend.runs_triton(op, input, declined=_declined(input, size)):
         return adaptive_avg_pool2d_reference(input, output_size)
     return _mean(input, size)
 
@@ -189,16 +198,18 @@ def adaptive_avg_pool3d(input: Tensor, output_size: Counts) -> Tensor:
         (N, C, Z, P, Q) or (C, Z, P, Q) in the input's dtype and memory format, which torch loses.
 
     Raises:
-        RuntimeError: an `output_size` of other than one number or three, or a negative one, an
-            input of other dimensions or with a size of 0 other than the first.
-        TypeError: `input` is not a tensor, `output_size` no numbers.
+        IndexError: an input without three dimensions for an `output_size` of 1.
+        RuntimeError: an `output_size` of other than one number or three, or a negative one; where
+            it is not 1, an input of other dimensions or with a size of 0 other than the first.
+        TypeError: `input` is not a tensor, `output_size` no integers.
+        ValueError: more sizes than dimensions before the last.
 
     Source: `torch.nn.functional.adaptive_avg_pool3d`.
     """
     op = "adaptive_avg_pool3d"
     checks.tensor(op, input=input)
-    size = windows.adaptive_size(op, input, output_size, 3)
-    if not backend.runs_triton(op, input, declined=_declined(size)):
+    size = windows.adaptive_size(op, input, output_size, 3, averages=True)
+    if not backend.runs_triton(op, input, declined=_declined(input, size)):
         return adaptive_avg_pool3d_reference(input, output_size)
     return _mean(input, size)
 
@@ -283,10 +294,7 @@ def _cost(axes: int) -> Callable[..., dict[str, Cost]]:
         size = windows.adaptive_size("adaptive_avg_pool", input, output_size, axes, channels=False)
         outputs = math.prod(input.shape[:-axes]) * math.prod(size)
         forward = Cost(input.numel(), (input.numel() + outputs) * input.element_size())
-        # the gradient of a mean is a view
-        is_view = math.prod(size) == 1
-        backward = Cost(outputs, 2 * outputs * input.element_size()) if is_view else forward
-        return {"forward": forward, "backward": backward}
+        return {"forward": forward, "backward": forward}
 
     return cost
 

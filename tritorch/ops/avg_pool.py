@@ -72,8 +72,10 @@ def avg_pool2d(
     checks.tensor(op, input=input)
     if input.dim() < 3:
         checks.fail(IndexError, op, "input must be (N, C, H, W) or (C, H, W)", input=input)
-    if divisor_override == 0:
-        checks.fail(RuntimeError, op, "divisor_override must not be 0", input=input)
+    if type(count_include_pad) is not bool:
+        checks.flag(op, "count_include_pad", count_include_pad)
+    if divisor_override is not None:
+        divisor_override = windows.divisor(op, divisor_override)
     window, size = windows.check(op, input, kernel_size, stride, padding, 1, ceil_mode)
     if not backend.runs_triton(op, input):
         return avg_pool2d_reference(

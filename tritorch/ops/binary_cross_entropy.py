@@ -124,7 +124,7 @@ def binary_cross_entropy_with_logits(
 def _check(
     op: str, input: Tensor, target: Tensor, reduction: str, **weights: Tensor | None
 ) -> None:
-    checks.tensor(op, input=input, target=target)
+    checks.tensor(op, weights, input=input, target=target)
     loss.check_reduction(op, reduction)
     if target.shape != input.shape:
         checks.fail(

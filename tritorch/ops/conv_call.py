@@ -64,7 +64,9 @@ def convolution(
 ) -> Tensor:
     """conv1d, conv2d or conv3d by the number of axes."""
     op = f"conv{axes}d"
-    checks.tensor(op, input=input, weight=weight)
+    checks.tensor(op, {"bias": bias}, input=input, weight=weight)
+    if type(groups) is not int:
+        groups = checks.integer(op, "groups", groups)
     call = _convolution(
         axes,
         input.shape,
@@ -150,9 +152,9 @@ def transposed(
 ) -> Tensor:
     """conv_transpose1d, conv_transpose2d or conv_transpose3d by the number of axes."""
     op = f"conv_transpose{axes}d"
-    checks.tensor(op, input=input, weight=weight)
-    if isinstance(padding, str):
-        checks.fail(TypeError, op, "padding must be integers", received=padding)
+    checks.tensor(op, {"bias": bias}, input=input, weight=weight)
+    if type(groups) is not int:
+        groups = checks.integer(op, "groups", groups)
     call = _transposed(
         axes,
         input.shape,

@@ -72,7 +72,11 @@ def cross_entropy(
     Source: `torch.nn.functional.cross_entropy`.
     """
     op = "cross_entropy"
-    checks.tensor(op, input=input, target=target)
+    checks.tensor(op, {"weight": weight}, input=input, target=target)
+    if type(ignore_index) is not int:
+        ignore_index = checks.integer(op, "ignore_index", ignore_index)
+    if type(label_smoothing) is not float:
+        label_smoothing = checks.number(op, "label_smoothing", label_smoothing)
     loss.check_reduction(op, reduction)
     if label_smoothing > 1:
         checks.fail(RuntimeError, op, "label_smoothing must be at most 1", received=label_smoothing)

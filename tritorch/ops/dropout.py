@@ -176,15 +176,21 @@ def dropout(
         A dropped NaN or infinity is NaN, as in torch.
 
     Raises:
-        RuntimeError: (in place) as `relu`.
-        TypeError: `input` is not a tensor.
+        RuntimeError: p is NaN; (in place) as `relu`.
+        TypeError: `input` is not a tensor, `p` no number, `training` neither True nor False.
         ValueError: p outside of [0, 1], a seed of another kind.
 
     Source: `torch.nn.functional.dropout`.
     """
-    checks.tensor("dropout", input=input)
+    checks.tensor("dropout", {"seed": seed}, input=input)
+    if type(p) is not float:
+        p = checks.number("dropout", "p", p)
+    if type(training) is not bool:
+        checks.flag("dropout", "training", training)
     if not 0 <= p <= 1:
-        checks.fail(ValueError, "dropout", "p must be from 0 to 1", p=p)
+        # torch has another error for NaN
+        error = RuntimeError if math.isnan(p) else ValueError
+        checks.fail(error, "dropout", "p must be from 0 to 1", p=p)
     if seed is not None and (seed.dtype, seed.numel()) != (torch.int64, 1):
         checks.fail(ValueError, "dropout", "the seed must be one element of int64", seed=seed)
     if backend.takes_nested("dropout", input):

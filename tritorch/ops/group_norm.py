@@ -60,7 +60,11 @@ def group_norm(
     Source: `torch.nn.functional.group_norm`; https://arxiv.org/abs/1803.08494.
     """
     op = "group_norm"
-    checks.tensor(op, input=input)
+    checks.tensor(op, {"weight": weight, "bias": bias}, input=input)
+    if type(num_groups) is not int:
+        num_groups = checks.integer(op, "num_groups", num_groups)
+    if type(eps) is not float:
+        eps = checks.number(op, "eps", eps)
     _check(input, num_groups, weight, bias)
     declined = f"{input.dim()} dimensions" if input.dim() > strided.RANK else None
     # of an empty input nothing is to be normalised
@@ -78,8 +82,6 @@ def _check(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor |
         checks.fail(
             RuntimeError, op, "input must have a batch and a channel dimension", input=input
         )
-    if not isinstance(num_groups, (int, torch.SymInt)):
-        checks.fail(TypeError, op, "num_groups must be an integer", num_groups=num_groups)
     if num_groups == 0:
         checks.fail(ZeroDivisionError, op, "num_groups must be positive", num_groups=num_groups)
     images, channels, *size = input.shape

@@ -69,12 +69,10 @@ def l1_loss(
     Source: `torch.nn.functional.l1_loss`.
     """
     op = "l1_loss"
-    _check(op, input, target, reduction)
+    _check(op, input, target, reduction, weight)
     shape = loss.broadcast(op, input, target, weight)
-    # torch does not subtract from bools
-    is_bool = any(not t.is_floating_point() and t.dtype == torch.bool for t in (input, target))
     x, y, w = loss.promote(*binding.autocast_to_float32(input, target, weight))
-    declined = "dtype bool" if is_bool else None
+    declined = _declined_bool(input, target)
     declined = declined or loss.declined_weight(x, w, shape) or loss.declined(x, y, w)
     if not backend.runs_triton(op, x, y, w, declined=declined):
         return l1_loss_reference(input, target, reduction, weight)
@@ -107,16 +105,19 @@ def smooth_l1_loss(
     """
     op = "smooth_l1_loss"
     _check(op, input, target, reduction)
+    if type(beta) is not float:
+        beta = checks.number(op, "beta", beta)
     # neither is NaN
     if not beta >= 0:
         checks.fail(RuntimeError, op, "beta must be at least 0", received=beta)
     shape = loss.broadcast(op, input, target, None)
     x, y = loss.promote(*binding.autocast_to_float32(input, target))
-    if not backend.runs_triton(op, x, y, declined=loss.declined(x, y)):
+    declined = _declined_bool(input, target) if beta == 0 else None
+    if not backend.runs_triton(op, x, y, declined=declined or loss.declined(x, y)):
         return smooth_l1_loss_reference(input, target, reduction, beta)
     x, y = loss.expanded(x, y, shape)
     name = op if beta > 0 else "l1_loss"
-    result: Tensor = binding.apply(ElementwiseLoss, x, y, None, None, name, reduction, float(beta))
+    result: Tensor = binding.apply(ElementwiseLoss, x, y, None, None, name, reduction, beta)
     return result
 
 
@@ -148,7 +149,9 @@ def huber_loss(
     Source: `torch.nn.functional.huber_loss`.
     """
     op = "huber_loss"
-    _check(op, input, target, reduction)
+    _check(op, input, target, reduction, weight)
+    if type(delta) is not float:
+        delta = checks.number(op, "delta", delta)
     if not delta > 0:
         checks.fail(RuntimeError, op, "delta must be above 0", received=delta)
     shape = loss.broadcast(op, input, target, weight)
@@ -160,13 +163,20 @@ def huber_loss(
     if not backend.runs_triton(op, x, y, w, declined=declined):
         return huber_loss_reference(input, target, reduction, delta, weight)
     x, y = loss.expanded(x, y, shape)
-    result: Tensor = binding.apply(ElementwiseLoss, x, y, w, None, op, reduction, float(delta))
+    result: Tensor = binding.apply(ElementwiseLoss, x, y, w, None, op, reduction, delta)
     return result
 
 
-def _check(op: str, input: Tensor, target: Tensor, reduction: str) -> None:
-    checks.tensor(op, input=input, target=target)
+def _check(
+    op: str, input: Tensor, target: Tensor, reduction: str, weight: Tensor | None = None
+) -> None:
+    checks.tensor(op, {"weight": weight}, input=input, target=target)
     loss.check_reduction(op, reduction)
+
+
+def _declined_bool(*tensors: Tensor) -> str | None:
+    # torch does not subtract from bools
+    return "dtype bool" if any(t.dtype == torch.bool for t in tensors) else None
 
 
 def _samples(make: Maker, *, option: str | None, weighted: bool) -> Iterator[Sample]:

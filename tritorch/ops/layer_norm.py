@@ -57,10 +57,14 @@ def layer_norm(
     Source: `torch.nn.functional.layer_norm`; https://arxiv.org/abs/1607.06450.
     """
     op = "layer_norm"
-    checks.tensor(op, input=input)
-    if isinstance(normalized_shape, int):
+    checks.tensor(op, {"weight": weight, "bias": bias}, input=input)
+    if not isinstance(normalized_shape, (tuple, list)):
         checks.fail(TypeError, op, "normalized_shape must be a sequence", received=normalized_shape)
     shape = tuple(normalized_shape)
+    if {*map(type, shape)} != {int}:
+        shape = checks.ints(op, "normalized_shape", shape, len(shape))
+    if type(eps) is not float:
+        eps = checks.number(op, "eps", eps)
     if backend.takes_nested(op, input):
         return layer_norm_reference(input, shape, weight, bias, eps)
     _check(input, shape, weight, bias)

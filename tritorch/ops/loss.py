@@ -318,6 +318,10 @@ def declined(input: Tensor, *others: Tensor | None) -> str | None:
             continue
         if other.device != device:
             return "tensors on different devices"
+        if other.layout != torch.strided:
+            return f"layout {other.layout}"
+        if other.dtype.is_complex:
+            return f"dtype {other.dtype}"
         dims = max(dims, other.dim())
     return f"{dims} dimensions" if dims > strided.RANK else None
 

@@ -103,7 +103,7 @@ def linear(
     Args:
         input: (..., in_features), any strides.
         weight: (out_features, in_features) or (in_features,).
-        bias: (out_features,) or None.
+        bias: (out_features,) for the kernels, what broadcasts to the result, or None.
         activation: None, "relu", "relu6", "leaky_relu" (of slope 0.01), "silu", "gelu",
             "gelu_tanh", "sigmoid", "tanh", "hardswish" or "hardsigmoid", applied before the result
             is rounded and stored.
@@ -117,11 +117,11 @@ def linear(
 
     Source: `torch.nn.functional.linear`.
     """
-    checks.tensor("linear", input=input, weight=weight)
+    checks.tensor("linear", {"bias": bias}, input=input, weight=weight)
     if backend.takes_nested("linear", input):
         return linear_reference(input, weight, bias, activation)
-    _check_linear(input, weight, bias, activation)
-    if not backend.runs_triton("linear", input, weight, bias):
+    declined = _check_linear(input, weight, bias, activation)
+    if not backend.runs_triton("linear", input, weight, bias, declined=declined):
         return linear_reference(input, weight, bias, activation)
     x, w, b = binding.autocast_to_lower(input, weight, bias)
     checks.same_dtype_and_device("linear", x, weight=w, bias=b)
@@ -134,7 +134,8 @@ def linear(
 
 def _check_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
-) -> None:
+) -> str | None:
+    """Why the kernels do not take the call."""
     check_epilogue("linear", activation)
     if weight.dim() not in (1, 2):
         checks.fail(RuntimeError, "linear", "weight must have 1 or 2 dimensions", weight=weight)
@@ -146,7 +147,11 @@ def _check_linear(
             input=input,
             weight=weight,
         )
-    if bias is not None and (weight.dim() == 1 or bias.shape != weight.shape[:1]):
+    if bias is None or (weight.dim() == 2 and bias.shape == weight.shape[:1]):
+        return None
+    result = (*input.shape[:-1], weight.shape[0])
+    sizes = zip(reversed(bias.shape), reversed(result), strict=False)
+    if weight.dim() == 1 or bias.dim() > len(result) or any(a not in (1, b) for a, b in sizes):
         checks.fail(
             RuntimeError,
             "linear",
@@ -154,6 +159,7 @@ def _check_linear(
             bias=bias,
             weight=weight,
         )
+    return "a bias that broadcasts"
 
 
 def _matmul_samples(make: Maker) -> Iterator[Sample]:

@@ -128,7 +128,7 @@ def mse_loss(
 
     Source: `torch.nn.functional.mse_loss`.
     """
-    checks.tensor("mse_loss", input=input, target=target)
+    checks.tensor("mse_loss", {"weight": weight}, input=input, target=target)
     loss.check_reduction("mse_loss", reduction)
     shape = loss.broadcast("mse_loss", input, target, weight)
     x, y, w = loss.promote(*binding.autocast_to_float32(input, target, weight))

@@ -252,7 +252,9 @@ def nll_loss(
     Source: `torch.nn.functional.nll_loss`.
     """
     op = "nll_loss"
-    checks.tensor(op, input=input, target=target)
+    checks.tensor(op, {"weight": weight}, input=input, target=target)
+    if type(ignore_index) is not int:
+        ignore_index = checks.integer(op, "ignore_index", ignore_index)
     loss.check_reduction(op, reduction)
     if input.dim() == 0:
         checks.fail(ValueError, op, "input must have a dimension of classes", input=input)

@@ -79,7 +79,21 @@ def batch_norm(
 
     Source: `torch.nn.functional.batch_norm`; https://arxiv.org/abs/1502.03167.
     """
-    checks.tensor("batch_norm", input=input)
+    checks.tensor(
+        "batch_norm",
+        {
+            "running_mean": running_mean,
+            "running_var": running_var,
+            "weight": weight,
+            "bias": bias,
+            "residual": residual,
+        },
+        input=input,
+    )
+    if type(momentum) is not float:
+        momentum = checks.number("batch_norm", "momentum", momentum)
+    if type(eps) is not float:
+        eps = checks.number("batch_norm", "eps", eps)
     vectors = (running_mean, running_var, weight, bias)
     declined = _check_shapes(
         input.shape,
@@ -150,8 +164,7 @@ def _check_shapes(
 ) -> str | None:
     """Why the kernels do not take the call."""
     op = "batch_norm"
-    if momentum is None:
-        checks.fail(TypeError, op, "momentum must be a number", momentum=momentum)
+    checks.flag(op, "training", training)
     if (running_mean is None) != (running_var is None):
         checks.fail(
             ValueError if training else RuntimeError,
@@ -177,7 +190,8 @@ def _check_shapes(
     }
     channels = input[1] if len(input) > 1 else 0
     for name, vector in vectors.items():
-        if vector is not None and math.prod(vector) != channels:
+        # of an empty input torch asks nothing of them
+        if vector is not None and math.prod(vector) != channels and 0 not in input:
             checks.fail(
                 RuntimeError,
                 op,

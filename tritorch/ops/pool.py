@@ -91,7 +91,7 @@ def max_pool2d(
         return max_pool2d_reference(
             input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         )
-    return pool_function.max_pool(input, window, size, return_indices)
+    return pool_function.max_pool(input, window, size, bool(return_indices))
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -91,7 +91,7 @@ def max_pool1d(
             input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         )
     rows = input.unsqueeze(-2)
-    outputs = pool_function.max_pool(rows, _of_a_row(window), (1, p), return_indices)
+    outputs = pool_function.max_pool(rows, _of_a_row(window), (1, p), bool(return_indices))
     if isinstance(outputs, Tensor):
         return outputs.squeeze(-2)
     values, indices = outputs
@@ -130,6 +130,8 @@ def avg_pool1d(
     """
     op = "avg_pool1d"
     checks.tensor(op, input=input)
+    if type(count_include_pad) is not bool:
+        checks.flag(op, "count_include_pad", count_include_pad)
     window, (p,) = windows.check(op, input, kernel_size, stride, padding, 1, ceil_mode, 1)
     if not backend.runs_triton(op, input):
         return avg_pool1d_reference(

@@ -109,7 +109,7 @@ def max_pool3d(
         return max_pool3d_reference(
             input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         )
-    return pool_function.max_pool(input, window, size, return_indices)
+    return pool_function.max_pool(input, window, size, bool(return_indices))
 
 
 def avg_pool3d(
@@ -147,8 +147,10 @@ def avg_pool3d(
     """
     op = "avg_pool3d"
     checks.tensor(op, input=input)
-    if divisor_override == 0:
-        checks.fail(RuntimeError, op, "divisor_override must not be 0", input=input)
+    if type(count_include_pad) is not bool:
+        checks.flag(op, "count_include_pad", count_include_pad)
+    if divisor_override is not None:
+        divisor_override = windows.divisor(op, divisor_override)
     window, size = windows.check(op, input, kernel_size, stride, padding, 1, ceil_mode, 3)
     # of volumes alone torch asks this, whatever the padding
     if any(k > pixels for k, pixels in zip(window[:3], input.shape[-3:], strict=True)):

@@ -166,7 +166,7 @@ def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = N
 
     Raises:
         IndexError: `dim` is none of the input's.
-        TypeError: `input` is not a tensor.
+        TypeError: `input` is not a tensor, `dim` no integer, `dtype` none of torch's.
 
     Source: `torch.nn.functional.softmax`.
     """
@@ -190,12 +190,16 @@ def _call(
     dtype: torch.dtype | None,
 ) -> Tensor:
     checks.tensor(op, input=input)
+    if not (dtype is None or isinstance(dtype, (torch.dtype, type))):
+        checks.fail(TypeError, op, "dtype must be a torch.dtype", received=dtype)
     if dim is None:
         checks.warn(
             f"Implicit dimension choice for {op} has been deprecated. "
             "Change the call to include dim=X as an argument."
         )
         dim = 0 if input.dim() in (0, 1, 3) else 1
+    elif type(dim) is not int:
+        dim = checks.integer(op, "dim", dim)
     rank = max(input.dim(), 1)
     if not -rank <= dim < rank:
         rule = f"dim must be from {-rank} to {rank - 1}"
@@ -214,7 +218,8 @@ def _call(
 def _declined(input: Tensor, dtype: torch.dtype | None) -> str | None:
     if input.dim() > strided.RANK + 1:
         return f"{input.dim()} dimensions"
-    if dtype is not None and not dtype.is_floating_point:
+    # torch takes Python's float too
+    if dtype is not None and not getattr(dtype, "is_floating_point", False):
         return f"dtype {dtype}"
     return None
 

@@ -45,10 +45,14 @@ def check(
         RuntimeError: an argument that is not one number or `axes` or is out of range, padding above
             half of `kernel_size`, an input of other dimensions or with a size of 0 other than N, an
             output without a pixel.
+        TypeError: an argument that is no integer, a `ceil_mode` that is neither True nor False.
     """
     kernel_size = checks.ints(op, "kernel_size", kernel_size, axes)
     # torch takes an empty stride for none
-    stride = kernel_size if stride in (None, (), []) else checks.ints(op, "stride", stride, axes)
+    if stride is None or (isinstance(stride, (tuple, list)) and not stride):
+        stride = kernel_size
+    else:
+        stride = checks.ints(op, "stride", stride, axes)
     padding = checks.ints(op, "padding", padding, axes)
     dilation = checks.ints(op, "dilation", dilation, axes)
     return _checked(op, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
@@ -65,6 +69,7 @@ def _checked(
     ceil_mode: bool,
 ) -> tuple[Window, tuple[int, ...]]:
     axes = len(kernel_size)
+    checks.flag(op, "ceil_mode", ceil_mode)
     for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
         if min(value) < 1:
             checks.fail(RuntimeError, op, f"{name} must be positive", **{name: value})
@@ -96,6 +101,16 @@ def _checked(
     return (*kernel_size, *stride, *padding, *dilation), size
 
 
+def divisor(op: str, given: int) -> int:
+    """What sums are divided by instead of their number of pixels: TypeError unless an integer,
+    RuntimeError if 0.
+    """
+    number: int = checks.integer(op, "divisor_override", given)
+    if number == 0:
+        checks.fail(RuntimeError, op, "divisor_override must not be 0", received=given)
+    return number
+
+
 def shapes(axes: int) -> str:
     """The shapes that an input may have."""
     return f"(N, C, {_AXES[axes]}) or (C, {_AXES[axes]})"
@@ -108,45 +123,62 @@ def split(window: Window) -> tuple[tuple[int, ...], ...]:
 
 
 def adaptive_size(
-    op: str, input: Tensor, output_size: Counts, axes: int, channels: bool = True
+    op: str,
+    input: Tensor,
+    output_size: Counts,
+    axes: int,
+    channels: bool = True,
+    averages: bool = False,
 ) -> tuple[int, ...]:
     """The sizes of an adaptive output; None keeps the input's.
 
-    `channels`: whether torch wants some of them.
+    `channels`: whether torch wants some of them.  `averages`: whether the one window of an image
+    may be of any image at all, as it is for torch's mean over the last axes.
 
     Raises:
+        IndexError: an input without the axes of such a mean.
         RuntimeError: numbers that are not `axes` or are negative, an input of other dimensions or
             with a size of 0 along a pooled axis, or of its second.
-        TypeError: an `output_size` that is neither a number nor several.
+        TypeError: an `output_size` that is neither an integer nor several.
         ValueError: as many sizes as the input has dimensions, or more.
     """
-    given: tuple[int | None, ...]
+    size = _given_size(op, input, output_size, axes)
+    if min(size) < 0:
+        checks.fail(RuntimeError, op, "output_size must not be negative", output_size=output_size)
+    fits = input.dim() in (axes + 1, axes + 2)
+    if averages and set(size) == {1} and (fits or axes > 1):
+        if input.dim() < axes:
+            rule = f"input must be {shapes(axes)}"
+            checks.fail(IndexError, op, rule, input=input)
+        return size
+    needed = input.shape[1:] if channels else input.shape[-axes:]
+    if not fits or 0 in needed:
+        rule = f"input must be {shapes(axes)}, and no size but N may be 0"
+        checks.fail(RuntimeError, op, rule, input=input)
+    return size
+
+
+def _given_size(op: str, input: Tensor, output_size: Counts, axes: int) -> tuple[int, ...]:
     if isinstance(output_size, (int, torch.SymInt)):
-        given = (output_size,) * axes
-    elif isinstance(output_size, Sequence):
-        given = tuple(output_size)
-    else:
+        return checks.ints(op, "output_size", output_size, axes)
+    if axes == 1:
+        # torch has no None for one axis
+        return checks.ints(op, "output_size", output_size, axes)  # type: ignore[arg-type]
+    try:
+        given = tuple(output_size)  # type: ignore[arg-type]
+    except TypeError:
         checks.fail(TypeError, op, "output_size must be integers", output_size=output_size)
-    if isinstance(output_size, Sequence) and axes > 1 and input.dim() <= len(given):
+    if input.dim() <= len(given):
         # torch compares the two before it looks at either
         rule = f"input must be {shapes(axes)}"
         checks.fail(ValueError, op, rule, input=input, output_size=output_size)
-    # torch has no None for one axis
-    if any(count is None for count in given) and axes == 1:
-        checks.fail(TypeError, op, "output_size must be an integer", output_size=output_size)
+    last = input.shape[input.dim() - len(given) :]
+    kept = tuple(n if count is None else count for n, count in zip(last, given, strict=True))
+    size = checks.ints(op, "output_size", kept, axes)
+    # one of them does not stand for all
     if len(given) != axes:
         rule = f"output_size must be one integer or {axes} of them"
         checks.fail(RuntimeError, op, rule, output_size=output_size)
-    needed = input.shape[1:] if channels else input.shape[-axes:]
-    if input.dim() not in (axes + 1, axes + 2) or 0 in needed:
-        rule = f"input must be {shapes(axes)}, and no size but N may be 0"
-        checks.fail(RuntimeError, op, rule, input=input)
-    size = tuple(
-        kept if count is None else count
-        for kept, count in zip(input.shape[-axes:], given, strict=True)
-    )
-    if min(size) < 0:
-        checks.fail(RuntimeError, op, "output_size must not be negative", output_size=output_size)
     return size
 
 
