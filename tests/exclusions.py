@@ -61,6 +61,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion("avg_pool3d", "reference_path", "strides", "", KEEPS_FORMAT),
     Exclusion("avg_pool3d", "kernels", "strides", "", KEEPS_FORMAT),
     Exclusion("adaptive_avg_pool3d", "reference_path", "strides", "", KEEPS_FORMAT),
+    Exclusion("adaptive_avg_pool3d", "kernels", "strides", "", KEEPS_FORMAT),
     Exclusion("conv2d", "reference_path", "warns", "padding='same'", SAME),
     Exclusion("conv2d", "kernels", "warns", "padding='same'", SAME),
     Exclusion("conv2d", "kernels", "strides", OF_WEIGHT, LIBRARY),

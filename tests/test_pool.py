@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from tritorch import backend, launch, ops
+from tritorch import backend, launch, nn, ops
 
 pytestmark = pytest.mark.interpret
 
@@ -167,11 +167,48 @@ def test_none_keeps_a_size(function, size, device):
     assert_close(ours, theirs)
 
 
-def test_gradient_of_a_global_mean_is_a_view(device):
-    x = torch.randn(2, 3, 5, 6, device=device, requires_grad=True)
-    (grad,) = torch.autograd.grad(ops.adaptive_avg_pool2d(x, 1).sum(), x)
-    assert_close(grad, torch.full_like(x, 1 / 30))
-    assert grad.untyped_storage().nbytes() < x.untyped_storage().nbytes()
+@pytest.mark.parametrize("channels_last", [False, True])
+@AXES
+def test_gradient_of_a_global_mean_can_be_written(axes, channels_last, device):
+    """It is as dense as torch's; of images in channels_last it keeps their order."""
+    order = {2: torch.channels_last, 3: torch.channels_last_3d}.get(axes)
+    order = order if channels_last and order else torch.contiguous_format
+    x = torch.randn(SHAPES[axes], device=device).contiguous(memory_format=order).requires_grad_()
+    ours, theirs = pair("adaptive_avg_pool", axes)
+    grads = []
+    for function in (ours, theirs):
+        y = function(x, 1)
+        weights = torch.arange(y.numel(), device=device, dtype=y.dtype).view_as(y)
+        (grad,) = torch.autograd.grad(y, x, weights)
+        grads.append(grad.mul_(2))
+    assert_close(*grads)
+    assert grads[0].stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_gradient_of_a_global_mean_is_one_launch(dtype, device):
+    grad = torch.randn(2, 3, 1, 1, device=device, dtype=dtype)
+    x = torch.randn(2, 3, 5, 6, device=device, dtype=dtype, requires_grad=True)
+    y = ops.adaptive_avg_pool2d(x, 1)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        torch.autograd.grad(y, x, grad)
+    events = [e for e in profile.events() if e.name.startswith("aten::")]
+    assert [e.name for e in events].count("aten::div") == 1
+    # the divisor is copied, which is a number
+    copied = [e.input_shapes[0] for e in events if e.name in ("aten::copy_", "aten::clone")]
+    assert all(shape == [] for shape in copied)
+
+
+def test_a_hook_writes_into_the_gradient_of_a_global_mean(device):
+    x = torch.randn(2, 3, 5, 6, device=device)
+    grads = []
+    for module in (nn, torch.nn):
+        layer = module.ReLU()
+        layer.register_full_backward_pre_hook(lambda layer, grads: (grads[0].mul_(2),))
+        leaf = x.clone().requires_grad_()
+        module.AdaptiveAvgPool2d(1)(layer(leaf)).sum().backward()
+        grads.append(leaf.grad)
+    assert_close(*grads)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool], ids=str)

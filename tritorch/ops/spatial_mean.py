@@ -73,27 +73,31 @@ def _plan_small(images: int, pixels: int) -> launch.Prepared:
 
 
 class SpatialMean(torch.autograd.Function):
-    """The mean of every image: its gradient is an expanded view."""
+    """The mean of every image."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
-        ctx.shape = input.shape
+        ctx.shape, ctx.channels_last = input.shape, is_channels_last(input)
         output: Tensor = _spatial_mean(input)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        grad_input: Tensor = binding.apply(SpatialMeanBackward, grad_output, ctx.shape)
+        grad_input: Tensor = binding.apply(
+            SpatialMeanBackward, grad_output, ctx.shape, ctx.channels_last
+        )
         return grad_input
 
 
 class SpatialMeanBackward(torch.autograd.Function):
-    """The transpose of `SpatialMean`."""
+    """The transpose of `SpatialMean`: dense, for hooks write into gradients."""
 
     @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, shape: Sequence[int]) -> Tensor:
-        return (grad_output / math.prod(shape[2:])).expand(shape)
+    def forward(ctx: Any, grad_output: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+        grad = windows.empty(grad_output, shape, channels_last, grad_output.dtype)
+        # one launch, which makes no copy of what it expands
+        return torch.div(grad_output.expand(shape), math.prod(shape[2:]), out=grad)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return binding.apply(SpatialMean, grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return binding.apply(SpatialMean, grad), None, None
