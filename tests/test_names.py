@@ -219,6 +219,20 @@ def test_star_import_brings_layers_and_torchs_names():
     assert namespace["functional"] is tritorch_functional
 
 
+def test_star_import_of_functions_brings_torchs_names_and_our_functions():
+    ours, theirs = {}, {}
+    exec("from tritorch.nn.functional import *", ours)
+    exec("from torch.nn.functional import *", theirs)
+    assert set(ours) == set(theirs)
+    assert "F" not in ours
+    for name in set(theirs) - {"__builtins__"}:
+        # what has kernels is ours, and nothing else is another object
+        own = getattr(ops, name, None) is ours[name] or name in vars(tritorch_functional)
+        assert own or ours[name] is theirs[name], name
+    assert ours["conv2d"] is ops.conv2d
+    assert ours["torch"] is torch
+
+
 @pytest.mark.parametrize(
     ("module", "torchs"), [(tritorch, torch), (nn, torch.nn), (tritorch_functional, F)]
 )

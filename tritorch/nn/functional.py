@@ -43,6 +43,9 @@ from tritorch.ops import sigmoid as sigmoid
 from tritorch.ops import silu as silu
 from tritorch.ops import tanh as tanh
 
+# what `from tritorch.nn.functional import *` brings: torch's names, for none of ours has another
+__all__ = [name for name in dir(F) if not name.startswith("_")]
+
 Ints = int | list[int] | tuple[int, ...]
 
 
