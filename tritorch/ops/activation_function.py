@@ -209,6 +209,8 @@ class Activation(torch.autograd.Function):
             binding.save_for_backward(ctx, input if original is None else original)
             return input
         output: Tensor = _activation_forward(input, activation, slope)
+        if not ctx.needs_input_grad[0]:
+            return output
         # of leaky_relu torch keeps the input where it is not written
         keeps = keeps_input(activation, slope) or activation == "leaky_relu"
         binding.save_for_backward(ctx, input if keeps else output)
