@@ -178,7 +178,11 @@ def test_gradient_of_a_global_mean_can_be_written(axes, channels_last, device):
     grads = []
     for function in (ours, theirs):
         y = function(x, 1)
-        weights = torch.arange(y.numel(), device=device, dtype=y.dtype).view_as(y)
+        # in an order of its own
+        weights = torch.arange(y.numel(), device=device, dtype=y.dtype).view_as(
+            y.mT.transpose(0, 1)
+        )
+        weights = weights.transpose(0, 1).mT
         (grad,) = torch.autograd.grad(y, x, weights)
         grads.append(grad.mul_(2))
     assert_close(*grads)
@@ -197,6 +201,18 @@ def test_gradient_of_a_global_mean_is_one_launch(dtype, device):
     # the divisor is copied, which is a number
     copied = [e.input_shapes[0] for e in events if e.name in ("aten::copy_", "aten::clone")]
     assert all(shape == [] for shape in copied)
+
+
+def test_a_global_mean_compiles_with_its_gradient(device):
+    x = torch.randn(2, 3, 5, 6, device=device).contiguous(memory_format=torch.channels_last)
+    compiled = torch.compile(ops.adaptive_avg_pool2d, fullgraph=True, backend="aot_eager")
+    grads = []
+    for function in (compiled, ops.adaptive_avg_pool2d):
+        leaf = x.clone().requires_grad_()
+        function(leaf, 1).square().sum().backward()
+        grads.append(leaf.grad)
+    assert_close(*grads, rtol=0, atol=0)
+    assert grads[0].stride() == x.stride()
 
 
 def test_a_hook_writes_into_the_gradient_of_a_global_mean(device):

@@ -95,8 +95,11 @@ class SpatialMeanBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
         grad = windows.empty(grad_output, shape, channels_last, grad_output.dtype)
-        # one launch, which makes no copy of what it expands
-        return torch.div(grad_output.expand(shape), math.prod(shape[2:]), out=grad)
+        images, pixels = grad_output.expand(shape), math.prod(shape[2:])
+        # torch.compile takes no `out` in another order, and makes one launch of two operations
+        if torch.compiler.is_compiling():
+            return grad.copy_(images / pixels)
+        return torch.div(images, pixels, out=grad)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
