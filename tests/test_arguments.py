@@ -279,6 +279,13 @@ def test_a_sum_that_torch_does_not_form_of_bools(device):
             with pytest.raises(RuntimeError, match="Subtraction"):
                 module.smooth_l1_loss(x, y, beta=beta)
     assert_close(tritorch_functional.smooth_l1_loss(x, y), F.smooth_l1_loss(x, y))
+    for module in (F, tritorch_functional):
+        with pytest.raises(RuntimeError, match="Subtraction"):
+            module.binary_cross_entropy_with_logits(x, x, pos_weight=y)
+    ours, theirs = (
+        m.binary_cross_entropy_with_logits(x, x, weight=y) for m in (tritorch_functional, F)
+    )
+    assert_close(ours, theirs)
 
 
 def test_weights_and_targets_that_no_kernel_reads(device, rung):

@@ -112,8 +112,11 @@ def binary_cross_entropy_with_logits(
     _check(op, input, target, reduction, weight=weight, pos_weight=pos_weight)
     x, y, w, p = binding.autocast_to_float32(input, target, weight, pos_weight)
     # torch writes into a tensor of the target's dtype, which need not be what they promote to
-    mixed = "different dtypes" if x.dtype != y.dtype else None
-    if not backend.runs_triton(op, x, y, declined=mixed or loss.declined(x, y, w, p)):
+    declined = "different dtypes" if x.dtype != y.dtype else None
+    # it does not subtract from bools
+    if p is not None and p.dtype == torch.bool:
+        declined = "dtype bool"
+    if not backend.runs_triton(op, x, y, declined=declined or loss.declined(x, y, w, p)):
         return binary_cross_entropy_with_logits_reference(
             input, target, weight, reduction, pos_weight
         )
