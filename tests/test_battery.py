@@ -367,6 +367,26 @@ def test_strides_of_results_are_torchs():
     assert found.message == "output 0 has strides (1, 6), torch's (7, 1)"
 
 
+class MeanOfRows(torch.autograd.Function):
+    """Whose gradient is an expanded view, which a hook cannot write into."""
+
+    @staticmethod
+    def forward(ctx, input):
+        ctx.shape = input.shape
+        return input.mean(1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad / ctx.shape[1]).expand(ctx.shape)
+
+
+def test_a_gradient_that_torch_writes_out_is_no_view():
+    means = replace(CUBE, reference=lambda input: input.mean(1, keepdim=True))
+    (found,) = battery_torch.layout_of_results(wrong(MeanOfRows.apply, means), CASE)
+    assert found.message == "gradient of input has strides (1, 0), torch's (5, 1)"
+    assert battery_torch.layout_of_results(wrong(means.reference, means), CASE) == []
+
+
 def test_an_output_that_forgets_the_format_of_an_argument_is_told():
     def forgetful(input, weight):
         return torch.conv2d(input, weight).contiguous()
