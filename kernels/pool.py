@@ -54,7 +54,12 @@ def windows_per_cell(kernel_size, stride, dilation):
 def holds_windows(r, s, stride_h, stride_w, dilation_h, dilation_w):
     """Whether few enough windows reach into a cell for `max_pool2d_backward_kernel`."""
     windows = windows_per_cell(r, stride_h, dilation_h) * windows_per_cell(s, stride_w, dilation_w)
-    return windows <= MAX_WINDOWS and windows * stride_h * stride_w <= MAX_MEETINGS
+    return are_held(windows, stride_h * stride_w)
+
+
+def are_held(windows, pixels):
+    """Whether so many windows over a cell of so many pixels are few enough."""
+    return windows <= MAX_WINDOWS and windows * pixels <= MAX_MEETINGS
 
 
 @triton.jit

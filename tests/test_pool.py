@@ -40,6 +40,54 @@ def check_equal(functions, x, *given, **options):
     return ours
 
 
+ROWS = [
+    # steps of their own, also where a span is less than a vector
+    ((2, 3, 4, 16), {"kernel_size": 2}),
+    ((1, 2, 5, 6), {"kernel_size": 2}),
+    ((3, 2, 7, 24), {"kernel_size": 4}),
+    ((2, 2, 6, 8), {"kernel_size": (3, 1), "stride": (2, 2)}),
+    # columns of the steps before and after
+    ((2, 3, 9, 32), {"kernel_size": 3, "stride": 2, "padding": 1}),
+    ((1, 2, 5, 8), {"kernel_size": (1, 4), "stride": (1, 2), "padding": (0, 1)}),
+    ((1, 2, 5, 12), {"kernel_size": 3, "stride": (1, 4), "padding": 1}),
+    ((2, 3, 4, 6, 8), {"kernel_size": 2}),
+    ((1, 2, 5, 4, 8), {"kernel_size": (2, 1, 3), "stride": 2, "padding": (1, 0, 1)}),
+    # more than one program
+    ((2, 5, 32, 64), {"kernel_size": 2}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["max_pool", "avg_pool"])
+@pytest.mark.parametrize(("shape", "window"), ROWS, ids=str)
+def test_rows_have_the_bits_of_channels(name, shape, window, dtype, device):
+    """Dense rows go through kernels of their own, the same images by channels do not."""
+    axes = len(shape) - 2
+    function = getattr(ops, f"{name}{axes}d")
+    x = torch.randn(shape, device=device, dtype=dtype)
+    x[x > 1.5] = NAN
+    x[x < -1] = -INF
+    channels_last = torch.channels_last if axes == 2 else torch.channels_last_3d
+    last = x.to(memory_format=channels_last)
+    if name == "max_pool":
+        window = {**window, "return_indices": True}
+    found = []
+    for images in (x, last):
+        with launch.recorded() as kernels:
+            found.append(results(function, images, **window))
+        assert {"rows" in kernel for kernel in kernels} == {images is x}
+    assert_close(*found, rtol=0, atol=0, equal_nan=True, check_stride=False)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 16), (1, 2, 3, 6)])
+def test_padded_dilated_rows_are_torchs(shape, device):
+    given = {"kernel_size": 3, "stride": 2, "padding": 1, "return_indices": True}
+    x = torch.randn(shape, device=device)
+    x[:, :, :, :4] = -INF
+    check_equal(pair("max_pool", 2), x, **given, dilation=(1, 1))
+    check_equal(pair("max_pool", 2), x, **given, dilation=(1, 2), ceil_mode=True)
+
+
 @pytest.mark.parametrize("dilation", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_windows_of_minus_infinity_have_their_first_pixel(dilation, stride, device):

@@ -220,6 +220,7 @@ def _samples1d(make: Maker) -> Iterator[Sample]:
     yield Sample("global-long", input=make(1, 2, 300), output_size=1)
     yield Sample("global-splits", input=make(1, 3, 4160), output_size=1)
     yield Sample("even", input=make(2, 3, 8), output_size=4)
+    yield Sample("even-of-three", input=make(2, 3, 9), output_size=3)
     yield Sample("unbatched", input=make(3, 9), output_size=2)
     yield Sample("empty", input=make(0, 3, 5), output_size=2)
     yield Sample("tiny", input=make(1, 2, 5), output_size=3, gradcheck=True)
@@ -311,7 +312,13 @@ register(
         name="adaptive_avg_pool1d",
         op=adaptive_avg_pool1d,
         reference=adaptive_avg_pool1d_reference,
-        kernels=(*_MEAN, "reduce.split_sum_kernel", *_EVEN2D),
+        kernels=(
+            *_MEAN,
+            "reduce.split_sum_kernel",
+            *_EVEN2D,
+            "pool_rows.avg_pool_rows_forward_kernel",
+            "pool_rows.pool_rows_backward_kernel",
+        ),
         gradients=("input",),
         samples=_samples1d,
         workloads=_workloads1d,

@@ -172,7 +172,12 @@ register(
         name="avg_pool2d",
         op=avg_pool2d,
         reference=avg_pool2d_reference,
-        kernels=("pool.avg_pool2d_forward_kernel", "pool.avg_pool2d_backward_kernel"),
+        kernels=(
+            "pool.avg_pool2d_forward_kernel",
+            "pool.avg_pool2d_backward_kernel",
+            "pool_rows.avg_pool_rows_forward_kernel",
+            "pool_rows.pool_rows_backward_kernel",
+        ),
         gradients=("input",),
         samples=_samples,
         workloads=_workloads,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tritorch import binding, launch
-from tritorch.ops import windows
+from tritorch.ops import pool_rows, windows
 from tritorch.ops.geometry import is_channels_last
 from tritorch.ops.strided import Layout
 from tritorch.ops.windows import Window
@@ -58,6 +58,12 @@ def _plan_avg_pool(
 ) -> launch.Prepared:
     size = y.shape[2:]
     extents, stride, padding, _ = windows.split(window)
+    divisor = divisor_override or 1
+    means = {"COUNT_INCLUDE_PAD": count_include_pad, "HAS_DIVISOR": divisor_override is not None}
+    kernel = "avg_pool_rows_forward_kernel"
+    rows = pool_rows.forward(kernel, input, y, window, (divisor,), **means)
+    if rows is not None:
+        return rows
     return windows.prepared(
         kernels.avg_pool2d_forward_kernel
         if len(size) == 2
@@ -65,11 +71,10 @@ def _plan_avg_pool(
         (*input.shape[1:], *size),
         input.shape[0] * math.prod(size),
         (input, y),
-        (*stride, *padding, divisor_override or 1),
+        (*stride, *padding, divisor),
         **windows.named("T R S", extents),
         UNROLL=kernels.unrolled_taps(*extents),
-        COUNT_INCLUDE_PAD=count_include_pad,
-        HAS_DIVISOR=divisor_override is not None,
+        **means,
     )
 
 
@@ -100,7 +105,9 @@ def _avg_pool_backward(
     grad_input = windows.empty(grad_output, shape, channels_last, grad_output.dtype)
     given = tuple(window), count_include_pad, divisor_override
     run = _plan_avg_pool_backward(Layout.of(grad_output), Layout.of(grad_input), *given)
-    run(grad_input, grad_output, grad_input)
+    # a kernel of maxima too, which have taps
+    taps = (None,) if run.kernel is pool_rows.kernels.pool_rows_backward_kernel else ()
+    run(grad_input, grad_output, *taps, grad_input)
     return grad_input
 
 
@@ -114,6 +121,10 @@ def _plan_avg_pool_backward(
 ) -> launch.Prepared:
     (n, c, *pixels), size = grad_input.shape, grad_output.shape[2:]
     extents, stride, padding, dilation = windows.split(window)
+    means = count_include_pad, divisor_override is not None
+    rows = pool_rows.backward(grad_output, grad_input, window, divisor_override or 1, *means)
+    if rows is not None:
+        return rows
     return windows.prepared(
         kernels.avg_pool2d_backward_kernel
         if len(size) == 2

@@ -211,6 +211,8 @@ register(
             "pool.max_pool2d_backward_kernel",
             "pool.max_pool2d_backward_loop_kernel",
             "pool.max_pool2d_gather_kernel",
+            "pool_rows.max_pool_rows_forward_kernel",
+            "pool_rows.pool_rows_backward_kernel",
         ),
         gradients=("input",),
         samples=_samples,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tritorch import binding, launch
-from tritorch.ops import windows
+from tritorch.ops import pool_rows, windows
 from tritorch.ops.geometry import is_channels_last
 from tritorch.ops.strided import Layout
 from tritorch.ops.windows import Window
@@ -56,6 +56,10 @@ def _plan_max_pool(
     input: Layout, y: Layout, window: Window, keep_taps: bool, return_indices: bool
 ) -> launch.Prepared:
     size = y.shape[2:]
+    kept: dict[str, Any] = {"HAS_TAPS": keep_taps, "HAS_INDICES": return_indices}
+    rows = pool_rows.forward("max_pool_rows_forward_kernel", input, y, window, **kept)
+    if rows is not None:
+        return rows
     extents, *spacing = windows.split(window)
     return windows.prepared(
         kernels.max_pool2d_forward_kernel
@@ -68,8 +72,7 @@ def _plan_max_pool(
         **_adaptive(window, input.shape[2:], size),
         **windows.named("T R S", extents),
         UNROLL=kernels.unrolled_taps(*extents),
-        HAS_TAPS=keep_taps,
-        HAS_INDICES=return_indices,
+        **kept,
     )
 
 
@@ -106,6 +109,9 @@ def _max_pool_backward(
 def _plan_max_pool_backward(window: Window, *images: Layout) -> launch.Prepared:
     (_, _, *size), (n, c, *pixels) = images[0].shape, images[-1].shape
     sizes = (c, *pixels, *size)
+    rows = pool_rows.backward(images[0], images[-1], window)
+    if rows is not None:
+        return rows
     extents, stride, padding, dilation = windows.split(window)
     adaptive = windows.is_adaptive(window)
     if len(size) == 2 and not adaptive and kernels.holds_windows(*extents, *stride, *dilation):
