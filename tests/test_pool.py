@@ -58,9 +58,18 @@ ROWS = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["max_pool", "avg_pool"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("max_pool", {"return_indices": True}),
+        ("avg_pool", {}),
+        ("avg_pool", {"count_include_pad": False}),
+        ("avg_pool", {"divisor_override": 3}),
+    ],
+    ids=["max", "avg", "avg-exclusive", "avg-override"],
+)
 @pytest.mark.parametrize(("shape", "window"), ROWS, ids=str)
-def test_rows_have_the_bits_of_channels(name, shape, window, dtype, device):
+def test_rows_have_the_bits_of_channels(name, options, shape, window, dtype, device):
     """Dense rows go through kernels of their own, the same images by channels do not."""
     axes = len(shape) - 2
     function = getattr(ops, f"{name}{axes}d")
@@ -69,12 +78,10 @@ def test_rows_have_the_bits_of_channels(name, shape, window, dtype, device):
     x[x < -1] = -INF
     channels_last = torch.channels_last if axes == 2 else torch.channels_last_3d
     last = x.to(memory_format=channels_last)
-    if name == "max_pool":
-        window = {**window, "return_indices": True}
     found = []
     for images in (x, last):
         with launch.recorded() as kernels:
-            found.append(results(function, images, **window))
+            found.append(results(function, images, **window, **options))
         assert {"rows" in kernel for kernel in kernels} == {images is x}
     assert_close(*found, rtol=0, atol=0, equal_nan=True, check_stride=False)
 
