@@ -6,8 +6,7 @@ VENV ?= .venv
 # the Triton that is installed where torch brings none
 TRITON ?= 3.6.0
 NEWEST_TRITON ?= 3.9.0
-NEWEST_INTERPRET = tests/test_interpreter.py tests/test_interpreter_numbers.py tests/test_conv_tma.py tests/test_matmul_tma.py \
-	tests/test_ops.py -k "not test_ops or (values_and_gradients and (f32 or bf16))"
+# the tiles were chosen for the oldest compiler: the newest one spills a few bytes in some of them
 NEWEST_COMPILE = tests/test_dry.py tests/test_launch.py tests/test_gpu_limits.py tests/test_conv_tma.py tests/test_matmul_tma.py \
 	tests/test_compile.py -k "not test_compile or (workloads and sm_90 and (f32 or bf16 or f64))"
 # processes of one test run
@@ -24,7 +23,7 @@ RUNGS := reference interpret compile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test $(RUNGS:%=test-%) test-newest newest-interpret newest-compile mutation check format gpu-test gpu-train clean
+.PHONY: help demo test $(RUNGS:%=test-%) test-newest newest-compile mutation check format gpu-test gpu-train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,12 +38,8 @@ test: $(INSTALLED) ## every rung that needs no GPU; one alone: make test-referen
 $(RUNGS:%=test-%): test-%: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung $* -n $(JOBS)
 
-test-newest: ## every op, the interpreter and the compilers with the newest Triton, in .venv-newest
-	@$(MAKE) --no-print-directory --keep-going VENV=.venv-newest TRITON=$(NEWEST_TRITON) newest-interpret newest-compile
-
-# what depends on Triton's version: both rungs whole take as long again as make test
-newest-interpret: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung interpret -n $(JOBS) $(NEWEST_INTERPRET)
+test-newest: ## the interpreter's rung, and the compiler on sm_90, with the newest Triton, in .venv-newest
+	@$(MAKE) --no-print-directory --keep-going VENV=.venv-newest TRITON=$(NEWEST_TRITON) test-interpret newest-compile
 
 newest-compile: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung compile -n $(JOBS) $(NEWEST_COMPILE)
