@@ -179,3 +179,33 @@ def test_a_class_of_tensors_hears_of_library_ops(device):
     assert Wrapped.heard == 1
     torch.testing.assert_close(y.a, F.relu(x))
     torch.testing.assert_close(y.b, F.relu(-x))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["relu", "silu", "conv", "linear", "max-pool", "global", "norm"])
+def test_batched_gradients_are_torchs(name, device):
+    """The tensors are of torch's own class, and without memory of their own."""
+    layer = {**LAYERS, "silu": lambda: nn.SiLU()}[name]().to(device).eval()
+    grads = []
+    for path in ("auto", "reference"):
+        with backend.use(path):
+            x = torch.linspace(-2, 2, 180, device=device).view(2, 3, 5, 6).requires_grad_()
+            y = layer(x)
+            many = torch.linspace(-1, 1, 3 * y.numel(), device=device).view(3, *y.shape)
+            grads += torch.autograd.grad(y, x, many, is_grads_batched=True)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.interpret
+def test_zeros_without_memory_are_zeros(device):
+    zeros = torch._efficientzerotensor((3, 4), device=device)
+    torch.testing.assert_close(ops.relu(zeros), torch.zeros(3, 4, device=device))
+
+
+@pytest.mark.interpret
+def test_a_profiler_of_all_threads_hears_of_library_ops(device):
+    x = torch.randn(3, 5, device=device)
+    everybody = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(experimental_config=everybody) as profile:
+        ops.relu(x)
+    assert "tritorch::activation_forward" in {event.name for event in profile.events()}

@@ -60,21 +60,33 @@ def library_op(
     return bind
 
 
-# of other classes of tensors the dispatcher hears; lists hold tensors of any class
+def _keys_of(device: str) -> set[int]:
+    """The dispatch keys of an ordinary tensor, and of one that was made in inference mode."""
+    named = torch._C.DispatchKey
+    ordinary = torch._C.DispatchKeySet(getattr(named, device))
+    ordinary |= torch._C.DispatchKeySet(getattr(named, f"Autocast{device}"))
+    counted = torch._C.DispatchKeySet(named.ADInplaceOrView)
+    counted |= torch._C.DispatchKeySet(getattr(named, f"Autograd{device}"))
+    return {ordinary.raw_repr(), (ordinary | counted).raw_repr()}
+
+
+# the dispatcher hears of other classes, and of tensors that are no memory to read as it is: on
+# other devices, batched, negated, zeros without storage; lists hold tensors of any kind
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_KEYS_OF_TENSORS = frozenset(_keys_of("CPU") | _keys_of("CUDA"))
 _PLAIN = frozenset((type(None), bool, int, float, str, tuple, torch.Size))
 
 
 def _is_heard(arguments: tuple[Any, ...]) -> bool:
     """Whether anything in torch would hear of a library op: a compiler, a tracer, a mode, a
-    transform, the profiler, a class of tensors, a device without kernels, a negated view.
+    transform, a profiler, or what is special about a tensor.
     """
     if torch.compiler.is_compiling():
         return True
     for argument in arguments:
         kind = type(argument)
         if kind in _TENSORS:
-            if argument.is_meta or argument.is_neg():
+            if torch._C._dispatch_keys(argument).raw_repr() not in _KEYS_OF_TENSORS:
                 return True
         elif kind not in _PLAIN:
             return True
@@ -82,6 +94,8 @@ def _is_heard(arguments: tuple[Any, ...]) -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._autograd._profiler_enabled()
+        # of all threads
+        or torch.autograd.profiler._is_profiler_enabled
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or _is_compiler_at_work()
