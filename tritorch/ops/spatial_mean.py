@@ -94,12 +94,11 @@ class SpatialMeanBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-        grad = windows.empty(grad_output, shape, channels_last, grad_output.dtype)
-        images, pixels = grad_output.expand(shape), math.prod(shape[2:])
-        # torch.compile takes no `out` in another order, and makes one launch of two operations
-        if torch.compiler.is_compiling():
-            return grad.copy_(images / pixels)
-        return torch.div(images, pixels, out=grad)
+        # no write into memory of ours, which vmap does not follow
+        grad = (grad_output / math.prod(shape[2:])).expand(shape)
+        if channels_last:
+            return grad.movedim(1, -1).contiguous().movedim(-1, 1)
+        return grad.contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
