@@ -109,6 +109,20 @@ def test_second_gradients_in_place_are_torchs(name, device):
     assert_close(*results)
 
 
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_hooks_of_a_view_are_called_as_torch_calls_them_in_place(name, device):
+    ours, theirs, options = IN_PLACE[name]
+    results = []
+    for function in (ours, theirs):
+        leaf = torch.linspace(-7, 7, 24, device=device).view(4, 6).requires_grad_()
+        part, calls = (leaf * 2)[:, ::2], []
+        part.register_hook(lambda grad, calls=calls: calls.append(grad.shape))
+        (grad,) = torch.autograd.grad(function(part, inplace=True, **options).sum(), leaf)
+        results.append((grad, calls))
+    assert results[0][1] == results[1][1]
+    assert_close(results[0][0], results[1][0])
+
+
 def test_the_result_of_relu6_in_place_may_be_written(device):
     """A hard swish by hand, of which torch keeps the input."""
     results = []

@@ -86,7 +86,7 @@ def _call(
     differentiates = input.requires_grad and torch.is_grad_enabled()
     if inplace and differentiates and keeps_input(activation, slope):
         # not in the Function, whose copy would have no graph for a second gradient
-        original = input.clone()
+        original = (input.clone(),)
     output: Tensor = binding.apply(Activation, input, original, activation, slope, inplace)
     return input.copy_(output) if copies else output
 

@@ -196,17 +196,19 @@ class Activation(torch.autograd.Function):
     def forward(
         ctx: Any,
         input: Tensor,
-        original: Tensor | None,
+        original: tuple[Tensor] | None,
         activation: str,
         slope: float,
         inplace: bool,
     ) -> Tensor:
-        """`original`: what was in the input that is written, where that is kept."""
+        """`original`: what was in the input that is written, where that is kept; in a tuple, so
+        that it is saved with its graph and the first gradient has no way there.
+        """
         ctx.activation, ctx.slope = activation, slope
         if inplace:
             _activation_forward_(input, activation, slope)
             ctx.mark_dirty(input)
-            binding.save_for_backward(ctx, input if original is None else original)
+            binding.save_for_backward(ctx, input if original is None else original[0])
             return input
         output: Tensor = _activation_forward(input, activation, slope)
         if not ctx.needs_input_grad[0]:
