@@ -99,7 +99,6 @@ def batch_norm(
         input.shape,
         *[None if tensor is None else tensor.shape for tensor in (residual, *vectors)],
         training,
-        momentum,
         eps,
         activation,
     )
@@ -158,7 +157,6 @@ def _check_shapes(
     weight: torch.Size | None,
     bias: torch.Size | None,
     training: bool,
-    momentum: float,
     eps: float,
     activation: str | None,
 ) -> str | None:
