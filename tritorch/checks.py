@@ -31,9 +31,10 @@ def remembered(check: Callable[..., _Found]) -> Callable[..., _Found]:
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return check(*arguments)
         try:
-            return found(*arguments)
+            hash(arguments)
         except TypeError:
             return check(*arguments)
+        return found(*arguments)
 
     return checked
 
@@ -207,7 +208,7 @@ def ints(op: str, name: str, value: int | Sequence[int], count: int) -> tuple[in
 def integer(op: str, name: str, value: Any, rule: str = "must be an integer") -> Any:
     """`value` as an integer, if torch takes it for one: NumPy's and a tensor of one, no bool."""
     if not isinstance(value, bool):
-        if isinstance(value, (int, torch.SymInt)):
+        if type(value) is int or isinstance(value, torch.SymInt):
             return value
         with contextlib.suppress(TypeError):
             return operator.index(value)
