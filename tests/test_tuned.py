@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tritorch import backend, launch, ops, tuned
+from tritorch.ops import matmul_function
+from tritorch.ops.strided import Layout
 from tritorch.testing import dry
 
 pytestmark = pytest.mark.compile
@@ -103,3 +105,16 @@ def test_a_measured_configuration_is_taken_for_its_sizes_alone():
     assert measured == [("matmul_config", other)]
     assert unmeasured[0][1] is not other
     assert forced[0][1] is own[0][1]
+
+
+def test_plans_that_are_remembered_are_asked_again_for_another_table():
+    layout = Layout.of(torch.empty(64, 64))
+    arguments = layout, layout, None, None, False, "ieee"
+    own = matmul_function._plan(*arguments)[1].config
+    with launch.questions() as asked:
+        matmul_function._plan(*arguments)
+    [(name, sizes)] = asked
+    other = next(each for each in matmul_function.kernels.MATMUL_CONFIGS[4] if each is not own)
+    with tuned.using({(name, sizes): other}):
+        assert matmul_function._plan(*arguments)[1].config is other
+    assert matmul_function._plan(*arguments)[1].config is own

@@ -114,14 +114,14 @@ _Plan = TypeVar("_Plan")
 def planned(plan: Callable[..., _Plan]) -> Callable[..., _Plan]:
     """Remembers what `plan` makes of its arguments, all hashable: layouts, numbers.
 
-    Inside `override`, `choices` and `questions` it is asked again, because it may ask for a
-    configuration.
+    Inside `override`, `choices`, `questions` and `tuned.using` it is asked again, because it may
+    ask for a configuration.
     """
     remembered = functools.lru_cache(maxsize=4096)(plan)
 
     @functools.wraps(plan)
     def planned(*arguments: Any) -> _Plan:
-        asks = _overrides or _choices or _questions
+        asks = _overrides or _choices or _questions or tuned.forced is not None
         return (plan if asks else remembered)(*arguments)
 
     return planned

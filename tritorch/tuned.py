@@ -26,7 +26,8 @@ from tritorch.testing import dry
 # function and sizes
 Key = tuple[str, tuple[int, ...]]
 
-_forced: Mapping[Key, Any] | None = None
+# that of `using`
+forced: Mapping[Key, Any] | None = None
 
 
 def path(gpu: str | None = None) -> Path:
@@ -55,7 +56,7 @@ def find(function: str, sizes: Sequence[int], own: Any) -> Any:
     Where no GPU runs the kernel, in the interpreter or ahead of time, there is none.  Warns of one
     that lacks what `own` has, which another version of the kernel was measured with.
     """
-    table = _forced if _forced is not None else _of_this_machine()
+    table = forced if forced is not None else _of_this_machine()
     found = table.get((function, tuple(sizes))) if table else None
     if found is not None and own is not None:
         missing = sorted(own.kwargs.keys() - found.kwargs.keys())
@@ -73,12 +74,12 @@ def find(function: str, sizes: Sequence[int], own: Any) -> Any:
 @contextlib.contextmanager
 def using(table: Mapping[Key, Any]) -> Iterator[None]:
     """Inside the block this table is everybody's, and no other is read."""
-    global _forced
-    previous, _forced = _forced, table
+    global forced
+    previous, forced = forced, table
     try:
         yield
     finally:
-        _forced = previous
+        forced = previous
 
 
 def read(file: Path) -> dict[Key, Any]:
