@@ -213,6 +213,8 @@ rows.Bench.rows = slow
             text=True,
             # a signal of the terminal reaches the whole group
             start_new_session=True,
+            # a shell's background jobs ignore it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         until = time.monotonic() + 60
         while not (out / "mark").exists() and time.monotonic() < until:
