@@ -104,9 +104,7 @@ def _avg_pool_backward(
 ) -> Tensor:
     grad_input = windows.empty(grad_output, shape, channels_last, grad_output.dtype)
     given = tuple(window), count_include_pad, divisor_override
-    run = _plan_avg_pool_backward(Layout.of(grad_output), Layout.of(grad_input), *given)
-    # a kernel of maxima too, which have taps
-    taps = (None,) if run.kernel is pool_rows.kernels.pool_rows_backward_kernel else ()
+    run, taps = _plan_avg_pool_backward(Layout.of(grad_output), Layout.of(grad_input), *given)
     run(grad_input, grad_output, *taps, grad_input)
     return grad_input
 
@@ -118,14 +116,15 @@ def _plan_avg_pool_backward(
     window: Window,
     count_include_pad: bool,
     divisor_override: int | None,
-) -> launch.Prepared:
+) -> tuple[launch.Prepared, tuple[None, ...]]:
+    """The launch, and what its kernel takes for the taps of maxima."""
     (n, c, *pixels), size = grad_input.shape, grad_output.shape[2:]
     extents, stride, padding, dilation = windows.split(window)
     means = count_include_pad, divisor_override is not None
     rows = pool_rows.backward(grad_output, grad_input, window, divisor_override or 1, *means)
     if rows is not None:
-        return rows
-    return windows.prepared(
+        return rows, (None,)
+    run = windows.prepared(
         kernels.avg_pool2d_backward_kernel
         if len(size) == 2
         else kernels3d.avg_pool3d_backward_kernel,
@@ -137,6 +136,7 @@ def _plan_avg_pool_backward(
         COUNT_INCLUDE_PAD=count_include_pad,
         HAS_DIVISOR=divisor_override is not None,
     )
+    return run, ()
 
 
 class AvgPool(torch.autograd.Function):
