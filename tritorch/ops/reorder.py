@@ -56,17 +56,9 @@ def _over_pixels(images: Layout) -> int | None:
     return stride
 
 
-def convolve(
-    run: Callable[..., None],
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    before: Tensor | None = None,
-) -> None:
-    """`run` of channels_last images, with copies of those that are not."""
-    results(run, _copied(x), weight, y, bias, activation, before)
+def convolve(run: Callable[..., None], x: Tensor, *given: Any) -> None:
+    """`results` of a kernel that takes x in channels_last alone, too."""
+    results(run, _copied(x), *given)
 
 
 def results(
@@ -91,7 +83,7 @@ def grad_weight(
     run: Callable[..., Tensor | None], grad_output: Tensor, input: Tensor, output: Tensor
 ) -> Tensor | None:
     """`run` of channels_last images, with copies of those that are not."""
-    return run(_copied(grad_output), _copied(input), output)
+    return of_grads(run, grad_output, _copied(input), output)
 
 
 def of_grads(
