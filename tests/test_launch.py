@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from tritorch import backend, launch, ops
+from tritorch import backend, bound, launch, ops
 from tritorch.testing import dry
 
 pytestmark = pytest.mark.compile
@@ -23,9 +23,9 @@ class Launches(list):
 def launches(monkeypatch):
     """Launches on CPU tensors take the way of a GPU's; what the launcher is called with."""
     seen = Launches()
-    original, bind = dry._Launcher.__call__, launch._bind
+    original, bind = dry._Launcher.__call__, bound.bind
 
-    def bound(*arguments):
+    def keep(*arguments):
         seen.bound.append(bind(*arguments))
         return seen.bound[-1]
 
@@ -35,9 +35,9 @@ def launches(monkeypatch):
         original(self, grid_x, grid_y, grid_z)
 
     monkeypatch.setattr(dry._Launcher, "__call__", spy)
-    monkeypatch.setattr(launch, "_bind", bound)
+    monkeypatch.setattr(bound, "bind", keep)
     monkeypatch.setattr(launch, "_gpu", lambda tensor: 0)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     with backend.use("triton"), backend.strict(), dry.compiling_for("sm_90"):
         yield seen
@@ -67,9 +67,9 @@ def test_a_remembered_launch_passes_what_the_first_did(op, launches):
     CALLS[op]()
     first = launches.copy()
     launches.clear()
-    bound = len(launches.bound)
+    known = len(launches.bound)
     CALLS[op]()
-    assert len(launches.bound) == bound
+    assert len(launches.bound) == known
     assert [shown(arguments) for arguments in launches] == [shown(a) for a in first]
     assert first
 
@@ -78,8 +78,8 @@ def kernel_of(call, launches):
     """The compiled kernel that a call is the first to launch."""
     known = len(launches.bound)
     call()
-    (bound,) = launches.bound[known:]
-    return bound.metadata, bound.run
+    (found,) = launches.bound[known:]
+    return found.head, found.run
 
 
 def test_what_triton_specialises_for_is_told_apart(launches):
@@ -108,9 +108,9 @@ def test_floats_share_one_launch(launches):
     x = torch.ones(4, 3, 5, 5)
     statistics = torch.zeros(3), torch.ones(3)
     ops.batch_norm(x, *statistics, training=True, momentum=0.1)
-    bound = len(launches.bound)
+    known = len(launches.bound)
     ops.batch_norm(x, *statistics, training=True, momentum=0.7, eps=1e-3)
-    assert len(launches.bound) == bound
+    assert len(launches.bound) == known
     assert 0.7 in [a for name, *rest in launches for a in rest if isinstance(a, float)]
 
 
@@ -162,18 +162,18 @@ def copy_tile():
 def test_a_launch_with_descriptors_is_remembered_by_dtype_and_tile(launches, copy_tile):
     run = launch.Prepared(copy_tile, (1,), (0,))
 
-    def bound(shape, block, dtype=torch.float16):
+    def remembered(shape, block, dtype=torch.float16):
         x = torch.ones(shape, dtype=dtype)
         launches.clear()
         run(x, describe(x, block), describe(x, block))
         return {id(b.run) for b in launches.bound}, launches[0]
 
-    first, (_, _, _, x, y, row) = bound((64, 32), [16, 32])
-    assert [x.block_shape, y.block_shape, row] == [[16, 32], [16, 32], 0]
+    first, (_, _, _, x, y, row) = remembered((64, 32), [16, 32])
+    assert [x.block_shape, y.block_shape, row] == [(16, 32), (16, 32), 0]
     # sizes and strides are arguments: another tensor of the same kind is the same launch
-    assert bound((128, 64), [16, 32])[0] == first
-    assert len(bound((64, 32), [32, 32])[0]) == 2
-    assert len(bound((64, 32), [16, 32], torch.bfloat16)[0]) == 3
+    assert remembered((128, 64), [16, 32])[0] == first
+    assert len(remembered((64, 32), [32, 32])[0]) == 2
+    assert len(remembered((64, 32), [16, 32], torch.bfloat16)[0]) == 3
 
 
 def test_what_a_descriptor_takes():

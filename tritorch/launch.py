@@ -11,12 +11,12 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from tritorch import backend, tuned
+from tritorch import backend, bound, tuned
 from tritorch.testing import dry, interpreter
 
 # programs along the second and the third axis of a grid, of which CUDA takes no more
@@ -182,9 +182,10 @@ def descriptor(
     """
     described = object.__new__(_descriptor_class())
     described.base = base
-    described.shape = shape
-    described.strides = strides
-    described.block_shape = block
+    # tuples, as keys of what is remembered
+    described.shape = tuple(shape)
+    described.strides = tuple(strides)
+    described.block_shape = tuple(block)
     described.padding = "zero"
     return described
 
@@ -236,7 +237,7 @@ class Prepared:
         self._grid = (*grid, 1, 1)[:3]
         # compiled kernels by what Triton compiles tensors for: dtype and alignment, of descriptors
         # dtype and tile
-        self._bound: dict[tuple[Any, ...], _Bound] = {}
+        self._bound: dict[tuple[Any, ...], bound.Bound] = {}
 
     def __call__(self, on: Tensor, *tensors: Any, floats: tuple[float, ...] = ()) -> None:
         """Launches on the device of `on`."""
@@ -246,7 +247,7 @@ class Prepared:
         if device < 0 or backend.INTERPRETING:
             self._by_triton(on, (*tensors, *self.numbers, *floats))
             return
-        if device != torch.cuda.current_device():
+        if device != torch._C._cuda_getDevice():
             # a launch goes to the current device, which need not be the tensor's
             with torch.cuda.device(device):
                 return self(on, *tensors, floats=floats)
@@ -256,31 +257,29 @@ class Prepared:
             return
         seen: list[Any] = [device]
         for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                seen.append(tensor.dtype)
-                seen.append(tensor.data_ptr() % 16)
+            if tensor is None:
+                seen.append(None)
+            elif isinstance(tensor, Tensor):
+                seen += tensor.dtype, tensor.data_ptr() % 16
             else:
-                seen.append(tensor if tensor is None else _described(tensor))
+                seen += tensor.base.dtype, tensor.block_shape
         key = tuple(seen)
-        bound = self._bound.get(key)
-        if bound is None:
+        found = self._bound.get(key)
+        if found is None:
             arguments = (*tensors, *self.numbers, *floats)
             compiled = self._by_triton(on, arguments)
             options = _options(self.config, self.constants)
-            self._bound[key] = _bind(self.kernel, compiled, len(arguments), options)
+            self._bound[key] = bound.bind(self.kernel, compiled, arguments, options)
             return
-        bound.run(
+        run, head, maps, constants = found
+        run(
             *self._grid,
             torch._C._cuda_getCurrentRawStream(device),
-            bound.function,
-            bound.metadata,
-            None,
-            None,
-            None,
-            *tensors,
+            *head,
+            *(tensors if maps is None else maps(tensors)),
             *self.numbers,
             *floats,
-            *bound.constants,
+            *constants,
         )
 
     def _by_triton(self, on: Tensor, arguments: tuple[Any, ...]) -> Any:
@@ -314,27 +313,6 @@ class Prepared:
 def _gpu(tensor: Tensor) -> int:
     """The index of the tensor's GPU, negative where it is on none."""
     return tensor.get_device()
-
-
-class _Bound(NamedTuple):
-    """A loaded kernel, and what Triton's launcher takes besides grid, stream and arguments."""
-
-    run: Callable[..., None]
-    function: Any
-    metadata: Any
-    constants: tuple[Any, ...]
-
-
-def _described(argument: Any) -> tuple[Any, ...]:
-    return (argument.base.dtype, *argument.block_shape, argument.padding)
-
-
-def _bind(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) -> _Bound:
-    # the launcher takes a value for every parameter, also for those that were compiled in
-    rest = tuple(
-        options.get(parameter.name, parameter.default) for parameter in kernel.params[given:]
-    )
-    return _Bound(compiled.run, compiled.function, compiled.packed_metadata, rest)
 
 
 def _is_watched() -> bool:
