@@ -18,12 +18,16 @@ SPATIAL_MEAN_CONFIGS = (
     # pixels along memory: a large image, or many small ones
     Config({"BLOCK_R": 512, "BLOCK_C": 8}, num_warps=4, num_stages=3, maxnreg=255),
     Config({"BLOCK_R": 64, "BLOCK_C": 32}, num_warps=4, num_stages=3, maxnreg=255),
+    # for the search alone
+    Config({"BLOCK_R": 16, "BLOCK_C": 64}, num_warps=2, num_stages=3, maxnreg=255),
+    Config({"BLOCK_R": 32, "BLOCK_C": 64}, num_warps=4, num_stages=3, maxnreg=255),
+    Config({"BLOCK_R": 64, "BLOCK_C": 128}, num_warps=8, num_stages=3, maxnreg=255),
 )
 
 
 def spatial_mean_config(channels_last, pixels):
     """Tile of the mean of whole images, along memory."""
-    along_channels, large, small = SPATIAL_MEAN_CONFIGS
+    along_channels, large, small = SPATIAL_MEAN_CONFIGS[:3]
     if channels_last:
         return along_channels
     return small if pixels <= 64 else large
@@ -87,6 +91,43 @@ def small_mean_kernel(x_ptr, y_ptr, C, R, BLOCK_R: tl.constexpr, BLOCK_C: tl.con
     offs_c = first_c + tl.arange(0, BLOCK_C)
     y = tl.sum(x, axis=1) / R
     tl.store(y_ptr + offs_c, y.to(y_ptr.dtype.element_ty), mask=offs_c < C)
+
+
+# pixels and channels of a tile that is written with channels along memory; elements of a row else
+SPREAD_R, SPREAD_C, SPREAD_ROW = 32, 128, 2048
+
+
+@triton.jit
+def spread_mean_kernel(
+    x_ptr, y_ptr,
+    N, C, R,
+    CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Writes x, divided by R, into the R pixels of each channel of N dense images: the gradient of
+    their means.
+    """
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    pid = tl.program_id(0)
+    if CHANNELS_LAST:
+        num_c, num_r = tl.cdiv(C, BLOCK_C), tl.cdiv(R, BLOCK_R)
+        n = pid // num_c // num_r
+        if INDEX_64:
+            n = n.to(tl.int64)
+        offs_c = pid % num_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        offs_r = pid // num_c % num_r * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask_c = offs_c < C
+        y = tl.load(x_ptr + n * C + offs_c, mask=mask_c, other=0.0).to(ACC) / R
+        y = tl.broadcast_to(y.to(y_ptr.dtype.element_ty)[None, :], (BLOCK_R, BLOCK_C))
+        y_ptrs = y_ptr + (n * R + offs_r)[:, None] * C + offs_c[None, :]
+        tl.store(y_ptrs, y, mask=(offs_r < R)[:, None] & mask_c[None, :])
+    else:
+        # whole vectors, wherever an image begins
+        first = pid.to(tl.int64) * BLOCK_R if INDEX_64 else pid * BLOCK_R
+        index = first + tl.arange(0, BLOCK_R)
+        mask = index < N * C * R
+        y = tl.load(x_ptr + index // R, mask=mask, other=0.0).to(ACC) / R
+        tl.store(y_ptr + index, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

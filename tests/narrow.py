@@ -36,6 +36,10 @@ _MEANS = Rule(
     "a program has one mean of each channel, read from many elements",
     lambda wide, narrow: wide == 0 and narrow == 1,
 )
+_SPREAD = Rule(
+    "a mean is read once for each of its pixels, the next ones out of a cache",
+    lambda wide, narrow: wide == 0,
+)
 _ROWS = Rule(
     "one number of a row of classes: its target, what its softmax needs, its loss",
     lambda wide, narrow: wide > 0,
@@ -53,6 +57,7 @@ OF_KERNELS = {
     ("pool_rows_backward_kernel", "loads"): _TAPS,
     ("small_mean_kernel", "stores"): _MEANS,
     ("spatial_mean_kernel", "stores"): _MEANS,
+    ("spread_mean_kernel", "loads"): _SPREAD,
     ("dropout_kernel", "loads"): _NUMBERS,
     ("elementwise_loss_forward_kernel", "stores"): _NUMBERS,
     ("elementwise_loss_backward_kernel", "loads"): _NUMBERS,

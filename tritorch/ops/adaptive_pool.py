@@ -303,6 +303,7 @@ def _cost(axes: int) -> Callable[..., dict[str, Cost]]:
 _MEAN = (
     "adaptive_pool.spatial_mean_kernel",
     "adaptive_pool.small_mean_kernel",
+    "adaptive_pool.spread_mean_kernel",
     "adaptive_pool.adaptive_avg_pool_kernel",
 )
 _EVEN2D = ("pool.avg_pool2d_forward_kernel", "pool.avg_pool2d_backward_kernel")

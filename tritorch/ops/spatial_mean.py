@@ -89,16 +89,50 @@ class SpatialMean(torch.autograd.Function):
         return grad_input
 
 
+def _spread(grad_output: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    return windows.empty(grad_output, shape, channels_last, grad_output.dtype)
+
+
+@binding.library_op(
+    "spatial_mean_backward(Tensor grad_output, SymInt[] shape, bool channels_last) -> Tensor",
+    fake=_spread,
+)
+def _spatial_mean_backward(
+    grad_output: Tensor, shape: Sequence[int], channels_last: bool
+) -> Tensor:
+    grad_input = _spread(grad_output, shape, channels_last)
+    # as small as the means
+    flat = grad_output.reshape(-1)
+    _plan_spread(tuple(shape), channels_last)(flat, flat, grad_input)
+    return grad_input
+
+
+@launch.planned
+def _plan_spread(shape: tuple[int, ...], channels_last: bool) -> launch.Prepared:
+    (n, c, *size), pixels = shape, math.prod(shape[2:])
+    tile = kernels.SPREAD_R, kernels.SPREAD_C
+    programs = n * math.ceil(pixels / tile[0]) * math.ceil(c / tile[1])
+    if not channels_last:
+        tile = kernels.SPREAD_ROW, 1
+        programs = math.ceil(math.prod(shape) / tile[0])
+    return launch.Prepared(
+        kernels.spread_mean_kernel,
+        (programs,),
+        (n, c, pixels),
+        CHANNELS_LAST=channels_last,
+        INDEX_64=math.prod(shape) > geometry.MAX_INDEX,
+        BLOCK_R=tile[0],
+        BLOCK_C=tile[1],
+    )
+
+
 class SpatialMeanBackward(torch.autograd.Function):
     """The transpose of `SpatialMean`: dense, for hooks write into gradients."""
 
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-        # no write into memory of ours, which vmap does not follow
-        grad = (grad_output / math.prod(shape[2:])).expand(shape)
-        if channels_last:
-            return grad.movedim(1, -1).contiguous().movedim(-1, 1)
-        return grad.contiguous()
+        grad_input: Tensor = _spatial_mean_backward(grad_output, shape, channels_last)
+        return grad_input
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
