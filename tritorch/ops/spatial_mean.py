@@ -109,7 +109,7 @@ def _spatial_mean_backward(
 
 @launch.planned
 def _plan_spread(shape: tuple[int, ...], channels_last: bool) -> launch.Prepared:
-    (n, c, *size), pixels = shape, math.prod(shape[2:])
+    n, c, pixels = *shape[:2], math.prod(shape[2:])
     tile = kernels.SPREAD_R, kernels.SPREAD_C
     programs = n * math.ceil(pixels / tile[0]) * math.ceil(c / tile[1])
     if not channels_last:
