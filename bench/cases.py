@@ -56,6 +56,8 @@ class Case:
     count: int = 1
     # what identifies the shape in a result file, where it is not the first tensor's
     sizes: tuple[int, ...] = ()
+    # changes drawn numbers at which rounding alone decides between two gradients
+    settle: Callable[[dict[str, Any]], None] | None = None
 
     @property
     def first(self) -> Tensor:
@@ -236,6 +238,8 @@ class Slot:
                         tensor.uniform_(*bounds, generator=generator)
                     else:
                         tensor.normal_(generator=generator)
+        if self.case.settle is not None:
+            self.case.settle(self.arguments)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that a call must leave alone."""
