@@ -3,6 +3,7 @@
 """
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,9 @@ def rung_of(config):
 
 
 def pytest_configure(config):
+    global _TO
+    # workers of xdist report to the process that started them
+    _TO = None if hasattr(config, "workerinput") else config.getoption("--json")
     # Triton reads it once, when it is imported
     os.environ["TRITON_INTERPRET"] = "1" if rung_of(config) == "interpret" else "0"
     if rung_of(config) == "cuda":
@@ -115,25 +119,41 @@ def rung(request):
 
 
 def pytest_runtest_logreport(report):
+    global _WRITTEN
     _REPORTS.append(report)
+    # a run that is killed has told what it found
+    if _TO is not None and time.monotonic() - _WRITTEN > _EVERY:
+        _write(None)
+        _WRITTEN = time.monotonic()
 
 
 _REPORTS: list[pytest.TestReport] = []
+_TO: str | None = None
+_WRITTEN = 0.0
+# seconds between two times that a run writes what it has
+_EVERY = 30.0
 
 
-def pytest_sessionfinish(session, exitstatus):
-    path = session.config.getoption("--json")
-    # workers of xdist report to the process that started them
-    if path is None or hasattr(session.config, "workerinput"):
-        return
+def _write(exit_status):
     from tritorch.bench.environment import write_result
 
     rows = [
-        {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+        {
+            "test": report.nodeid,
+            "outcome": report.outcome,
+            "seconds": report.duration,
+            **({"failure": report.longreprtext[-2000:]} if report.failed else {}),
+        }
         for report in _REPORTS
         if report.when == "call" or report.outcome != "passed"
     ]
     counts = {
         name: sum(r["outcome"] == name for r in rows) for name in ("passed", "failed", "skipped")
     }
-    write_result(path, "tests", rows, counts=counts, exit_status=int(exitstatus))
+    more = {"counts": counts, "exit_status": exit_status}
+    write_result(_TO, "tests", rows, overwrite=_WRITTEN > 0, **more)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if _TO is not None:
+        _write(int(exitstatus))
