@@ -1,29 +1,28 @@
 """Finds the fastest configurations for the shapes that a program runs, and keeps them in a table.
 
 What is measured is one library op on tensors laid out as the program had them.  Its plan asks for
-configurations; each that the kernel's table offers is timed beside the kernel's own choice.
+configurations; each candidate is timed beside the kernel's own choice, in every call that asks the
+same, and their sum decides.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritorch import kernels, launch, tuned
-from tritorch.bench import session, timing
+from tritorch import launch, tuned
+from tritorch.bench import candidates, session, timing
 from tritorch.bench.cases import OURS, Slot
-from tritorch.bench.environment import Json, environment, write_whole
+from tritorch.bench.environment import Json
+from tritorch.bench.intervals import Interval
 from tritorch.bench.passes import Prepared
-from tritorch.testing import configurations
+from tritorch.bench.tuned_table import TunedTable
 from tritorch.testing.calls import outputs_of
 
 # of a 16-bit result's norm: another order of a sum, and far from a wrong index
@@ -53,6 +52,10 @@ class Task:
         return next((a.element_size() for a in found), 0)
 
 
+# the calls that ask, by what they ask
+Asked = dict[tuned.Key, list[Task]]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What was found for one question: the best configuration, and the times of all, in us."""
@@ -60,25 +63,45 @@ class Answer:
     function: str
     sizes: tuple[int, ...]
     config: Any
-    own: float
-    best: float
+    # of each call, in which the kernel's own choice and the best one took
+    calls: tuple[tuple[str, float, float], ...]
     candidates: int
     # what differs from the kernel's own result, or does not run
     refused: tuple[str, ...] = ()
 
-    def row(self, task: Task) -> dict[str, Json]:
+    @property
+    def own(self) -> float:
+        return sum(own for _, own, _ in self.calls) / len(self.calls)
+
+    @property
+    def best(self) -> float:
+        return sum(best for _, _, best in self.calls) / len(self.calls)
+
+    def row(self) -> dict[str, Json]:
         """As the table keeps it."""
-        times = {"own_us": self.own, "median_us": self.best, "candidates": self.candidates}
-        said = {"call": str(task), "refused": list(self.refused)}
-        return tuned.row(self.function, self.sizes, self.config, **times, **said)
+        calls = [{"call": call, **_times(own, best)} for call, own, best in self.calls]
+        return tuned.row(
+            self.function,
+            self.sizes,
+            self.config,
+            **_times(self.own, self.best),
+            candidates=self.candidates,
+            calls=calls,
+            refused=list(self.refused),
+        )
+
+
+def _times(own: float, best: float) -> dict[str, Json]:
+    return {"own_us": round(own, 3), "median_us": round(best, 3)}
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps each library op that is called, once for each layout of its arguments."""
+    """Keeps what each library op that is called asks, once for each layout of its arguments."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tasks: dict[tuple[Any, ...], Task] = {}
+        self.asked: Asked = {}
+        self._seen: set[tuple[Any, ...]] = set()
 
     def __torch_dispatch__(
         self,
@@ -87,18 +110,28 @@ class _Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if op.namespace == "tritorch" and not kwargs:
-            key = (op, *map(_key, args))
-            if key not in self.tasks:
-                self.tasks[key] = Task(op, tuple(map(_planned, args)))
-        return op(*args, **(kwargs or {}))
+        if op.namespace != "tritorch" or kwargs:
+            return op(*args, **(kwargs or {}))
+        key = (op, *map(_key, args))
+        if key in self._seen:
+            return op(*args)
+        self._seen.add(key)
+        task = Task(op, tuple(map(_planned, args)))
+        # what a table answers would hide what is asked where it does not
+        with launch.questions() as asked, tuned.using({}):
+            result = op(*args)
+        for question in dict.fromkeys(asked):
+            self.asked.setdefault(question, []).append(task)
+        return result
 
 
-def tasks_of(run: Callable[[], object]) -> list[Task]:
-    """The library ops that `run` calls, in both passes."""
-    with _Recorder() as recorder:
-        run()
-    return list(recorder.tasks.values())
+def asked_by(programs: Iterable[Callable[[], object]]) -> Asked:
+    """What the plans of the library ops ask that the programs call, in both passes."""
+    recorder = _Recorder()
+    for run in programs:
+        with recorder:
+            run()
+    return recorder.asked
 
 
 def _key(argument: Any) -> Any:
@@ -131,65 +164,79 @@ def _made(argument: Any, device: torch.device) -> Any:
     return argument
 
 
-def questions_of(task: Task, device: torch.device) -> list[tuple[str, tuple[int, ...]]]:
-    """What the plans of the call ask for, each once, where there is more than one answer."""
-    arguments = [_made(argument, device) for argument in task.arguments]
-    with launch.questions() as asked:
-        task.op(*arguments)
-    return [
-        (function, sizes)
-        for function, sizes in dict.fromkeys(asked)
-        if len(_candidates(function, task.itemsize())) > 1
-    ]
-
-
-def _candidates(function: str, itemsize: int) -> tuple[Any, ...]:
-    for module in pkgutil.iter_modules(kernels.__path__):
-        table = configurations.tables(module.name).get(function)
-        if table is not None:
-            found = table.get(itemsize, ()) if isinstance(table, Mapping) else table
-            return tuple(found)
-    return ()
-
-
 def answer(
-    task: Task,
     function: str,
     sizes: tuple[int, ...],
+    tasks: Sequence[Task],
     device: torch.device,
     plan: timing.Plan = _PLAN,
-) -> Answer:
-    """Times every candidate beside the kernel's own choice; the own one stays unless another is
-    faster beyond both intervals.
+) -> Answer | None:
+    """Times every candidate beside the kernel's own choice in all calls; the own one stays unless
+    another is faster beyond both intervals.  None where there is nothing to compare with.
+
+    `plan`: its seconds are for all calls together.
     """
+    own = candidates.own(function, sizes)
+    configs = {"own": own}
+    for number, config in enumerate(candidates.candidates(function, sizes, tasks[0].itemsize())):
+        if str(config) != str(own):
+            configs[str(number)] = config
+    if len(configs) == 1:
+        return None
+    each = replace(plan, seconds=plan.seconds / len(tasks))
+    times: list[dict[str, Interval]] = []
+    refused: dict[str, None] = {}
+    for task in tasks:
+        medians, why = _timed(task, function, configs, device, each)
+        times.append(medians)
+        refused |= dict.fromkeys(why)
+        # what one call cannot take is nothing for the others
+        configs = {name: config for name, config in configs.items() if name in medians}
+    best = min(configs, key=lambda name: sum(one[name].value for one in times))
+    if sum(one[best].high for one in times) >= sum(one["own"].low for one in times):
+        best = "own"
+    calls = [
+        (str(task), one["own"].value, one[best].value)
+        for task, one in zip(tasks, times, strict=True)
+    ]
+    return Answer(function, sizes, configs[best], tuple(calls), len(configs), tuple(refused))
+
+
+def _timed(
+    task: Task,
+    function: str,
+    configs: Mapping[str, Any],
+    device: torch.device,
+    plan: timing.Plan,
+) -> tuple[dict[str, Interval], list[str]]:
+    """The medians of one call by name, and why the others have none."""
     clock = timing.clock(device)
     ring = _ring(task, device, clock)
-    with launch.choices() as chosen, tuned.using({}):
-        expected = _results(task, ring[0])
-    own = next(config for name, config in chosen if name == function)
-    sides: dict[str, list[timing.Call]] = {"own": [_call(task, one) for one in ring]}
-    configs, refused = {"own": own}, []
-    for number, config in enumerate(_candidates(function, task.itemsize())):
-        if str(config) == str(own):
-            continue
-        calls = [_call(task, one, function, config) for one in ring]
-        try:
-            with launch.override(function, config):
-                differs = _differ(_results(task, ring[0]), expected)
-        except Exception as error:
-            refused.append(f"{config}: {type(error).__name__}: {error}"[:300])
-            continue
-        if differs:
-            refused.append(f"{config}: another result")
-            continue
-        sides[str(number)], configs[str(number)] = calls, config
+    family = vars(candidates.family(function))
     with tuned.using({}):
+        with launch.recorded() as names:
+            expected = _results(task, ring[0])
+        # a plan may decline what was chosen, and then another family's kernel runs
+        must = configs["own"] is None or any(name in family for name in names)
+        sides: dict[str, list[timing.Call]] = {"own": [_call(task, one) for one in ring]}
+        refused = []
+        for name, config in configs.items():
+            if name == "own":
+                continue
+            try:
+                with launch.override(function, config), launch.recorded() as names:
+                    differs = _differ(_results(task, ring[0]), expected)
+            except Exception as error:
+                refused.append(f"{config}: {type(error).__name__}: {error}"[:300])
+                continue
+            if differs:
+                refused.append(f"{config}: another result")
+            elif must and not any(name in family for name in names):
+                refused.append(f"{config}: another kernel runs")
+            else:
+                sides[name] = [_call(task, one, function, config) for one in ring]
         times = timing.measure(sides, clock, plan, flush=len(ring) == 1)
-    best = min(times, key=lambda name: times[name].median.value)
-    if times[best].median.high >= times["own"].median.low:
-        best = "own"
-    medians = times["own"].median.value, times[best].median.value
-    return Answer(function, sizes, configs[best], *medians, len(sides), tuple(refused))
+    return {name: one.median for name, one in times.items()}, refused
 
 
 def _ring(task: Task, device: torch.device, clock: timing.Clock) -> list[list[Any]]:
@@ -226,41 +273,21 @@ def _differ(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 
 def tune(
-    tasks: Sequence[Task],
-    file: Path,
+    asked: Asked,
+    table: TunedTable,
     device: torch.device,
     plan: timing.Plan = _PLAN,
-    on_task: Callable[[Task], object] = lambda task: None,
+    on_question: Callable[[str, tuple[int, ...]], object] = lambda function, sizes: None,
 ) -> Iterator[Answer]:
-    """Answers what the tasks ask and the file does not know yet, and keeps every answer at once.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    known, rows = tuned.read(file), _rows(file)
-    for task in tasks:
-        on_task(task)
-        for function, sizes in questions_of(task, device):
-            if (function, sizes) in known:
-                continue
-            found = answer(task, function, sizes, device, plan)
-            known[function, sizes] = found.config
-            rows.append(found.row(task))
-            table: dict[str, Json] = {
-                "schema": 1,
-                "kind": "tuned",
-                "environment": environment(),
-                "rows": rows,
-            }
-            write_whole(file, table, overwrite=True)
+    """Answers what is asked and the table does not know yet, and keeps every answer at once."""
+    for (function, sizes), tasks in asked.items():
+        on_question(function, sizes)
+        if table.knows(function, sizes, candidates.own(function, sizes)):
+            continue
+        found = answer(function, sizes, tasks, device, plan)
+        if found is not None:
+            table.add(found.row(), found.config)
             yield found
-
-
-def _rows(file: Path) -> list[Json]:
-    if not file.exists():
-        return []
-    rows: list[Json] = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    return rows
 
 
 def programs(

@@ -15,7 +15,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     import torch
 
-    from tritorch.bench.tune import Answer, Task
+    from tritorch.bench.timing import Plan
+    from tritorch.bench.tune import Answer
+    from tritorch.bench.tuned_table import TunedTable
 
 _UNABLE, _USAGE, _STOPPED = 3, 2, 130
 
@@ -41,15 +43,17 @@ def tune(
 ) -> None:
     """Find the fastest configurations for OPS, or for what a model runs, on this GPU.
 
-    Every configuration that a kernel's table offers is timed beside the kernel's own choice and
-    checked against it, and the fastest is kept in a table that later launches read.  An interrupted
-    run keeps what it has, and the next one goes on there.
+    Every configuration that a kernel's table offers, or that was the best of other sizes, is timed
+    beside the kernel's own choice and checked against it, in all calls that ask the same.  The
+    fastest is kept in a table that later launches read.  An interrupted run keeps what it has, and
+    the next one goes on there; a table of another GPU is left as it is.
 
     Exit status: 0, 2 for a wrong request, 3 without a GPU or where the table cannot be written, 130
     interrupted.
     """
     from tritorch import tuned
-    from tritorch.bench import timing, tune
+    from tritorch.bench import timing
+    from tritorch.bench.tuned_table import TunedTable
 
     if not ops and model is None:
         raise click.UsageError("name ops, or a program by --model")
@@ -63,11 +67,8 @@ def tune(
     answers: list[Answer] = []
     status = 0
     try:
-        programs = _programs(ops, model, dtype, device)
-        tasks = [task for run in programs for task in tune.tasks_of(run)]
-        tasks = list({str(task) + repr(task.arguments): task for task in tasks}.values())
-        run = tune.tune
-        _tuned(tasks, lambda told: run(tasks, file, device, plan, told), answers, console)
+        table = TunedTable(file)
+        _tuned(_programs(ops, model, dtype, device), table, device, plan, answers, console)
     except ValueError as error:
         console.print(str(error), style="red", markup=False)
         sys.exit(_USAGE)
@@ -107,12 +108,16 @@ def _programs(
 
 
 def _tuned(
-    tasks: list[Task],
-    run: Callable[[Callable[[Task], object]], Iterator[Answer]],
+    programs: Iterator[Callable[[], object]],
+    table: TunedTable,
+    device: torch.device,
+    plan: Plan,
     answers: list[Answer],
     console: Console,
 ) -> None:
     """Adds answers to the list as they are found, and shows how far it is."""
+    from tritorch.bench import tune
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -120,16 +125,18 @@ def _tuned(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("tuning", total=len(tasks))
-        seen: list[Task] = []
+        bar = progress.add_task("running what is to be tuned", total=None)
+        asked = tune.asked_by(programs)
+        seen: list[str] = []
 
-        def told(task: Task) -> None:
-            progress.update(bar, description=str(task)[:60], completed=len(seen))
-            seen.append(task)
+        def told(function: str, sizes: tuple[int, ...]) -> None:
+            said = f"{function} {' '.join(map(str, sizes))}"
+            progress.update(bar, description=said[:60], completed=len(seen), total=len(asked))
+            seen.append(said)
 
-        for answer in run(told):
+        for answer in tune.tune(asked, table, device, plan, told):
             answers.append(answer)
-        progress.update(bar, completed=len(tasks))
+        progress.update(bar, completed=len(asked), total=len(asked))
 
 
 def _table(answers: list[Answer]) -> Table:

@@ -1,9 +1,10 @@
 """Configurations that were measured on a GPU, which launches take before a kernel's own choice.
 
 A table is a JSON file: `rows` of `function` (that chooses, such as "matmul_config"), `sizes` (what
-it was asked with), and the configuration as `kwargs`, `num_warps`, `num_stages` and `maxnreg`; what
-else a row holds is for its readers.  `path` says which file of the user's a GPU has, and `shipped`
-which of ours, whose rows count where the user's has none.
+it was asked with), and the configuration as `kwargs`, `num_warps`, `num_stages` and `maxnreg`, or
+`kwargs` alone and null where the kernel's own choice was best, which is none; what else a row holds
+is said in `tritorch.bench.tuned_table`.  `path` says which file of the user's a GPU has, and
+`shipped` which of ours, whose rows count where the user's has none.
 """
 
 from __future__ import annotations
@@ -58,17 +59,22 @@ def find(function: str, sizes: Sequence[int], own: Any) -> Any:
     """
     table = forced if forced is not None else _of_this_machine()
     found = table.get((function, tuple(sizes))) if table else None
-    if found is not None and own is not None:
-        missing = sorted(own.kwargs.keys() - found.kwargs.keys())
-        if missing:
-            warnings.warn(
-                f"tuned: the row of {function}{tuple(sizes)} has no {', '.join(missing)} and is not"
-                " taken: another version wrote it, and tritorch tune writes it anew",
-                UserWarning,
-                stacklevel=3,
-            )
-            return None
+    if lacks := missing(found, own):
+        warnings.warn(
+            f"tuned: the row of {function}{tuple(sizes)} has no {', '.join(lacks)} and is not"
+            " taken: another version wrote it, and tritorch tune writes it anew",
+            UserWarning,
+            stacklevel=3,
+        )
+        return None
     return found
+
+
+def missing(found: Any, own: Any) -> list[str]:
+    """The numbers that a measured configuration lacks of those that the kernel's own has."""
+    if found is None or own is None:
+        return []
+    return sorted(own.kwargs.keys() - found.kwargs.keys())
 
 
 @contextlib.contextmanager
@@ -83,7 +89,8 @@ def using(table: Mapping[Key, Any]) -> Iterator[None]:
 
 
 def read(file: Path) -> dict[Key, Any]:
-    """The table in a file, without rows if there is no such file.
+    """The table in a file, without rows if there is no such file; None stands for the kernel's own
+    choice.
 
     Raises:
         ValueError: the file is no such table.
@@ -93,7 +100,9 @@ def read(file: Path) -> dict[Key, Any]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
         return {
-            (row["function"], tuple(row["sizes"])): Config(
+            (row["function"], tuple(row["sizes"])): None
+            if row["kwargs"] is None
+            else Config(
                 row["kwargs"],
                 num_warps=row["num_warps"],
                 num_stages=row["num_stages"],
@@ -109,9 +118,11 @@ def read(file: Path) -> dict[Key, Any]:
 
 def row(function: str, sizes: Sequence[int], config: Any, **more: Any) -> dict[str, Any]:
     """A row of a table."""
+    asked = {"function": function, "sizes": list(sizes)}
+    if config is None:
+        return {**asked, "kwargs": None, **more}
     return {
-        "function": function,
-        "sizes": list(sizes),
+        **asked,
         "kwargs": dict(config.kwargs),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
