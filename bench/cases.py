@@ -136,12 +136,11 @@ def of_spec(
         if name != "target" and _floats(arguments.get(name))
     )
     cost = dict(spec.cost(**arguments))
-    if cost["backward"].bytes == 0:
+    forward, backward = cost[FORWARD], cost[BACKWARD]
+    cost[BOTH] = Cost(forward.flops + backward.flops, forward.bytes + backward.bytes)
+    if backward.bytes == 0:
         # an op that writes its arguments has no gradient
-        cost.pop("backward")
-    cost[BOTH] = Cost(
-        sum(one.flops for one in cost.values()), sum(one.bytes for one in cost.values())
-    )
+        cost.pop(BACKWARD)
     for which in passes or {}:
         # the gradient of one operand of a product costs what the product does
         cost.setdefault(which, cost["forward"])

@@ -52,12 +52,29 @@ def test_cost_counts_the_products_that_torch_counts(spec, name):
 
 @pytest.mark.parametrize("spec", [pytest.param(spec, id=spec.name) for spec in specs()])
 def test_cost_moves_at_least_the_arguments(spec):
-    # it reads one class of each row, and its gradient writes all of them
-    passes = ("forward", "backward") if spec.name == "nll_loss" else ("forward",)
+    # these read one class of each row, or some pixels, and their gradients write all of them
+    some = spec.name in ("nll_loss", "conv1d", "conv2d", "conv3d")
+    passes = ("forward", "backward") if some else ("forward",)
     for sample in spec.workloads(Maker(torch.float32, "meta")):
         cost = spec.cost(**sample.arguments)
-        assert set(cost) == {"forward", "backward"}
+        assert set(cost) - {"grad_input", "grad_weight"} == {"forward", "backward"}
         first = next(v for v in sample.arguments.values() if isinstance(v, Tensor | list))
         tensors = first if isinstance(first, list) else [first]
         moved = sum(cost[name].bytes for name in passes)
         assert moved >= sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_a_filter_smaller_than_its_stride_reads_some_pixels():
+    (spec,) = (spec for spec in specs() if spec.name == "conv2d")
+    x, w = torch.empty(2, 3, 8, 8, device="meta"), torch.empty(5, 3, 1, 1, device="meta")
+    for stride, rows, columns in ((1, 8, 8), (2, 4, 4), ((1, 3), 8, 3)):
+        cost = spec.cost(input=x, weight=w, stride=stride)
+        outputs = 2 * 5 * rows * columns
+        assert cost["forward"].bytes == 4 * (2 * 3 * rows * columns + 15 + outputs)
+        assert cost["grad_weight"] == cost["forward"]
+        assert cost["grad_input"].bytes == 4 * (2 * 3 * 64 + 15 + outputs)
+        assert cost["backward"].bytes == cost["grad_input"].bytes + cost["grad_weight"].bytes
+    # three taps and a stride of two read every pixel
+    w = torch.empty(5, 3, 3, 3, device="meta")
+    cost = spec.cost(input=x, weight=w, stride=2, padding=1)
+    assert cost["forward"].bytes == 4 * (2 * 3 * 64 + 135 + 2 * 5 * 16)

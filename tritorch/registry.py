@@ -162,7 +162,8 @@ class OpSpec(Subject):
     kernels: tuple[str, ...]
     workloads: Callable[[Maker], Iterable[Sample]]
     rejects: Callable[[Maker], Iterable[Reject]]
-    # passes "forward" and "backward" of one call, from its arguments
+    # passes "forward" and "backward" of one call, from its arguments, and what of the latter is
+    # timed by itself
     cost: Callable[..., Mapping[str, Cost]]
     source: str
     # the layers of tritorch.nn that call the op

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritorch.ops import conv_call
+from tritorch.ops import conv_call, conv_cost
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
 Triple = int | Sequence[int]
@@ -170,9 +169,7 @@ def _cost(
 ) -> dict[str, Cost]:
     x, w = (torch.empty(t.shape, device="meta") for t in (input, weight))
     y = conv3d_reference(x, w, None, stride, padding, dilation, groups)
-    flops = 2 * y.numel() * math.prod(weight.shape[1:])
-    traffic = (input.numel() + weight.numel() + y.numel()) * input.element_size()
-    return {"forward": Cost(flops, traffic), "backward": Cost(2 * flops, 2 * traffic)}
+    return conv_cost.of_convolution(input, weight, y.shape, stride)
 
 
 register(
