@@ -69,10 +69,16 @@ ROOMS = (
     Room(
         "tritorch/launch.py",
         "launch knows no op, and imports triton when the first kernel is launched",
-        may="stdlib torch tritorch.backend tritorch.tuned tritorch.testing.dry"
+        may="stdlib torch tritorch.backend tritorch.bound tritorch.tuned tritorch.testing.dry"
         " tritorch.testing.interpreter",
         lazily="triton",
         unused="torch.library",
+    ),
+    Room(
+        "tritorch/bound.py",
+        "what is bound for launch knows no op, and asks triton when a kernel is compiled",
+        may="stdlib",
+        lazily="triton",
     ),
     Room(
         "tritorch/tuned.py",
