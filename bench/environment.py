@@ -6,6 +6,7 @@ under which this machine's results are kept.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -23,13 +24,15 @@ import torch
 
 from tritorch.bench import clocks
 
-__all__ = ["SCHEMA", "environment", "gpu_slug", "write_result", "write_whole"]
+__all__ = ["PEERS", "SCHEMA", "environment", "gpu_slug", "write_result", "write_whole"]
 
 # raised when a reader of older files would misread a newer one
 SCHEMA = 1
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
+# other people's kernels, by their modules
+PEERS = ("flag_gems", "attorch", "liger_kernel")
 # bench/environment.py of a checkout; resolved, because a checkout may show it by a link
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +46,7 @@ def environment() -> dict[str, Json]:
     and `dirty` (tracked files differ from it) describe the checkout that this file is in. Both are
     None outside one; a copy of the tree that lacks its history can be told its commit in the
     variable TRITORCH_COMMIT. `date` is UTC, ISO 8601, seconds. `tf32` holds torch's two switches,
-    `triton_env` the TRITON_* variables.
+    `triton_env` the TRITON_* variables. `peers` is there if others' kernels are.
     """
     commit, dirty = _commit()
     # `allow_tf32` raises once a program has set a newer switch; torch gives those no types
@@ -56,6 +59,7 @@ def environment() -> dict[str, Json]:
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "numpy": _version("numpy"),
+        **_peers(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": commit,
@@ -67,6 +71,12 @@ def environment() -> dict[str, Json]:
         },
         "triton_env": {k: v for k, v in sorted(os.environ.items()) if k.startswith("TRITON_")},
     }
+
+
+def _peers() -> dict[str, Json]:
+    """Versions of those that this Python has; None for a copy that was not installed."""
+    found = {n: _version(n) for n in PEERS if importlib.util.find_spec(n) is not None}
+    return {"peers": found} if found else {}
 
 
 def gpu_slug() -> str:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from tritorch.bench.cases import BACKWARD, BOTH, FORWARD, Case
+from tritorch.bench.environment import PEERS
 
-NAMES = ("flag_gems", "attorch", "liger_kernel")
+NAMES = PEERS
 
 Function = Callable[..., Any]
 # the function for a case, None where the peer has no such call; arguments of the case by name

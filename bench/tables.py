@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import tritorch.ops  # noqa: F401  declares the specs
-from tritorch.bench import regret, resnet50_tables
+from tritorch.bench import peers_table, regret, resnet50_tables
 from tritorch.bench.measured import RESULTS, markdown, newest
 from tritorch.registry import Maker, OpSpec, specs
 
@@ -98,7 +98,7 @@ def results_table(folder: Path = RESULTS) -> str:
     for key, row in newest(folder, lambda row: row.get("section") != "layers"):
         gpu, op, which, shape = key
         # sums of whole steps would mix batch sizes
-        shape = shape if which == "train_step" else ""
+        shape = shape if which.startswith("train_step") else ""
         groups.setdefault((gpu, op, which, shape), []).append(row)
     if not groups:
         return "No result of a GPU is committed yet: nothing is claimed about speed.\n"
@@ -158,6 +158,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers": layers_table,
     "convolutions": resnet50_tables.convolutions,
     "convolutions-sums": resnet50_tables.sums,
+    "peers": peers_table.table,
     "outcome-products": resnet50_tables.outcome_of("Matrix products and 1x1 convolutions"),
     "outcome-convolutions": resnet50_tables.outcome_of("3x3 convolutions"),
     "outcome-stem": resnet50_tables.outcome_of("The first convolution"),

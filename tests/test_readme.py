@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tritorch.nn
-from tritorch.bench import tables
+from tritorch.bench import peers_table, tables
 
 pytestmark = pytest.mark.reference
 
@@ -90,6 +90,45 @@ def test_results_are_summed_and_unverified_ones_show_no_speedup(tmp_path):
         "| G | relu | host | 1 | 5 | 1 |  |  |",
     ]
     assert "No result of a GPU" in tables.results_table(tmp_path / "gpu" / "none")
+
+
+def test_peers_stand_beside_us_in_the_newest_run_that_has_them(tmp_path):
+    def result(date, *rows):
+        text = json.dumps({"environment": {"gpu": "G", "date": date}, "rows": rows})
+        (tmp_path / "gpu").mkdir(exist_ok=True)
+        (tmp_path / "gpu" / f"{date}.json").write_text(text)
+
+    def row(who, us, speedup=None, verified=True, which="forward"):
+        return {
+            "op": "relu",
+            "name": "odd",
+            "shape": [3, 5],
+            "dtype": "bfloat16",
+            "layout": "contiguous",
+            "pass": which,
+            "implementation": who,
+            "median_us": us,
+            "speedup": speedup,
+            "verified": verified,
+        }
+
+    result("2026-01-01", row("torch", 9.0), row("tritorch", 9.0, 1.0), row("attorch", 1.0, 9.0))
+    result(
+        "2026-01-02",
+        row("torch", 2.0),
+        row("tritorch", 1.0, 2.0),
+        row("flag_gems", 4.0, 0.5),
+        row("attorch", 1.0, verified=False),
+        row("liger_kernel", None, verified=False),
+        row("torch", 5.0, which="backward"),
+        row("tritorch", 5.0, 1.0, which="backward"),
+    )
+    # nobody is beside us in the newest one
+    result("2026-01-03", row("torch", 8.0), row("tritorch", 8.0, 1.0))
+    assert peers_table.table(tmp_path).splitlines()[2:] == [
+        "| G | relu | odd [3, 5] | bfloat16 | forward | 2.0 | 2.00 | 0.50 | wrong | raises |"
+    ]
+    assert "No result" in peers_table.table(tmp_path / "none")
 
 
 def test_examples_run():
