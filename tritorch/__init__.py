@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from tritorch import ops as ops
     from tritorch import optim as optim
     from tritorch import testing as testing
+    from tritorch.fusion import fuse as fuse
+    from tritorch.fusion import fusion_report as fusion_report
     from tritorch.testing.checking import check as check
     from tritorch.toplevel import conv1d as conv1d
     from tritorch.toplevel import conv2d as conv2d
@@ -56,6 +58,8 @@ __version__ = "0.1.0"
 _MODULES = frozenset(("backend", "data", "nn", "ops", "optim", "testing"))
 _FUNCTIONS = {
     "check": "tritorch.testing.checking",
+    "fuse": "tritorch.fusion",
+    "fusion_report": "tritorch.fusion",
     **dict.fromkeys(
         (
             "conv1d",

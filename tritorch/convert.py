@@ -1,8 +1,8 @@
 """Swaps the layers of an existing model for tritorch's, and back.
 
-Only layers are swapped: what a model's own `forward` calls, `F.relu(x)` say, stays as written.
-`tritorch.convert` is the function; `from tritorch.convert import ConversionReport` works all the
-same.
+Only layers are swapped: what a model's own `forward` calls, `F.relu(x)` say, stays as written; some
+of it `tritorch.fuse` puts into the layers' kernels.  `tritorch.convert` is the function; `from
+tritorch.convert import ConversionReport` works all the same.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def convert(
     Raises:
         TypeError: `model` is no module, or a selector neither a string nor a class of modules.
     """
-    model = _own(model, "convert", inplace)
+    model = own(model, "convert", inplace)
     for module, reason in _decisions(model, include, exclude):
         if reason is None:
-            module.__class__ = _twins()[type(module)]
+            module.__class__ = twin_classes()[type(module)]
     return model
 
 
 def revert(model: Module, inplace: bool = False) -> Module:
-    """The model with every layer of tritorch replaced by torch's: what `convert` did, undone.
+    """The model with every layer of tritorch replaced by torch's: `convert` and `fuse`, undone.
 
     Args:
         model: any module.
@@ -70,9 +70,13 @@ def revert(model: Module, inplace: bool = False) -> Module:
     Raises:
         TypeError: `model` is no module.
     """
-    model = _own(model, "revert", inplace)
-    torchs = {ours: theirs for theirs, ours in _twins().items()}
+    # not before it is needed: importing tritorch stays cheap
+    from tritorch.fusion import unfuse
+
+    model = own(model, "revert", inplace)
+    torchs = {ours: theirs for theirs, ours in twin_classes().items()}
     for module in model.modules():
+        unfuse(module)
         module.__class__ = torchs.get(type(module), type(module))
     return model
 
@@ -90,12 +94,20 @@ class ConversionReport:
     kept: Mapping[str, str]
 
     def __str__(self) -> str:
-        rows = [(name, "converted", layer) for name, layer in self.converted.items()]
-        rows += [(name, "kept", reason) for name, reason in self.kept.items()]
-        width = max((len(name or "(model)") for name, _, _ in rows), default=0)
-        lines = [f"{len(self.converted)} converted, {len(self.kept)} kept"]
-        lines += [f"{name or '(model)':{width}}  {what:9}  {detail}" for name, what, detail in rows]
-        return "\n".join(lines)
+        return report_table("converted", self.converted, self.kept)
+
+
+def report_table(done: str, changed: Mapping[str, str], kept: Mapping[str, str]) -> str:
+    """How many layers were `done` and how many kept, and a line of each."""
+    rows = [(name, done, detail) for name, detail in changed.items()]
+    rows += [(name, "kept", reason) for name, reason in kept.items()]
+    width = max((len(name or "(model)") for name, _, _ in rows), default=0)
+    lines = [f"{len(changed)} {done}, {len(kept)} kept"]
+    lines += [
+        f"{name or '(model)':{width}}  {what:{max(len(done), 4)}}  {detail}"
+        for name, what, detail in rows
+    ]
+    return "\n".join(lines)
 
 
 def conversion_report(
@@ -110,9 +122,9 @@ def conversion_report(
     Raises:
         TypeError: `model` is no module, or a selector neither a string nor a class of modules.
     """
-    _check_module(model, "conversion_report")
-    ours = set(_twins().values())
-    names = _names(model)
+    check_module(model, "conversion_report")
+    ours = set(twin_classes().values())
+    names = names_of(model)
     converted = {
         name: type(module).__name__
         for module in model.modules()
@@ -127,7 +139,7 @@ def conversion_report(
     return ConversionReport(converted, kept)
 
 
-def _twins() -> dict[type[Module], type[Module]]:
+def twin_classes() -> dict[type[Module], type[Module]]:
     """Our class by torch's."""
     # not before it is needed: importing tritorch stays cheap
     from tritorch import nn, ops  # noqa: F401  (ops declares what the layers are)
@@ -137,13 +149,13 @@ def _twins() -> dict[type[Module], type[Module]]:
     return {getattr(torch.nn, layer): getattr(nn, layer) for layer in layers}
 
 
-def _check_module(model: Module, function: str) -> None:
+def check_module(model: Module, function: str) -> None:
     if not isinstance(model, Module):
         raise TypeError(f"{function}: model must be a Module, not {type(model).__name__}")
 
 
-def _own(model: Module, function: str, inplace: bool) -> Module:
-    _check_module(model, function)
+def own(model: Module, function: str, inplace: bool) -> Module:
+    check_module(model, function)
     if inplace:
         return model
     shared = [*model.parameters(), *model.buffers()]
@@ -152,7 +164,7 @@ def _own(model: Module, function: str, inplace: bool) -> Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def _names(model: Module) -> dict[Module, list[str]]:
+def names_of(model: Module) -> dict[Module, list[str]]:
     """Every qualified name of every module: a shared one has several."""
     names: dict[Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -166,7 +178,7 @@ def _decisions(
     exclude: Selector | Iterable[Selector] | None,
 ) -> Iterator[tuple[Module, str | None]]:
     """Every layer that is not ours, with the reason to keep it; None is no reason."""
-    twins = _twins()
+    twins = twin_classes()
     included = None if include is None else _covered(model, _selectors(include), twins)
     excluded = {} if exclude is None else _covered(model, _selectors(exclude), twins)
     for module in model.modules():
@@ -233,7 +245,7 @@ def _covered(
 ) -> dict[Module, str]:
     """The modules that a selector names and all below them, each with the selector."""
     covered: dict[Module, str] = {}
-    for module, names in _names(model).items():
+    for module, names in names_of(model).items():
         kind = twins.get(type(module), type(module))
         for selector in selectors:
             if isinstance(selector, str):

@@ -1,7 +1,8 @@
 """torch.nn with kernels: layers are torch's classes with another forward, the rest is torch's own.
 
 A layer takes torch's arguments, holds torch's parameters and loads torch's checkpoints; its shapes,
-dtypes and errors are those of its op in `tritorch.ops`.
+dtypes and errors are those of its op in `tritorch.ops`.  `forward` of a linear layer, a 2d
+convolution and a batch norm takes the op's `activation` too, and that of a batch norm `residual`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def __dir__() -> list[str]:
 
 
 class Linear(torch.nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return ops.linear(input, self.weight, self.bias)
+    def forward(self, input: Tensor, activation: str | None = None) -> Tensor:
+        return ops.linear(input, self.weight, self.bias, activation)
 
 
 def _padded(layer: conv._ConvNd, input: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
@@ -50,9 +51,22 @@ class Conv1d(torch.nn.Conv1d):
 
 
 class Conv2d(torch.nn.Conv2d):
+    def forward(self, input: Tensor, activation: str | None = None) -> Tensor:
+        # a subclass may have another _conv_forward, of torch's arguments
+        if activation is None:
+            return self._conv_forward(input, self.weight, self.bias)
+        return self._convolve(input, self.weight, self.bias, activation)
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._convolve(input, weight, bias, None)
+
+    def _convolve(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+    ) -> Tensor:
         input, padding = _padded(self, input)
-        return ops.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return ops.conv2d(
+            input, weight, bias, self.stride, padding, self.dilation, self.groups, activation
+        )
 
 
 class Conv3d(torch.nn.Conv3d):
@@ -197,7 +211,12 @@ class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
         return ops.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
-def _batch_norm(layer: batchnorm._BatchNorm, input: Tensor) -> Tensor:
+def _batch_norm(
+    layer: batchnorm._BatchNorm,
+    input: Tensor,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     layer._check_input_dim(input)
     tracks = layer.training and layer.track_running_stats
     momentum = layer.momentum
@@ -217,6 +236,8 @@ def _batch_norm(layer: batchnorm._BatchNorm, input: Tensor) -> Tensor:
         layer.training or (layer.running_mean is None and layer.running_var is None),
         0.0 if momentum is None else momentum,
         layer.eps,
+        activation=activation,
+        residual=residual,
     )
 
 

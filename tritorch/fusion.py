@@ -1,0 +1,242 @@
+"""Rewrites the forwards of a model so that layers and the activations behind them are one kernel.
+
+`torch.fx` records each module's own forward, with the modules that it calls as single steps, so
+that modules, their names and the hooks on them stay.  Where the record has a layer and then an
+activation, the two become one call of `tritorch.nn.fused`.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import linecache
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tritorch import patterns
+from tritorch.convert import check_module, convert, names_of, own, report_table, twin_classes
+from tritorch.recorded import DeclinedError, record
+
+
+def fuse(model: Module, inplace: bool = False) -> Module:
+    """The model with activations computed by the kernels of the layers before them.
+
+    Fused are a batch norm, with or without an addition behind it, a linear layer, each with any
+    activation that the kernels know, and a 2d convolution with a ReLU: activations of torch.nn, of
+    `functional` or a tensor's method, in place or not.  Only steps of one forward, between which no
+    other value is used, are joined; `fusion_report` says which, and why others are not.
+
+    A model without a layer of tritorch is converted first.  A module with joined steps is the same
+    object of a subclass of its class, whose forward is the recorded one; `tritorch.revert` undoes
+    both.  A forward is recorded once, for tensors as arguments: with others it runs as it was
+    written, and for good once an attribute of its module is set or a child added.
+
+    Args:
+        model: any module.
+        inplace: as in `convert`: change `model` itself, not a copy that shares its parameters,
+            buffers and tensors in attributes.
+
+    Returns:
+        `model` itself if `inplace`, else the copy.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    model = own(model, "fuse", inplace)
+    ours = set(twin_classes().values())
+    if not any(type(module) in ours for module in model.modules()):
+        convert(model, inplace=True)
+    for module in model.modules():
+        plan = None if isinstance(module, Fused) else _plan(module)
+        if isinstance(plan, _Plan) and plan.fused:
+            module.__class__ = _fused_class(type(module), *_source(plan.graph))
+    return model
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """Which layers of a model have the activation behind them in their kernel; prints as a table.
+
+    fused: the layer and what is fused into it, by the layer's qualified name.
+    kept: why other batch norms and other layers with an activation behind them are as written, and
+        why the forwards of modules that hold layers could not be recorded.
+    """
+
+    fused: Mapping[str, str]
+    kept: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return report_table("fused", self.fused, self.kept)
+
+
+def fusion_report(model: Module) -> FusionReport:
+    """The state of a model: which of its layers are fused, and why the others are not.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    check_module(model, "fusion_report")
+    fused: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    for module, names in names_of(model).items():
+        plan = _plan(module)
+        for name in names:
+            if isinstance(plan, str):
+                kept[name] = plan
+            elif plan is not None:
+                prefix = f"{name}." if name else ""
+                joined = {prefix + layer: what for layer, what in plan.fused.items()}
+                kept |= {prefix + layer: reason for layer, reason in plan.kept.items()}
+                if isinstance(module, Fused):
+                    fused |= joined
+                else:
+                    kept |= dict.fromkeys(joined, "not fused")
+    return FusionReport(fused, kept)
+
+
+class Fused:
+    """Mixed into the class of a module whose forward is a recorded one.
+
+    `written` is the class as it was; `recipe` makes the mixed one again where it is unpickled.
+    """
+
+    written: type[Module]
+    recipe: tuple[type[Module], str, tuple[tuple[str, Any], ...]]
+
+    # the record may depend on what is changed here
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name not in _STATE:
+            unfuse(self)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        unfuse(self)
+
+    def add_module(self, name: str, module: Module | None) -> None:
+        super().add_module(name, module)  # type: ignore[misc]
+        unfuse(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return _unpickled, (self.recipe, *reduced[1][1:]), *reduced[2:]
+
+
+# what every module has, which no forward should read: hooks, say
+_STATE = frozenset({*vars(Module()), *dir(Module)})
+
+
+def unfuse(module: object) -> None:
+    """Gives a module its own forward back."""
+    if isinstance(module, Fused):
+        object.__setattr__(module, "__class__", type(module).written)
+
+
+def _unpickled(recipe: Any, *arguments: Any) -> Module:
+    kind = _fused_class(*recipe)
+    made: Module = kind.__new__(kind, *arguments)
+    return made
+
+
+@functools.cache
+def _fused_class(written: Any, source: str, names: tuple[tuple[str, Any], ...]) -> type[Module]:
+    """A subclass of `written` with the forward of that source, in which `names` have a meaning."""
+    title = f"Fused{written.__name__}"
+    file = f"<{title} {abs(hash(source)):x}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    namespace: dict[str, Any] = {"torch": torch, **dict(names)}
+    exec(compile(source, file, "exec"), namespace)
+    recorded = namespace["forward"]
+
+    @functools.wraps(written.forward)
+    def forward(self: Module, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if not isinstance(value, Tensor):
+                return written.forward(self, *args, **kwargs)
+        return recorded(self, *args, **kwargs)
+
+    members = {
+        "__module__": written.__module__,
+        "__doc__": written.__doc__,
+        "forward": forward,
+        "written": written,
+        "recipe": (written, source, names),
+    }
+    return type(title, (Fused, written), members)
+
+
+def _source(graph: fx.Graph) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """The forward as a program, and what it refers to besides torch."""
+    made = graph.python_code("self")
+    (code,) = (
+        constant
+        for constant in compile(made.src, "<recorded>", "exec").co_consts
+        if isinstance(constant, types.CodeType)
+    )
+    named = set(code.co_names) - {"torch"}
+    return made.src, tuple((name, made.globals[name]) for name in sorted(named & set(made.globals)))
+
+
+class _Plan(NamedTuple):
+    """A recorded forward with its steps joined; the mappings are by the names of its layers."""
+
+    graph: fx.Graph
+    fused: dict[str, str]
+    kept: dict[str, str]
+
+
+def _plan(module: Module) -> _Plan | str | None:
+    """What becomes of a module's forward, or why it cannot be recorded; None without layers."""
+    layers = dict(_layers(module))
+    if not layers or _written(module).forward is Module.forward:
+        return None
+    try:
+        graph = record(module, _written(module))
+    except DeclinedError as error:
+        return str(error)
+    # whatever a forward raises that is given no tensors
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"torch.fx cannot trace it: {first}"
+    called = [node for node in graph.nodes if node.op == "call_module"]
+    plan = _Plan(graph, {}, {})
+    # the later of two norms that are added takes the addition
+    for node in reversed(called):
+        layer = module.get_submodule(node.target)
+        found = patterns.find(module, node, layer) if isinstance(layer, _LAYERS) else None
+        if isinstance(found, str):
+            plan.kept[node.target] = found
+        elif found is not None:
+            plan.fused[node.target] = found.title
+            patterns.join(graph, found)
+    fused, kept = (dict(reversed(found.items())) for found in plan[1:])
+    targets = {node.target for node in called}
+    for name, layer in layers.items():
+        if isinstance(layer, _BatchNorm) and name not in targets:
+            kept[name] = "its module's forward does not call it"
+    return _Plan(graph, fused, kept)
+
+
+_LAYERS = (_BatchNorm, torch.nn.Linear, torch.nn.Conv2d)
+
+
+def _layers(module: Module) -> Iterator[tuple[str, Module]]:
+    """The layers that a module holds, itself or in lists, by their names in it."""
+    for name, child in module.named_children():
+        if isinstance(child, _LAYERS):
+            yield name, child
+        elif isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict):
+            yield from ((f"{name}.{below}", layer) for below, layer in _layers(child))
+
+
+def _written(module: Module) -> type[Module]:
+    return type(module).written if isinstance(module, Fused) else type(module)

@@ -1,0 +1,118 @@
+"""Layers and the activations behind them in one kernel: what `tritorch.fuse` calls in a forward.
+
+Every call looks at the modules it is given.  As long as each only computes what its class says, the
+layer's kernel applies the activation; otherwise, as with a hook that wants to see the value between
+the two, the modules are called in the order in which the model was written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from tritorch import nn
+from tritorch.ops.activation import epilogue_reference
+
+NORMS: tuple[type[Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+LAYERS: tuple[type[Module], ...] = (*NORMS, nn.Linear, nn.Conv2d)
+# the names that kernels give them, by class; torch's own classes stand for ours
+_NAMES: dict[type[Module], str] = {
+    getattr(home, layer): name
+    for home in (torch.nn, nn)
+    for layer, name in {
+        "ReLU": "relu",
+        "ReLU6": "relu6",
+        "LeakyReLU": "leaky_relu",
+        "SiLU": "silu",
+        "GELU": "gelu",
+        "Sigmoid": "sigmoid",
+        "Tanh": "tanh",
+        "Hardswish": "hardswish",
+        "Hardsigmoid": "hardsigmoid",
+    }.items()
+}
+
+
+def is_plain(module: Module) -> bool:
+    """Whether calling it runs the forward of its class and nothing besides."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def is_activation(module: Module) -> bool:
+    """Whether it is a layer that computes an activation of the kernels, under any option."""
+    return type(module) in _NAMES
+
+
+def activation_name(activation: Module | str) -> str | None:
+    """What the kernels call it; None if they have no such activation."""
+    if isinstance(activation, str):
+        return activation
+    name = _NAMES.get(type(activation))
+    if name == "leaky_relu":
+        return name if activation.negative_slope == 0.01 else None
+    if name == "gelu":
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(activation.approximate))
+    return name
+
+
+def takes(layer: Module, activation: str) -> bool:
+    """Whether the layer's kernels apply the activation, and are faster for it."""
+    return type(layer) in LAYERS and (type(layer) is not nn.Conv2d or activation == "relu")
+
+
+def activated(layer: Module, activation: Module | str, input: Tensor) -> Tensor:
+    """activation(layer(input))."""
+    name = _fusable(layer, activation)
+    if name is None:
+        return _activate(activation, layer(input))
+    output: Tensor = layer(input, activation=name)
+    return output
+
+
+def residual_activated(
+    norm: Module, activation: Module | str, input: Tensor, residual: Tensor, inplace: bool
+) -> Tensor:
+    """activation(norm(input) + residual); `inplace` says whether += was written.
+
+    The kernels add tensors of one shape and dtype; others are broadcast and promoted by torch.
+    """
+    name = _fusable(norm, activation)
+    if name is not None and _alike(input, residual):
+        output: Tensor = norm(input, activation=name, residual=residual)
+        return output
+    output = norm(input)
+    if inplace:
+        output += residual
+    else:
+        output = output + residual
+    return _activate(activation, output)
+
+
+def _fusable(layer: Module, activation: Module | str) -> str | None:
+    name = activation_name(activation)
+    if name is None or not takes(layer, name) or not is_plain(layer):
+        return None
+    return name if isinstance(activation, str) or is_plain(activation) else None
+
+
+def _activate(activation: Module | str, input: Tensor) -> Tensor:
+    if isinstance(activation, str):
+        return epilogue_reference(input, activation)
+    output: Tensor = activation(input)
+    return output
+
+
+def _alike(input: Tensor, residual: object) -> bool:
+    return (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+    )
