@@ -136,14 +136,24 @@ def agrees(row, times):
     for call in row["calls"]:
         case = times[call["call"]]
         assert call["own_us"] == case["default"]
-        # where the own choice was the best, its time
         of_row = [case[label] for label in case if label.removesuffix(" split*1") == label_of(row)]
+        # the own choice was timed by that name, and only a kernel's own entry by that name alone
         assert call["median_us"] in (*of_row, case["default"])
+        if of_row:
+            assert of_row[0] == pytest.approx(call["median_us"], rel=0.1)
+        else:
+            kwargs = [entry.kwargs for entry in entries(row["function"]) if same(entry, row)]
+            assert row["kwargs"] in kwargs
         timed.append({one for one in case if " split*" not in one or one.endswith(" split*1")})
     assert row["candidates"] == len(set.intersection(*timed) - LIBRARIES - {"portable"})
     measured = [times[call["call"]].get("portable") for call in row["calls"]]
     if None not in measured:
         assert sum(call["median_us"] for call in row["calls"]) <= sum(measured), row
+
+
+def same(entry, row):
+    settings = "num_warps", "num_stages", "maxnreg"
+    return all(getattr(entry, name) == row[name] for name in settings)
 
 
 def label_of(row):
