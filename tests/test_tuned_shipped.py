@@ -85,7 +85,8 @@ def test_rows_are_of_kernels_that_exist(file):
         assert len(row["sizes"]) == len(inspect.signature(choose).parameters)
         if row["kwargs"] is not None:
             names = set(entries(row["function"])[0].kwargs)
-            if row["function"] == "conv2d_tma_config":
+            # with a stride a tile of several columns may read others than its own
+            if row["function"] == "conv2d_tma_config" and row["sizes"][6] == 1:
                 names |= TILE_OF_PIXELS & set(row["kwargs"])
             assert set(row["kwargs"]) == names
     assert len(tuned.read(file)) == len(rows)
