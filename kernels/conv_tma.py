@@ -11,6 +11,7 @@ import triton.language as tl
 from triton import Config
 
 from tritorch.kernels.activation import activate
+from tritorch.kernels.moments import store_moments
 from tritorch.kernels.pixels import residue_taps
 
 
@@ -123,7 +124,7 @@ def tile_of_pixels(n, p, q, block):
 
 @triton.jit
 def conv2d_tma_kernel(
-    x_desc, w_desc, bias_ptr, y_desc, before_desc,
+    x_desc, w_desc, bias_ptr, y_desc, before_desc, moments_ptr,
     N, C, K, R, S, P, Q, TILES, STEPS, SPLITS, bias_stride,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     tap_step_h, tap_step_w, inverse_h, inverse_w,
@@ -143,6 +144,9 @@ def conv2d_tma_kernel(
 
     PERSISTENT: a program goes on to others of the TILES in the same loop, so that loads never
     pause; for one split.
+
+    With moments_ptr, for one split, without bias and not transposed, it writes mean, squared
+    deviations and count of each channel of each tile of pixels as they are stored.
     """
     pid = tl.program_id(0)
     split = tl.program_id(1) % SPLITS
@@ -159,7 +163,8 @@ def conv2d_tma_kernel(
         step_h = -(dilation_h * tap_step_h // stride_h)
         step_w = -(dilation_w * tap_step_w // stride_w)
     walk = (step_h, step_w, tap_step_h * S, tap_step_w)
-    outputs = (bias_ptr, y_desc, before_desc, bias_stride)
+    outputs = (bias_ptr, y_desc, before_desc, moments_ptr, bias_stride)
+    sizes = (N, P, Q)
     k, n, p, q, parity_h, parity_w, first_tap, num_r, num_s, h, w = _place(
         pid, K, image, geometry, TRANSPOSED, PAIRS, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
     num_c = tl.cdiv(C, BLOCK_C)
@@ -193,7 +198,7 @@ def conv2d_tma_kernel(
             c, i, j = _next(c, i, j, C, num_s, BLOCK_C)
             if i == num_r:
                 i = 0
-                _finish(acc, outputs, channels, 0, k, n, p, q, parity_h, parity_w,
+                _finish(acc, outputs, channels, sizes, t, 0, k, n, p, q, parity_h, parity_w,
                         TRANSPOSED and PAIRS, ACTIVATION, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
                 acc = tl.zeros((BLOCK_K, BLOCK_NPQ), dtype=tl.float32)
     else:
@@ -209,8 +214,9 @@ def conv2d_tma_kernel(
                 TRANSPOSED, PAIRS, BLOCK_K, BLOCK_NPQ, BLOCK_C)
             acc = tl.dot(filters, x.T, acc)
             c, i, j = _next(c, i, j, C, num_s, BLOCK_C)
-        _finish(acc, outputs, channels, split, k, n + split * N, p, q, parity_h, parity_w,
-                TRANSPOSED and PAIRS, ACTIVATION, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
+        _finish(acc, outputs, channels, sizes, pid, split, k, n + split * N, p, q,
+                parity_h, parity_w, TRANSPOSED and PAIRS, ACTIVATION,
+                BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
 
 
 @triton.jit
@@ -305,11 +311,11 @@ def _next(c, i, j, C, num_s, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _finish(
-    acc, outputs, channels, split, k, n, p, q, parity_h, parity_w,
+    acc, outputs, channels, sizes, tile, split, k, n, p, q, parity_h, parity_w,
     PAIRS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
-    bias_ptr, y_desc, before_desc, bias_stride = outputs
+    bias_ptr, y_desc, before_desc, moments_ptr, bias_stride = outputs
     _, K, group, groups = channels
     k += group * K
     if bias_ptr is not None:
@@ -323,6 +329,26 @@ def _finish(
         _store(before_desc, n, p, parity_h, q, k, acc, PAIRS, BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K)
     acc = activate(acc, ACTIVATION)
     _store(y_desc, n, p, parity_h, q, k, acc, PAIRS, BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K)
+    if moments_ptr is not None:
+        part = (tile // tl.cdiv(K, BLOCK_K)).to(tl.int64)
+        _store_moments(moments_ptr + part * 3 * K * groups, acc.to(y_desc.dtype), sizes,
+                       n, p, q, k, (group + 1) * K, K * groups,
+                       BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K)
+
+
+@triton.jit
+def _store_moments(
+    moments_ptr, y, sizes, n, p, q, k, end, channels,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Of the pixels that lie in an image, and of the channels up to the end of their group."""
+    N, P, Q = sizes
+    pixels = tl.arange(0, BLOCK_N * BLOCK_P * BLOCK_Q)
+    inside = (n + pixels // (BLOCK_P * BLOCK_Q) < N) & (p + pixels // BLOCK_Q % BLOCK_P < P)
+    inside &= q + pixels % BLOCK_Q < Q
+    count = tl.minimum(N - n, BLOCK_N) * tl.minimum(P - p, BLOCK_P) * tl.minimum(Q - q, BLOCK_Q)
+    offs_k = k + tl.arange(0, BLOCK_K)
+    store_moments(moments_ptr, y, inside, count, offs_k, offs_k < end, channels, 1)
 
 
 @triton.jit

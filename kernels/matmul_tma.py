@@ -10,6 +10,7 @@ import triton.language as tl
 from triton import Config
 
 from tritorch.kernels.activation import activate
+from tritorch.kernels.moments import store_moments
 from tritorch.kernels.tiles import grouped_programs
 
 
@@ -68,6 +69,22 @@ def matmul_tma_config(m, n, k, batch, shared, itemsize):
         if config.kwargs["FORM"] != "stationary" or (shared and k <= config.kwargs["BLOCK_K"])
     ]
     return min(configs, key=lambda config: _cycles(config, m, n, k, batch))
+
+
+def for_moments(config):
+    """What takes the place of a configuration where each column of a tile is summed up: as large a
+    tile of fewer columns, or one whose multiprocessor has room for the sums of its warps.
+    """
+    sizes = config.kwargs
+    tile = sizes["FORM"], sizes["BLOCK_M"], sizes["BLOCK_N"]
+    if tile[1:] == (128, 256):
+        tile = sizes["FORM"], 256, 128
+    elif tile != ("persistent", 128, 128) or sizes["HALVES"] == 1:
+        return config
+    for entry in MATMUL_TMA_CONFIGS[2]:
+        if tile == tuple(entry.kwargs[name] for name in ("FORM", "BLOCK_M", "BLOCK_N")):
+            return entry
+    return config
 
 
 def num_splits(config, m, n, k, batch):
@@ -145,8 +162,8 @@ def _cycles(config, m, n, k, batch):
 
 @triton.jit
 def matmul_tma_kernel(
-    a_desc, b_desc, bias_ptr, y_desc, before_desc,
-    N, num_m, num_n, TILES, STEPS, BATCH, ENTRIES, a_step, b_step, y_step, y_row, bias_stride,
+    a_desc, b_desc, bias_ptr, y_desc, before_desc, moments_ptr,
+    N, num_m, num_n, TILES, STEPS, BATCH, ENTRIES, a_step, b_step, y_step, y_row, bias_stride, M,
     ACTIVATION: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     SWAPPED: tl.constexpr, SUMS_BATCH: tl.constexpr, BATCH_FIRST: tl.constexpr,
     FILLS: tl.constexpr,
@@ -168,10 +185,14 @@ def matmul_tma_kernel(
     HALVES of a tile pass through shared memory one after the other.  SWAPPED: the result is stored
     transposed, N being its columns still.  FILLS: zeros go to the entries after z, after z + y_row
     and to that one itself.
+
+    With moments_ptr, for results that are neither split nor SWAPPED nor filled, it writes mean,
+    squared deviations and count of each column of each tile as it is stored, of the M rows alone.
     """
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    outputs = (bias_ptr, y_desc, before_desc, N, y_step, y_row, bias_stride)
+    moments = (moments_ptr, M, num_m)
+    outputs = (bias_ptr, y_desc, before_desc, N, y_step, y_row, bias_stride, moments)
     if FORM == "tile":
         m, n, z = _place(pid, num_m, num_n, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -275,7 +296,8 @@ def _finish(
 
 @triton.jit
 def _store(acc, m, n, z, outputs, ACTIVATION: tl.constexpr, FILLS: tl.constexpr):
-    bias_ptr, y_desc, before_desc, N, y_step, y_row, bias_stride = outputs
+    bias_ptr, y_desc, before_desc, N, y_step, y_row, bias_stride, moments = outputs
+    moments_ptr, M, num_m = moments
     ROWS: tl.constexpr = acc.shape[0]
     COLUMNS: tl.constexpr = acc.shape[1]
     z *= y_step
@@ -286,7 +308,14 @@ def _store(acc, m, n, z, outputs, ACTIVATION: tl.constexpr, FILLS: tl.constexpr)
     if before_desc is not None:
         before_desc.store([z, m, n], tl.reshape(acc.to(before_desc.dtype), (1, ROWS, COLUMNS)))
     acc = activate(acc, ACTIVATION)
-    y_desc.store([z, m, n], tl.reshape(acc.to(y_desc.dtype), (1, ROWS, COLUMNS)))
+    y = acc.to(y_desc.dtype)
+    y_desc.store([z, m, n], tl.reshape(y, (1, ROWS, COLUMNS)))
+    if moments_ptr is not None:
+        part = (z * num_m + m // ROWS).to(tl.int64)
+        inside = m + tl.arange(0, ROWS) < M
+        offs_n = n + tl.arange(0, COLUMNS)
+        store_moments(moments_ptr + part * 3 * N, y, inside, tl.minimum(M - m, ROWS),
+                      offs_n, offs_n < N, N, 0)
     if FILLS:
         zeros = tl.zeros((1, ROWS, COLUMNS), dtype=y_desc.dtype)
         # past an odd row begins the next one, which has its own zeros

@@ -43,6 +43,8 @@ PROGRAMS = 2048
 BLOCK_S = 128
 BLOCK_C = 16
 MERGE_WARPS = 8
+# slices, of more of which groups are merged first: the programs of a few channels are few
+MAX_SLICES = 512
 
 
 def batch_norm_config(channels_last, channels, vector, itemsize, computes=False):
@@ -57,6 +59,11 @@ def batch_norm_config(channels_last, channels, vector, itemsize, computes=False)
 def num_steps(tiles):
     """Tiles that one program of an elementwise pass over `tiles` of them takes."""
     return max(1, min(MAX_STEPS, tiles // PROGRAMS))
+
+
+def slices_of_group(slices):
+    """How many of them a program merges first, so that one more has them all at once."""
+    return BLOCK_S * triton.cdiv(slices, BLOCK_S * BLOCK_S)
 
 
 @triton.jit
@@ -174,17 +181,23 @@ def move_running(ptr, stride, offs_c, mask_c, value, momentum):
 def batch_norm_gather_stats_kernel(
     statistics_ptr, running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, moments_ptr,
     S, C,
-    running_mean_stride, running_var_stride,
+    running_mean_stride, running_var_stride, STEP,
     momentum: tl.float64,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One program merges the S slices of its channels and moves their running statistics, once.
 
-    With moments_ptr it writes mean, squared deviations and count, as of one slice.
+    With moments_ptr it writes mean, squared deviations and count, as of one slice; with a STEP, of
+    each STEP slices another program.
     """
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
+    if STEP is not None:
+        first = tl.program_id(1) * STEP
+        statistics_ptr += first.to(tl.int64) * 3 * C
+        moments_ptr += tl.program_id(1) * 3 * C
+        S = tl.minimum(S - first, STEP)
     offs_s = tl.arange(0, BLOCK_S)
     count = tl.zeros((BLOCK_S, BLOCK_C), dtype=ACC)
     total = tl.zeros((BLOCK_S, BLOCK_C), dtype=ACC)

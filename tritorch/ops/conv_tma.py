@@ -50,6 +50,8 @@ class Plan(NamedTuple):
     sizes: tuple[int, ...]
     steps: tuple[int, ...]
     splits: int
+    # tiles of pixels, of whose channels a launch can write the moments
+    parts: int
     config: Any
     constants: dict[str, Any]
     # by epilogue, as they are asked for
@@ -113,7 +115,7 @@ def plan_convolve(
     )
     if tiles * block_npq > _MAX_WASTE * n * p * q:
         return None
-    num_k = math.ceil(w.written / block_k)
+    num_k, parts = math.ceil(w.written / block_k), tiles
     tiles *= num_k * residues
     taps = math.ceil(r / tap_steps[0]) * math.ceil(s / tap_steps[1])
     num_steps = math.ceil(w.read / block_c) * taps
@@ -140,6 +142,7 @@ def plan_convolve(
         (n, w.read, w.written, r, s, *image, tiles, steps, splits),
         (*geometry.scalars(), *tap_steps, *inverses),
         splits,
+        0 if transposed or splits > 1 else parts,
         config,
         {
             "TRANSPOSED": transposed,
@@ -197,8 +200,12 @@ def convolve(
     bias: Tensor | None = None,
     activation: str | None = None,
     before: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> None:
-    """Writes the activation of the convolution into y, and the values before it into `before`."""
+    """Writes the activation of the convolution into y, and the values before it into `before`; or
+    into `moments` mean, squared deviations and count of the channels of each of the plan's parts of
+    y, (parts, 3, K).
+    """
     target, is_split = y, plan.splits > 1
     if is_split:
         dtype = accumulator_dtype(y.dtype)
@@ -210,7 +217,7 @@ def convolve(
         1 if bias is None else bias.stride(0),
         ACTIVATION=None if is_split else activation,
     )
-    run(y, of_x.at(x), of_w.at(weight), bias, of_y.at(target), kept)
+    run(y, of_x.at(x), of_w.at(weight), bias, of_y.at(target), kept, moments)
     if is_split:
         split_sum(target, y, activation=activation, before=before)
 
@@ -269,6 +276,7 @@ def plan_grad_weight(
         (k, c, r, s, p, q, h, w, n if along_q else each, splits),
         geometry.scalars(),
         splits,
+        0,
         config,
         {"ALONG_Q": along_q},
         {},

@@ -47,9 +47,20 @@ class _Epilogue(NamedTuple):
     """What becomes of a sum before it is stored."""
 
     # of the bias
-    stride: int | None
-    activation: str | None
-    keeps_before: bool
+    stride: int | None = None
+    activation: str | None = None
+    keeps_before: bool = False
+    # whether those of the channels are wanted, where a kernel can write them
+    moments: bool = False
+
+
+class _Way(NamedTuple):
+    """What convolves tensors of known layouts."""
+
+    # x, weight, y, bias, activation, the values before it, moments
+    run: Callable[..., None]
+    # parts of y of whose channels it can write the moments
+    parts: int = 0
 
 
 def convolve(
@@ -65,20 +76,49 @@ def convolve(
     """Writes the activation of the convolution of x, or of the transposed one, into y; and the
     values before it into `before`, which has the strides of y.
     """
-    if weight.stride(1) != 1 and weight.shape[1] % 8 == 0:
-        # channels along memory: one copy of the small operand, where every tile would gather it
-        weight = weight.contiguous(memory_format=memory_format(True, weight.dim() - 2))
-    run = _way(
+    weight = _along_channels(weight)
+    stride = None if bias is None else bias.stride(0)
+    epilogue = _Epilogue(stride, activation, before is not None)
+    way = _way_of(x, weight, y, geometry, transposed, epilogue)
+    way.run(x, weight, y, bias, activation, before, None)
+
+
+def convolve_with_moments(
+    x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry
+) -> Tensor | None:
+    """Writes the convolution of x into y and returns what its kernel tells of the values it
+    stored: mean, squared deviations and count of each channel of each part of y, (parts, 3, K)
+    float32; None where it does not.
+    """
+    weight = _along_channels(weight)
+    way = _way_of(x, weight, y, geometry, False, _Epilogue(moments=True))
+    moments = None
+    if way.parts:
+        moments = y.new_empty((way.parts, 3, y.shape[1]), dtype=accumulator_dtype(y.dtype))
+    way.run(x, weight, y, None, None, None, moments)
+    return moments
+
+
+def _along_channels(weight: Tensor) -> Tensor:
+    if weight.stride(1) == 1 or weight.shape[1] % 8:
+        return weight
+    # channels along memory: one copy of the small operand, where every tile would gather it
+    return weight.contiguous(memory_format=memory_format(True, weight.dim() - 2))
+
+
+def _way_of(
+    x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry, transposed: bool, epilogue: _Epilogue
+) -> _Way:
+    return _way(
         Layout.of(x),
         Layout.of(weight),
         Layout.of(y),
         geometry,
         transposed,
-        _Epilogue(None if bias is None else bias.stride(0), activation, before is not None),
+        epilogue,
         _processors(x, weight, y, weight.shape[1]),
         launch.input_precision(x.dtype, "conv"),
     )
-    run(x, weight, y, bias, activation, before)
 
 
 def _processors(first: Tensor, second: Tensor, y: Tensor, channels: int) -> int:
@@ -99,14 +139,15 @@ def _way(
     epilogue: _Epilogue,
     count: int,
     precision: str,
-) -> Callable[..., None]:
-    """What convolves tensors of these layouts: the first kernel that takes them."""
+) -> _Way:
+    """The first kernel that takes tensors of these layouts."""
     check_sizes(weight, x, y)
     products = math.prod((x if transposed else y).shape) * math.prod(weight.shape[1:])
     if _are_vectors(weight, geometry) and reorder.pays(products, x, y):
         images = reorder.channels_last(x), reorder.channels_last(y)
         rest = geometry, transposed, epilogue, count, precision
-        return partial(reorder.convolve, _way(images[0], weight, images[1], *rest))
+        way = _way(images[0], weight, images[1], *rest)
+        return way._replace(run=partial(reorder.convolve, way.run))
     hopper: matmul_tma.Plan | conv_tma.Plan | None
     # beside erf the tile of 64 filters has no registers for its sums
     crowded = epilogue.activation == "gelu" and y.shape[1] // geometry.groups <= 64
@@ -117,19 +158,20 @@ def _way(
             hopper = stem.plan_convolve(x, weight, results, geometry, count)
             if hopper is not None:
                 run = partial(stem.convolve, hopper, geometry)
-                return run if results is y else partial(reorder.results, run)
+                run = run if results is y else partial(reorder.results, run)
+                return _Way(run, hopper.parts)
     elif count:
         has_bias = epilogue.stride is not None
-        hopper = pointwise.plan_convolve(x, weight, y, geometry, transposed, has_bias, count)
+        given = x, weight, y, geometry, transposed
+        hopper = pointwise.plan_convolve(*given, has_bias, count, epilogue.moments)
         if hopper is not None:
-            return partial(matmul_tma.run, hopper)
+            return _Way(partial(matmul_tma.run, hopper), hopper.parts)
         if not crowded:
-            hopper = conv_tma.plan_convolve(x, weight, y, geometry, transposed, count)
+            hopper = conv_tma.plan_convolve(*given, count)
             if hopper is not None:
-                return partial(conv_tma.convolve, hopper)
-    return partial(
-        _convolve, _plan_convolve(x, weight, y, geometry, transposed, precision, epilogue)
-    )
+                return _Way(partial(conv_tma.convolve, hopper), hopper.parts)
+    plan = _plan_convolve(x, weight, y, geometry, transposed, precision, epilogue)
+    return _Way(partial(_convolve, plan))
 
 
 def _are_vectors(weight: Layout, geometry: Geometry) -> bool:
@@ -146,6 +188,7 @@ def _convolve(
     bias: Tensor | None,
     activation: str | None,
     before: Tensor | None,
+    _: None,
 ) -> None:
     if plan.splits == 1:
         return plan.run(y, x, weight, bias, y, before)

@@ -73,17 +73,22 @@ class Plan(NamedTuple):
     # the kernel's integers but the last
     numbers: tuple[int, ...]
     splits: int
+    # tiles of rows, of whose columns a launch can write the moments
+    parts: int
     config: Any
     constants: dict[str, Any]
     # by epilogue, as they are asked for
     launches: dict[tuple[Any, ...], launch.Prepared]
 
-    def with_epilogue(self, activation: str | None, bias_stride: int | None) -> launch.Prepared:
+    def with_epilogue(
+        self, activation: str | None, bias_stride: int | None, moments: bool = False
+    ) -> launch.Prepared:
         """The launch with this epilogue."""
-        key = activation, bias_stride
+        key = activation, bias_stride, moments
         prepared = self.launches.get(key)
         if prepared is None:
-            numbers = (*self.numbers, 1 if bias_stride is None else bias_stride)
+            rows = self.y.shape[1] if moments else None
+            numbers = (*self.numbers, 1 if bias_stride is None else bias_stride, rows)
             prepared = self.launches[key] = launch.Prepared(
                 kernels.matmul_tma_kernel,
                 self.grid,
@@ -142,10 +147,12 @@ def plan(
     count: int,
     sums_batch: bool = False,
     fill: Fill = _DENSE,
+    moments: bool = False,
 ) -> Plan | None:
     """How to multiply on `count` multiprocessors, or None if the kernel does not take it.
 
     b may have one entry for all of a.  `sums_batch`: the products of all entries are added.
+    `moments`: those of the columns are wanted, where the kernel can write them.
     """
     entries, m, inner = a.shape
     n = b.shape[1]
@@ -156,6 +163,8 @@ def plan(
         a, b, m, n = b, a, n, m
     batch, k = (1, entries * inner) if sums_batch else (entries, inner)
     config = launch.config(kernels.matmul_tma_config, m, n, k, batch, b.shape[0] == 1, itemsize)
+    if moments and not swapped:
+        config = kernels.for_moments(config)
     block_m, block_n, block_k, form = (
         config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "FORM")
     )
@@ -190,7 +199,8 @@ def plan(
     }
     width = m if swapped else n
     numbers = (width, *counts, *entry_steps, *fill)
-    return Plan((grid,), *views, numbers, splits, config, constants, {})
+    parts = counts[0] * batch if moments and not swapped and splits == 1 else 0
+    return Plan((grid,), *views, numbers, splits, parts, config, constants, {})
 
 
 def _views(
@@ -246,9 +256,11 @@ def run(
     bias: Tensor | None = None,
     activation: str | None = None,
     before: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> None:
     """Writes activation(a @ b.T + bias) into y, and the values before it into `before`, which has
-    the strides of y.
+    the strides of y; or into `moments` mean, squared deviations and count of the columns of each of
+    the plan's parts of y, (parts, 3, N).
     """
     if plan.constants["SWAPPED"]:
         a, b = b, a
@@ -261,9 +273,10 @@ def run(
     if single:
         stride = None if bias is None else bias.stride(0)
         kept = None if before is None else _descriptor(before, plan.y)
-        plan.with_epilogue(activation, stride)(y, *operands, bias, result, kept)
+        run = plan.with_epilogue(activation, stride, moments is not None)
+        run(y, *operands, bias, result, kept, moments)
         return
-    plan.with_epilogue(None, None)(y, *operands, None, result, None)
+    plan.with_epilogue(None, None)(y, *operands, None, result, None, None)
     _add_up(plan, target, y, bias, activation, before)
 
 

@@ -164,24 +164,44 @@ def _merge(
     moments: Tensor | None,
     momentum: float,
 ) -> None:
-    """Writes mean and var, or moments; moves the running statistics once."""
+    """Writes mean and var, or moments, of all slices; moves the running statistics once."""
+    if statistics.shape[0] > kernels.MAX_SLICES:
+        statistics = _merged_groups(statistics)
     slices, _, channels = statistics.shape
     strides = [0 if one is None else one.stride(0) for one in (running_mean, running_var)]
-    merge = _plan_merge(slices, channels, *strides)
+    run = _plan_merge(slices, channels, *strides)
     tensors = statistics, running_mean, running_var, mean, var, moments
-    merge(statistics, *tensors, floats=(momentum,))
+    run(statistics, *tensors, floats=(momentum,))
     for running in (running_mean, running_var):
         # the dispatcher does not count what a kernel writes, and inference tensors are not counted
         if running is not None and not running.is_inference():
             torch.autograd.graph.increment_version(running)
 
 
+def _merged_groups(statistics: Tensor) -> Tensor:
+    slices, *rest = statistics.shape
+    step = kernels.slices_of_group(slices)
+    groups = math.ceil(slices / step)
+    moments = statistics.new_empty((groups, *rest))
+    run = _plan_merge(slices, rest[-1], 0, 0, step, groups)
+    run(statistics, statistics, None, None, None, None, moments, floats=(0.0,))
+    return moments
+
+
 @launch.planned
-def _plan_merge(slices: int, channels: int, *strides: int) -> launch.Prepared:
+def _plan_merge(
+    slices: int,
+    channels: int,
+    mean_stride: int,
+    var_stride: int,
+    step: int | None = None,
+    groups: int = 1,
+) -> launch.Prepared:
+    blocks = math.ceil(channels / kernels.BLOCK_C)
     return launch.Prepared(
         kernels.batch_norm_gather_stats_kernel,
-        (math.ceil(channels / kernels.BLOCK_C),),
-        (slices, channels, *strides),
+        (blocks,) if step is None else (blocks, groups),
+        (slices, channels, mean_stride, var_stride, step),
         BLOCK_S=kernels.BLOCK_S,
         BLOCK_C=kernels.BLOCK_C,
         num_warps=kernels.MERGE_WARPS,

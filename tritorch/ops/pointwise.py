@@ -20,6 +20,7 @@ def plan_convolve(
     transposed: bool,
     has_bias: bool,
     count: int,
+    moments: bool = False,
 ) -> Plan | None:
     """x @ weight.T, or the transposed convolution, on so many multiprocessors; None if not here."""
     if not _is_pointwise(weight, geometry):
@@ -31,7 +32,7 @@ def plan_convolve(
         return None
     image_entries, entries, fill = seen
     if not transposed:
-        return matmul_tma.plan(image_entries, w, entries, x.itemsize, count)
+        return matmul_tma.plan(image_entries, w, entries, x.itemsize, count, moments=moments)
     # zeros are what the other pixels get
     if has_bias and fill is not None:
         return None

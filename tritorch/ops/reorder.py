@@ -69,11 +69,12 @@ def results(
     bias: Tensor | None = None,
     activation: str | None = None,
     before: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> None:
     """`run` into channels_last memory, and from there into y and `before`."""
     into = _like(y)
     kept = None if before is None else _like(before)
-    run(x, weight, into, bias, activation, kept)
+    run(x, weight, into, bias, activation, kept, moments)
     for target, written in ((y, into), (before, kept)):
         if target is not None and written is not None and target is not written:
             _copy(written, target)
