@@ -149,6 +149,8 @@ class Subject:
     dtypes: tuple[torch.dtype, ...] = FLOATING
     # what autocast does with the floating-point arguments
     autocast: Literal["lower", "float32", "passthrough"] = "passthrough"
+    # the arguments that "lower" means, where it does not mean all
+    lowered: tuple[str, ...] = ()
     double_backward: bool = True
     # arguments where NaN and infinities have a defined result
     non_finite: tuple[str, ...] = ("input",)

@@ -30,6 +30,7 @@ from tritorch.ops.binary_cross_entropy import (
 from tritorch.ops.conv import conv2d as conv2d
 from tritorch.ops.conv1d import conv1d as conv1d
 from tritorch.ops.conv3d import conv3d as conv3d
+from tritorch.ops.conv_batch_norm import conv2d_batch_norm as conv2d_batch_norm
 from tritorch.ops.conv_transpose import conv_transpose1d as conv_transpose1d
 from tritorch.ops.conv_transpose import conv_transpose2d as conv_transpose2d
 from tritorch.ops.conv_transpose import conv_transpose3d as conv_transpose3d

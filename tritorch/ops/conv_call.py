@@ -65,9 +65,60 @@ def convolution(
     """conv1d, conv2d or conv3d by the number of axes."""
     op = f"conv{axes}d"
     checks.tensor(op, {"bias": bias}, input=input, weight=weight)
+    given = stride, padding, dilation, groups, activation
+    call = checked(op, axes, input, weight, bias, *given)
+    if not backend.runs_triton(op, input, weight, bias, declined=call.declined):
+        return of_reference(input, weight, bias, *given)
+    x, w, b = _operands(op, input, weight, bias)
+    images, filters = _images(axes, x, w)
+    channels_last = writes_channels_last(axes, images, filters)
+    output: Tensor = binding.apply(
+        Convolution, images, filters, b, *call.geometry, channels_last, activation
+    )
+    return _like(x, axes, output)
+
+
+class Call(NamedTuple):
+    """What shapes and numbers say of a call: size, stride, padding and dilation of images or
+    volumes, then the groups, and why the kernels do not take it.
+    """
+
+    geometry: tuple[Any, ...]
+    declined: str | None
+
+    @classmethod
+    def of(
+        cls,
+        input: torch.Size,
+        weight: torch.Size,
+        groups: int,
+        *geometry: tuple[int, ...],
+    ) -> Call:
+        declined = _declined(input, weight, geometry[0], groups)
+        if len(weight) > 3:
+            return cls((*geometry, groups), declined)
+        # a signal is an image of one row
+        size, stride, padding, dilation = geometry
+        return cls(((1, *size), (1, *stride), (0, *padding), (1, *dilation), groups), declined)
+
+
+def checked(
+    op: str,
+    axes: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints | str,
+    dilation: Ints,
+    groups: int,
+    activation: str | None,
+) -> Call:
+    """The call of a convolution, after all checks of its shapes and numbers."""
     if type(groups) is not int:
         groups = checks.integer(op, "groups", groups)
-    call = _convolution(
+    return _convolution(
+        op,
         axes,
         input.shape,
         weight.shape,
@@ -78,43 +129,11 @@ def convolution(
         groups,
         activation,
     )
-    if not backend.runs_triton(op, input, weight, bias, declined=call.declined):
-        return of_reference(input, weight, bias, stride, padding, dilation, groups, activation)
-    x, w, b = _operands(op, input, weight, bias)
-    images, filters = _images(axes, x, w)
-    channels_last = _writes_channels_last(axes, images, filters)
-    output: Tensor = binding.apply(
-        Convolution, images, filters, b, *call.geometry, groups, channels_last, activation
-    )
-    return _like(x, axes, output)
-
-
-class _Call(NamedTuple):
-    """What shapes and numbers say of a call: size, stride, padding and dilation of images or
-    volumes, and why the kernels do not take it.
-    """
-
-    geometry: tuple[tuple[int, ...], ...]
-    declined: str | None
-
-    @classmethod
-    def of(
-        cls,
-        input: torch.Size,
-        weight: torch.Size,
-        groups: int,
-        *geometry: tuple[int, ...],
-    ) -> _Call:
-        declined = _declined(input, weight, geometry[0], groups)
-        if len(weight) > 3:
-            return cls(geometry, declined)
-        # a signal is an image of one row
-        size, stride, padding, dilation = geometry
-        return cls(((1, *size), (1, *stride), (0, *padding), (1, *dilation)), declined)
 
 
 @checks.remembered
 def _convolution(
+    op: str,
     axes: int,
     input: torch.Size,
     weight: torch.Size,
@@ -124,8 +143,7 @@ def _convolution(
     dilation: tuple[int, ...],
     groups: int,
     activation: str | None,
-) -> _Call:
-    op = f"conv{axes}d"
+) -> Call:
     _check_shapes(op, axes, input, weight, groups)
     _check_channels(op, input, weight, bias, groups, transposed=False)
     sides = _check_padding(op, input, weight, stride, padding, dilation)
@@ -135,7 +153,7 @@ def _convolution(
         for n, k, side, s, d in zip(input[-axes:], weight[2:], sides, stride, dilation, strict=True)
     )
     before = tuple(side[0] for side in sides)
-    return _Call.of(input, weight, groups, size, stride, before, dilation)
+    return Call.of(input, weight, groups, size, stride, before, dilation)
 
 
 def transposed(
@@ -170,9 +188,9 @@ def transposed(
         return of_reference(input, weight, bias, stride, padding, output_padding, groups, dilation)
     x, w, b = _operands(op, input, weight, bias)
     images, filters = _images(axes, x, w)
-    channels_last = _writes_channels_last(axes, images, filters)
+    channels_last = writes_channels_last(axes, images, filters)
     output: Tensor = binding.apply(
-        ConvolutionGradInput, images, filters, b, *call.geometry, groups, channels_last
+        ConvolutionGradInput, images, filters, b, *call.geometry, channels_last
     )
     return _like(x, axes, output)
 
@@ -188,7 +206,7 @@ def _transposed(
     output_padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
-) -> _Call:
+) -> Call:
     op = f"conv_transpose{axes}d"
     _check_shapes(op, axes, input, weight, groups)
     _check_channels(op, input, weight, bias, groups, transposed=True)
@@ -222,7 +240,7 @@ def _transposed(
         checks.fail(
             RuntimeError, op, "the output has no pixels", input=input, weight=weight, size=size
         )
-    return _Call.of(input, weight, groups, size, stride, padding, dilation)
+    return Call.of(input, weight, groups, size, stride, padding, dilation)
 
 
 def _operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
@@ -243,7 +261,7 @@ def _like(x: Tensor, axes: int, output: Tensor) -> Tensor:
     return output if x.dim() == axes + 2 else output[0]
 
 
-def _writes_channels_last(axes: int, images: Tensor, filters: Tensor) -> bool:
+def writes_channels_last(axes: int, images: Tensor, filters: Tensor) -> bool:
     # of signals torch asks the filter alone
     return is_channels_last(filters) or (axes > 1 and is_channels_last(images))
 

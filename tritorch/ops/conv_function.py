@@ -20,7 +20,8 @@ kernels = launch.kernels("conv_weight")
 Ints = tuple[int, ...]
 
 
-def _empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+def empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    """Memory for images of this shape beside others."""
     order = memory_format(channels_last, len(shape) - 2)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=order)
 
@@ -41,7 +42,7 @@ def _output(
     channels_last: bool,
     activation: str | None,
 ) -> Tensor:
-    return _empty(input, (input.shape[0], weight.shape[0], *size), channels_last)
+    return empty(input, (input.shape[0], weight.shape[0], *size), channels_last)
 
 
 def _flops(
@@ -105,7 +106,7 @@ def _grad_input(
     channels_last: bool,
 ) -> Tensor:
     shape = (grad_output.shape[0], weight.shape[1] * groups, *size)
-    return _empty(grad_output, shape, channels_last)
+    return empty(grad_output, shape, channels_last)
 
 
 def _grad_input_flops(
@@ -141,7 +142,7 @@ def _grad_weight(
     channels_last: bool,
 ) -> Tensor:
     shape = (grad_output.shape[1], input.shape[1] // groups, *size)
-    return _empty(grad_output, shape, channels_last)
+    return empty(grad_output, shape, channels_last)
 
 
 def _grad_weight_flops(
@@ -226,9 +227,8 @@ class Convolution(torch.autograd.Function):
         if not any(ctx.needs_input_grad):
             return output
         save_product(ctx, (input, weight, bias), activation, output, before)
-        ctx.size, ctx.geometry, ctx.channels_last = size, geometry, channels_last
-        ctx.input_size, ctx.input_format = input.shape[2:], is_channels_last(input)
-        ctx.kernel_size, ctx.weight_format = weight.shape[2:], is_channels_last(weight)
+        ctx.size, ctx.channels_last = size, channels_last
+        describe(ctx, input, weight, geometry)
         return output
 
     @staticmethod
@@ -241,29 +241,46 @@ class Convolution(torch.autograd.Function):
             saved,
             lambda: binding.apply(Convolution, input, weight, bias, *rest),
         )
-        grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_input = binding.apply(
-                ConvolutionGradInput,
-                grad_output,
-                weight,
-                None,
-                ctx.input_size,
-                *ctx.geometry,
-                ctx.input_format,
-            )
-        if ctx.needs_input_grad[1]:
-            grad_weight = binding.apply(
-                ConvolutionGradWeight,
-                grad_output,
-                input,
-                ctx.kernel_size,
-                *ctx.geometry,
-                ctx.weight_format,
-            )
+        grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = binding.apply(ChannelSum, grad_output, 1)
-        return grad_input, grad_weight, grad_bias, *(None,) * 7
+        return *gradients(ctx, grad_output, input, weight), grad_bias, *(None,) * 7
+
+
+def describe(
+    ctx: Any, input: Tensor, weight: Tensor, geometry: tuple[Ints, Ints, Ints, int]
+) -> None:
+    """Keeps what `gradients` takes besides the tensors."""
+    ctx.geometry = geometry
+    ctx.input_size, ctx.input_format = input.shape[2:], is_channels_last(input)
+    ctx.kernel_size, ctx.weight_format = weight.shape[2:], is_channels_last(weight)
+
+
+def gradients(
+    ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of input and weight, the first two arguments of the function, where they are wanted."""
+    grad_input = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_input = binding.apply(
+            ConvolutionGradInput,
+            grad_output,
+            weight,
+            None,
+            ctx.input_size,
+            *ctx.geometry,
+            ctx.input_format,
+        )
+    if ctx.needs_input_grad[1]:
+        grad_weight = binding.apply(
+            ConvolutionGradWeight,
+            grad_output,
+            input,
+            ctx.kernel_size,
+            *ctx.geometry,
+            ctx.weight_format,
+        )
+    return grad_input, grad_weight
 
 
 class ConvolutionGradInput(torch.autograd.Function):

@@ -95,16 +95,15 @@ def batch_norm(
     if type(eps) is not float:
         eps = checks.number("batch_norm", "eps", eps)
     vectors = (running_mean, running_var, weight, bias)
-    declined = _check_shapes(
+    declined = check_shapes(
+        "batch_norm",
         input.shape,
         *[None if tensor is None else tensor.shape for tensor in (residual, *vectors)],
         training,
         eps,
         activation,
     )
-    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
-        if statistic is not None:
-            _check_statistic(name, statistic, training)
+    check_statistics("batch_norm", training, running_mean=running_mean, running_var=running_var)
     if residual is not None:
         checks.same_dtype_and_device("batch_norm", input, residual=residual)
     # of an empty input nothing is to be normalised, and torch leaves the running statistics alone
@@ -149,7 +148,8 @@ def batch_norm(
 
 
 @checks.remembered
-def _check_shapes(
+def check_shapes(
+    op: str,
     input: torch.Size,
     residual: torch.Size | None,
     running_mean: torch.Size | None,
@@ -159,9 +159,12 @@ def _check_shapes(
     training: bool,
     eps: float,
     activation: str | None,
+    of: str = "input",
+    prefix: str = "",
 ) -> str | None:
-    """Why the kernels do not take the call."""
-    op = "batch_norm"
+    """Why the kernels do not take the call; `of` names what is normalised, and `prefix` begins the
+    names of weight and bias.
+    """
     checks.flag(op, "training", training)
     if (running_mean is None) != (running_var is None):
         checks.fail(
@@ -175,7 +178,7 @@ def _check_shapes(
         checks.fail(RuntimeError, op, "running statistics are needed outside training", input=input)
     if training and len(input) and math.prod((*input[:1], *input[2:])) == 1:
         checks.fail(
-            ValueError, op, "expected more than one value per channel in training", input=input
+            ValueError, op, "expected more than one value per channel in training", **{of: input}
         )
     if training and eps <= 0:
         checks.fail(ValueError, op, "eps must be positive in training", eps=eps)
@@ -183,8 +186,8 @@ def _check_shapes(
     vectors = {
         "running_mean": running_mean,
         "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
+        f"{prefix}weight": weight,
+        f"{prefix}bias": bias,
     }
     channels = input[1] if len(input) > 1 else 0
     for name, vector in vectors.items():
@@ -194,8 +197,7 @@ def _check_shapes(
                 RuntimeError,
                 op,
                 f"{name} must have {channels} elements",
-                input=input,
-                **{name: vector},
+                **{of: input, name: vector},
             )
     if len(input) < 2 and 0 not in input:
         checks.fail(IndexError, op, "input must have a batch and a channel dimension", input=input)
@@ -203,9 +205,8 @@ def _check_shapes(
         checks.fail(
             RuntimeError,
             op,
-            "residual must have the input's shape",
-            input=input,
-            residual=residual,
+            f"residual must have the {of}'s shape",
+            **{of: input, "residual": residual},
         )
     if len(input) > strided.RANK:
         return f"{len(input)} dimensions"
@@ -214,12 +215,15 @@ def _check_shapes(
     return None
 
 
-def _check_statistic(name: str, statistic: Tensor, training: bool) -> None:
-    op = "batch_norm"
-    if statistic.requires_grad and torch.is_grad_enabled():
-        checks.fail(RuntimeError, op, f"{name} cannot require a gradient", **{name: statistic})
-    if training:
-        checks.writable(op, statistic)
+def check_statistics(op: str, training: bool, **running: Tensor | None) -> None:
+    """RuntimeError where running statistics require a gradient, or training cannot write them."""
+    for name, statistic in running.items():
+        if statistic is None:
+            continue
+        if statistic.requires_grad and torch.is_grad_enabled():
+            checks.fail(RuntimeError, op, f"{name} cannot require a gradient", **{name: statistic})
+        if training:
+            checks.writable(op, statistic)
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

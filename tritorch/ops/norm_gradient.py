@@ -27,6 +27,8 @@ class BatchNorm(torch.autograd.Function):
     What an activation was applied to is computed again from these and the bias.  After a residual
     one more tensor is kept, which torch's own activation would keep too: the output where that
     tells the derivative, else the residual.
+
+    Mean and variance of the input may be known to the caller, who then has moved the running ones.
     """
 
     @staticmethod
@@ -42,14 +44,18 @@ class BatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
         activation: str | None,
+        mean: Tensor | None = None,
+        var: Tensor | None = None,
     ) -> Tensor:
         _, of_weight, of_bias = ctx.needs_input_grad[:3]
-        mean, var = running_mean, running_var
         if training:
-            mean, var = batch_norm_stats(input, running_mean, running_var, momentum)
+            if mean is None:
+                mean, var = batch_norm_stats(input, running_mean, running_var, momentum)
         elif any(ctx.needs_input_grad[:4]):
             # a training step may move the running ones before this call's gradient needs them
             mean, var = torch.stack((running_mean, running_var)).unbind()
+        else:
+            mean, var = running_mean, running_var
         output: Tensor = batch_norm_elemt(input, residual, mean, var, weight, bias, eps, activation)
         saved, computes_again = None, False
         if activation is not None:
@@ -79,10 +85,10 @@ class BatchNorm(torch.autograd.Function):
         of_input, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
         if not (of_input or of_weight or of_bias):
             if ctx.activation is None:
-                return None, None, None, grad_output, *(None,) * 6
+                return None, None, None, grad_output, *(None,) * 8
             if needs_output(ctx.activation):
                 masked = binding.apply(ActivationBackward, grad_output, saved, ctx.activation)
-                return None, None, None, masked, *(None,) * 6
+                return None, None, None, masked, *(None,) * 8
         grads = binding.apply(
             BatchNormBackward,
             grad_output,
@@ -95,7 +101,7 @@ class BatchNorm(torch.autograd.Function):
             ctx.bias_dtype,
         )
         masked = grad_output if saved is None else grads[3]
-        return *grads[:3], masked if of_residual else None, *(None,) * 6
+        return *grads[:3], masked if of_residual else None, *(None,) * 8
 
 
 class BatchNormBackward(torch.autograd.Function):

@@ -294,8 +294,11 @@ def autocast(subject: Subject, case: Case) -> list[Finding]:
     torchs = dict(cases.reference(other, arguments, case.gradient(subject)).named())
     rounded = arguments
     if subject.autocast == "lower":
+        lowered = subject.lowered or tuple(arguments)
         rounded = {
-            n: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v
+            n: v.bfloat16()
+            if n in lowered and isinstance(v, Tensor) and v.is_floating_point()
+            else v
             for n, v in arguments.items()
         }
     plain, findings = outcome(subject, case, rounded)
