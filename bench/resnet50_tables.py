@@ -206,11 +206,14 @@ def train_steps() -> str:
     """One row per batch size and result of a whole step of ResNet-50, the oldest first."""
     rows = []
     for environment, row in timed(RESULTS):
-        if row["pass"] != "train_step":
+        if not row["pass"].startswith("train_step"):
             continue
         ours, torchs = (row[key] / 1e3 for key in ("median_us", "baseline_us"))
         commit, batch = str(environment.get("commit"))[:7], str(row["shape"][0])
-        cells: tuple[Any, ...] = batch, commit, f"{ours:.1f}", f"{torchs:.1f}"
+        layers = "fused" if row["op"].endswith("fused") else "as written"
+        how = "CUDA graph" if row["pass"].endswith("graph") else "eager"
+        cells: tuple[Any, ...] = batch, commit, layers, how, f"{ours:.1f}", f"{torchs:.1f}"
         rows.append((*cells, f"{torchs / ours:.2f}" if row["verified"] else "not verified"))
     rows.sort(key=lambda cells: -int(cells[0]))
-    return markdown(("batch", "commit", "tritorch, ms", "torch, ms", "speed-up"), rows)
+    header = "batch", "commit", "layers", "step", "tritorch, ms", "torch, ms", "speed-up"
+    return markdown(header, rows)

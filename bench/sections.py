@@ -19,7 +19,7 @@ from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import BOTH, FORWARD, OURS, TORCH, Case, Slot, workloads
 from tritorch.bench.passes import Prepared
 from tritorch.bench.resnet50 import Shapes
-from tritorch.bench.train_steps import Trainer
+from tritorch.bench.train_steps import FUSED, Trainer
 
 # in the order in which they run; the numbers share out a budget of seconds
 WEIGHTS = {
@@ -128,7 +128,7 @@ class Runner:
         """One section, until a moment of `time.time`, without what is done or has failed."""
         special: dict[str, Callable[[float], None]] = {
             "ceilings": lambda until: self._ceilings(),
-            "train": lambda until: self._train(section, (OURS, TORCH), until),
+            "train": lambda until: self._train(section, (OURS, FUSED, TORCH), until),
             "compiled": lambda until: self._train(section, (COMPILED, TORCH), until),
             "baselines": self._baselines,
             "details": self._details,
@@ -245,11 +245,11 @@ class Runner:
             plan = timing.Plan(10 * self.setting.seconds, least=10, ahead=False)
             try:
                 self.bench.watch.seen()
-                found = trainer.rows(names, plan, self.bench.clock)
-                slowed = clocks.summary(self.bench.watch.seen())
-                for row in found:
+                for found in trainer.rows(names, plan, self.bench.clock):
+                    slowed = clocks.summary(self.bench.watch.seen())
                     seen = slowed if self.bench.device.type == "cuda" else {}
-                    self._row(section, {**row, **seen})
+                    for row in found:
+                        self._row(section, {**row, **seen})
             except Exception as error:
                 self._fail(section, what, error)
             self._free()

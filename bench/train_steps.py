@@ -1,13 +1,15 @@
-"""Whole train steps of ResNet-50: torch's, torch.compile's, and ours.
+"""Whole train steps of ResNet-50: torch's, torch.compile's, ours, and ours with its layers fused.
 
 bfloat16 under autocast, channels_last, SGD with momentum, random images that stay on the device.
-A step is timed as it is, the host's part included: nobody trains without it.
+A step is timed as it is, the host's part included: nobody trains without it.  On a GPU it is timed
+once more as a CUDA graph, which leaves the device's part alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,16 +18,37 @@ from torch import Tensor
 
 import tritorch
 from tritorch import ops
-from tritorch.bench import baselines, intervals, timing
+from tritorch.bench import baselines, fatal, intervals, timing
 from tritorch.bench.baselines import COMPILED
 from tritorch.bench.cases import OURS, TORCH
 from tritorch.bench.resnet50 import ResNet50
+
+# ours, with activations and additions in the kernels of the norms before them
+FUSED = "tritorch, fused"
+# the pass of a step as it is, and of one that is a CUDA graph
+EAGER, GRAPH = "train_step", "train_step_graph"
 
 # by how much first losses of equal networks may differ, as a fraction: a bfloat16's last digits
 _ROUNDING = 2.0**-6
 _WARM_UP = 3
 
 Step = Callable[[], Tensor]
+
+
+@dataclass
+class _Sides:
+    """What is timed, by name, and what is known of it besides."""
+
+    steps: dict[str, Step] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def fails(self, name: str, error: Exception) -> None:
+        fatal.reraise(error)
+        if name == TORCH:
+            raise error
+        self.failures[name] = f"raises {type(error).__name__}: {error}"[:500]
 
 
 class Trainer:
@@ -53,8 +76,10 @@ class Trainer:
         model = model.to(memory_format=torch.channels_last)
         loss_of: Callable[..., Tensor] = F.cross_entropy
         optim: Any = torch.optim
-        if implementation == OURS:
+        if implementation in (OURS, FUSED):
             model, loss_of, optim = tritorch.convert(model), ops.cross_entropy, tritorch.optim
+        if implementation == FUSED:
+            model = tritorch.fuse(model)
         elif implementation == COMPILED:
             model = baselines.compiled(model)
         optimizer = optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -71,56 +96,79 @@ class Trainer:
 
     def rows(
         self, names: tuple[str, ...], plan: timing.Plan, clock: timing.Clock
-    ) -> list[dict[str, Any]]:
-        """One row for each implementation, torch's among them; a step that raises has no time."""
-        steps, losses, failures = self._steps(names)
-        timed = timing.measure(steps, clock, plan)
-        return [self._row(name, timed, losses, failures) for name in names]
+    ) -> Iterator[list[dict[str, Any]]]:
+        """The rows of one measurement after the other: of each implementation, torch's among them,
+        and on a GPU of each as a graph.  A step that raises has no time.
+        """
+        sides = self._sides(names)
+        timed = timing.measure({name: [step] for name, step in sides.steps.items()}, clock, plan)
+        yield [self._row(EAGER, name, timed, sides) for name in names]
+        if self.device.type == "cuda" and COMPILED not in names:
+            graphs = self._graphs(sides)
+            timed = timing.measure({name: [replay] for name, replay in graphs.items()}, clock, plan)
+            yield [self._row(GRAPH, name, timed, sides) for name in names]
 
-    def _steps(
-        self, names: tuple[str, ...]
-    ) -> tuple[dict[str, list[Step]], dict[str, float], dict[str, str]]:
-        steps: dict[str, list[Step]] = {}
-        losses: dict[str, float] = {}
-        failures: dict[str, str] = {}
+    def _sides(self, names: tuple[str, ...]) -> _Sides:
+        sides = _Sides()
         for name in names:
             try:
                 step = self.step(name)
-                losses[name] = float(step())
+                sides.losses[name] = float(step())
                 for _ in range(_WARM_UP):
                     step()
-                steps[name] = [step]
+                sides.peaks[name] = self._peak(step)
+                sides.steps[name] = step
             except Exception as error:
-                if name == TORCH or "CUDA error" in str(error):
-                    raise
-                failures[name] = f"raises {type(error).__name__}: {error}"[:500]
-        return steps, losses, failures
+                sides.fails(name, error)
+        return sides
+
+    def _peak(self, step: Step) -> int:
+        """Bytes that a step needs besides what it finds: activations, gradients."""
+        if self.device.type != "cuda":
+            step()
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - held
+
+    def _graphs(self, sides: _Sides) -> dict[str, timing.Call]:
+        """Replays of the steps; they share one memory, for two of these networks do not fit."""
+        torch.cuda.empty_cache()
+        pool = torch.cuda.graph_pool_handle()
+        replays: dict[str, timing.Call] = {}
+        for name, step in sides.steps.items():
+            try:
+                replays[name] = _captured(step, pool)
+            except Exception as error:
+                sides.fails(name, error)
+        return replays
 
     def _row(
-        self,
-        name: str,
-        timed: Mapping[str, timing.Timing],
-        losses: Mapping[str, float],
-        failures: Mapping[str, str],
+        self, which: str, name: str, timed: Mapping[str, timing.Timing], sides: _Sides
     ) -> dict[str, Any]:
         # of equal weights; later losses drift apart as any two roundings do
-        loss, expected = losses.get(name, math.nan), losses[TORCH]
+        loss, expected = sides.losses.get(name, math.nan), sides.losses[TORCH]
         close = abs(loss - expected) <= _ROUNDING * abs(expected)
-        failure = failures.get(name, "" if close else f"first loss {loss}, torch's {expected}")
+        failure = sides.failures.get(
+            name, "" if close else f"first loss {loss}, torch's {expected}"
+        )
         row: dict[str, Any] = {
-            "op": "resnet50",
-            "name": "train_step",
+            # of a row that is ours readers ask whose network it was
+            "op": "resnet50_fused" if name == FUSED else "resnet50",
+            "name": EAGER,
             "shape": list(self.images.shape),
             "dtype": "bfloat16",
             "layout": "channels_last",
-            "pass": "train_step",
-            "implementation": name,
+            "pass": which,
+            "implementation": OURS if name == FUSED else name,
             "baseline": "" if name == TORCH else TORCH,
             "median_us": None,
             "speedup": None,
             "verified": not failure,
             "failure": failure,
             "first_loss": None if math.isnan(loss) else loss,
+            "peak_bytes": sides.peaks.get(name),
         }
         if name in timed:
             us = timed[name].median.value
@@ -135,3 +183,30 @@ class Trainer:
                 row["baseline_us"] = timed[TORCH].median.value
                 row["speedup"] = None if failure else row["baseline_us"] / us
         return row
+
+
+def _captured(step: Step, pool: Any) -> timing.Call:
+    """The step as a CUDA graph, which trains the same network on."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # what is made for a tensor when it is first seen on a stream cannot be captured
+        for _ in range(_WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    timing.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        loss = step()
+    before = _replayed(graph, loss)
+    after = _replayed(graph, loss)
+    # a step that was captured without its optimizer, or without the forward pass, stands still
+    if not math.isfinite(after) or before == after:
+        raise RuntimeError(f"the graph of a step has loss {before}, and then {after}")
+    return graph.replay
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, loss: Tensor) -> float:
+    graph.replay()
+    timing.synchronize()
+    return float(loss)

@@ -1,0 +1,72 @@
+"""Rows of whole train steps."""
+
+import pytest
+import torch
+
+from tritorch.bench import timing, train_steps
+from tritorch.bench.cases import OURS, TORCH
+from tritorch.bench.train_steps import EAGER, FUSED, GRAPH, Trainer
+
+PLAN = timing.Plan(0.05, least=3, ahead=False)
+
+
+def rows(device, *names, batch=2):
+    trainer = Trainer(torch.device(device), batch, blocks=(1, 1), size=32)
+    clock = timing.clock(torch.device(device))
+    return [row for found in trainer.rows(names, PLAN, clock) for row in found]
+
+
+@pytest.mark.reference
+def test_a_row_for_each_implementation_with_torchs_time_beside_it():
+    ours, fused, torchs = rows("cpu", OURS, FUSED, TORCH)
+    assert [row["op"] for row in (ours, fused, torchs)] == [
+        "resnet50",
+        "resnet50_fused",
+        "resnet50",
+    ]
+    assert [row["implementation"] for row in (ours, fused, torchs)] == [OURS, OURS, TORCH]
+    for row in (ours, fused):
+        assert row["verified"], row["failure"]
+        assert row["baseline_us"] == torchs["median_us"]
+        assert row["speedup"] == row["baseline_us"] / row["median_us"]
+        assert row["first_loss"] == pytest.approx(torchs["first_loss"], rel=2**-6)
+    assert torchs["speedup"] is None
+    assert {row["pass"] for row in (ours, fused, torchs)} == {EAGER}
+
+
+@pytest.mark.reference
+def test_another_first_loss_has_no_speedup(monkeypatch):
+    monkeypatch.setattr(train_steps.ops, "cross_entropy", lambda x, target: x.float().pow(2).mean())
+    ours, _ = rows("cpu", OURS, TORCH)
+    assert not ours["verified"]
+    assert ours["speedup"] is None
+    assert "first loss" in ours["failure"]
+
+
+@pytest.mark.reference
+def test_a_step_that_raises_is_a_row_without_a_time(monkeypatch):
+    def fails(x, target):
+        raise ValueError("no such loss")
+
+    monkeypatch.setattr(train_steps.ops, "cross_entropy", fails)
+    ours, torchs = rows("cpu", OURS, TORCH)
+    assert ours["failure"] == "raises ValueError: no such loss"
+    assert (ours["median_us"], ours["speedup"], ours["verified"]) == (None, None, False)
+    assert torchs["median_us"] > 0
+
+
+@pytest.mark.cuda
+def test_steps_are_timed_as_graphs_too():
+    found = rows("cuda", OURS, FUSED, TORCH, batch=4)
+    assert [row["pass"] for row in found] == [EAGER] * 3 + [GRAPH] * 3
+    for row in found:
+        assert row["verified"], row["failure"]
+        assert row["median_us"] > 0
+        assert row["peak_bytes"] > 0
+
+
+@pytest.mark.cuda
+def test_a_step_that_stands_still_is_no_graph_of_one():
+    loss = torch.ones((), device="cuda")
+    with pytest.raises(RuntimeError, match="graph of a step"):
+        train_steps._captured(lambda: loss * 1.0, torch.cuda.graph_pool_handle())
