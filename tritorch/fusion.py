@@ -36,7 +36,7 @@ def fuse(model: Module, inplace: bool = False) -> Module:
     A model without a layer of tritorch is converted first.  A module with joined steps is the same
     object of a subclass of its class, whose forward is the recorded one; `tritorch.revert` undoes
     both.  A forward is recorded once, for tensors as arguments: with others it runs as it was
-    written, and for good once an attribute of its module is set or a child added.
+    written, and for good once an attribute of its module is changed or a child added.
 
     Args:
         model: any module.
@@ -54,9 +54,10 @@ def fuse(model: Module, inplace: bool = False) -> Module:
     if not any(type(module) in ours for module in model.modules()):
         convert(model, inplace=True)
     for module in model.modules():
-        plan = None if isinstance(module, Fused) else _plan(module)
+        plan = None if _is_fused(module) else _plan(module)
         if isinstance(plan, _Plan) and plan.fused:
-            module.__class__ = _fused_class(type(module), *_source(plan.graph))
+            recipe = _Recipe(_written(module), len(module._modules), *_source(plan.graph))
+            module.__class__ = _fused_class(recipe)
     return model
 
 
@@ -94,41 +95,44 @@ def fusion_report(model: Module) -> FusionReport:
                 prefix = f"{name}." if name else ""
                 joined = {prefix + layer: what for layer, what in plan.fused.items()}
                 kept |= {prefix + layer: reason for layer, reason in plan.kept.items()}
-                if isinstance(module, Fused):
+                if _is_fused(module):
                     fused |= joined
                 else:
                     kept |= dict.fromkeys(joined, "not fused")
     return FusionReport(fused, kept)
 
 
-class Fused:
-    """Mixed into the class of a module whose forward is a recorded one.
-
-    `written` is the class as it was; `recipe` makes the mixed one again where it is unpickled.
-    """
+class _Recipe(NamedTuple):
+    """What the class of a fused module is made of, again where one is unpickled."""
 
     written: type[Module]
-    recipe: tuple[type[Module], str, tuple[tuple[str, Any], ...]]
+    children: int
+    source: str
+    # what the source refers to besides torch
+    names: tuple[tuple[str, Any], ...]
+
+
+class Fused:
+    """Mixed into the class of a module whose forward is a recorded one."""
+
+    recipe: _Recipe
 
     # the record may depend on what is changed here
     def __setattr__(self, name: str, value: Any) -> None:
+        before = value if name in _STATE else getattr(self, name, value)
         super().__setattr__(name, value)
-        if name not in _STATE:
+        if before is not value:
             unfuse(self)
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
         unfuse(self)
 
-    def add_module(self, name: str, module: Module | None) -> None:
-        super().add_module(name, module)  # type: ignore[misc]
-        unfuse(self)
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
         if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
-        return _unpickled, (self.recipe, *reduced[1][1:]), *reduced[2:]
+        return _unpickled, (tuple(self.recipe), *reduced[1][1:]), *reduced[2:]
 
 
 # what every module has, which no forward should read: hooks, say
@@ -138,18 +142,23 @@ _STATE = frozenset({*vars(Module()), *dir(Module)})
 def unfuse(module: object) -> None:
     """Gives a module its own forward back."""
     if isinstance(module, Fused):
-        object.__setattr__(module, "__class__", type(module).written)
+        object.__setattr__(module, "__class__", module.recipe.written)
+
+
+def _is_fused(module: Module) -> bool:
+    """Whether its forward is a recorded one, which is none for more or fewer children."""
+    return isinstance(module, Fused) and len(module._modules) == module.recipe.children
 
 
 def _unpickled(recipe: Any, *arguments: Any) -> Module:
-    kind = _fused_class(*recipe)
+    kind = _fused_class(_Recipe(*recipe))
     made: Module = kind.__new__(kind, *arguments)
     return made
 
 
 @functools.cache
-def _fused_class(written: Any, source: str, names: tuple[tuple[str, Any], ...]) -> type[Module]:
-    """A subclass of `written` with the forward of that source, in which `names` have a meaning."""
+def _fused_class(recipe: _Recipe) -> type[Module]:
+    written, children, source, names = recipe
     title = f"Fused{written.__name__}"
     file = f"<{title} {abs(hash(source)):x}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
@@ -159,6 +168,8 @@ def _fused_class(written: Any, source: str, names: tuple[tuple[str, Any], ...]) 
 
     @functools.wraps(written.forward)
     def forward(self: Module, *args: Any, **kwargs: Any) -> Any:
+        if len(self._modules) != children:
+            return written.forward(self, *args, **kwargs)
         for value in (*args, *kwargs.values()):
             if not isinstance(value, Tensor):
                 return written.forward(self, *args, **kwargs)
@@ -168,8 +179,7 @@ def _fused_class(written: Any, source: str, names: tuple[tuple[str, Any], ...]) 
         "__module__": written.__module__,
         "__doc__": written.__doc__,
         "forward": forward,
-        "written": written,
-        "recipe": (written, source, names),
+        "recipe": recipe,
     }
     return type(title, (Fused, written), members)
 
@@ -239,4 +249,4 @@ def _layers(module: Module) -> Iterator[tuple[str, Module]]:
 
 
 def _written(module: Module) -> type[Module]:
-    return type(module).written if isinstance(module, Fused) else type(module)
+    return module.recipe.written if isinstance(module, Fused) else type(module)

@@ -111,8 +111,8 @@ class _NoTensors(TorchDispatchMode):
 class _Value(fx.Proxy):
     """A value of the record.  Arguments are tensors; of other values nobody may ask the class."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         if self.node.op in ("placeholder", "get_attr"):
             return Tensor
         raise DeclinedError("its forward asks for the class of a value that it computes")
