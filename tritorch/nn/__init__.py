@@ -51,22 +51,18 @@ class Conv1d(torch.nn.Conv1d):
 
 
 class Conv2d(torch.nn.Conv2d):
-    def forward(self, input: Tensor, activation: str | None = None) -> Tensor:
-        # a subclass may have another _conv_forward, of torch's arguments
-        if activation is None:
-            return self._conv_forward(input, self.weight, self.bias)
-        return self._convolve(input, self.weight, self.bias, activation)
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._convolve(input, weight, bias, None)
-
-    def _convolve(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+    def _conv_forward(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
     ) -> Tensor:
         input, padding = _padded(self, input)
-        return ops.conv2d(
-            input, weight, bias, self.stride, padding, self.dilation, self.groups, activation
-        )
+        geometry = self.stride, padding, self.dilation, self.groups
+        return ops.conv2d(input, weight, bias, *geometry, activation)
+
+    def forward(self, input: Tensor, activation: str | None = None) -> Tensor:
+        # a subclass may have a _conv_forward of torch's arguments alone
+        if activation is None:
+            return super().forward(input)
+        return self._conv_forward(input, self.weight, self.bias, activation)
 
 
 class Conv3d(torch.nn.Conv3d):
