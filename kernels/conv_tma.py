@@ -104,6 +104,17 @@ def _shared_memory(config):
 
 
 @functools.lru_cache(maxsize=1024)
+def pixels_of(config):
+    """The images, rows and columns of a tile that a table says besides, or None; the rest of it."""
+    sizes = dict(config.kwargs)
+    pixels = tuple(sizes.pop(f"BLOCK_{axis}", 0) for axis in "NPQ")
+    if not any(pixels):
+        return None, config
+    rest = Config(sizes, num_warps=config.num_warps, num_stages=config.num_stages,
+                  maxnreg=config.maxnreg)
+    return pixels, rest
+
+
 def tile_of_pixels(n, p, q, block):
     """Images, rows and columns of a tile of `block` pixels.
 

@@ -122,6 +122,33 @@ def test_values_and_gradients(name, monkeypatch):
         assert error <= torch.finfo(case.dtype).eps * other.abs().max()
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("stride", [1, 2, (1, 2)], ids=str)
+@pytest.mark.parametrize("pixels", [(1, 4, 4), (1, 2, 4)], ids=str)
+def test_a_tile_of_pixels_in_a_table_is_taken_where_it_fits(stride, pixels):
+    """Two sizes of an image ask one question where only one of them has pairs of pixels."""
+    image = (4, 16, 8, 8) if stride == 1 else (16, 16, 7, 7)
+    case = Case(image, (16, 16, 3, 3), stride=stride, tile=(16, 16, 16))
+    config = conv_tma.kernels._tile(*case.tile, 4, 2)
+    config.kwargs |= dict(zip(("BLOCK_N", "BLOCK_P", "BLOCK_Q"), pixels, strict=True))
+    x, w, _, _ = case.make()
+    with tiles(case) as names, launch.override("conv2d_tma_config", config):
+        found = case.run(x, w, None)
+        blocks = _pixels_of_a_tile(x, w, found, stride)
+    assert FORWARD in names
+    assert (blocks == pixels) == (stride == 1 and pixels == (1, 4, 4))
+    exact = case.reference(x.double(), w.double(), None)
+    error = (found.double() - exact).abs().max()
+    assert error <= torch.finfo(case.dtype).eps * exact.abs().max()
+
+
+def _pixels_of_a_tile(x, w, y, stride):
+    strides = (stride, stride) if isinstance(stride, int) else stride
+    geometry = Geometry(strides, (1, 1), (1, 1), 1)
+    plan = conv_tma.plan_convolve(*map(Layout.of, (x, w, y)), geometry, False, 132)
+    return tuple(plan.constants[f"BLOCK_{axis}"] for axis in "NPQ")
+
+
 STEMS = {
     "7x7": Case((16, 3, 4, 8), (16, 3, 7, 7), 2, 3, weight_tile=(16, 16, 16, 4)),
     "3x3-odd": Case((16, 3, 3, 9), (16, 3, 3, 3), 2, 1, activation="relu"),

@@ -106,10 +106,12 @@ def plan_convolve(
     if groups > 1 and not fits:
         return None
     blocks = block_npq, 1, 1
-    if "BLOCK_N" in config.kwargs:
-        blocks = tuple(config.kwargs[f"BLOCK_{axis}"] for axis in "NPQ")
-    elif pairs or (stride_h, stride_w) == (1, 1):
-        blocks = kernels.tile_of_pixels(n, p, q, block_npq)
+    chosen, config = kernels.pixels_of(config)
+    # without pairs a stride leaves gaps between the pixels of a tile; what a table says is of sizes
+    # alone, which images with pairs and images without can share
+    if pairs or (stride_h, stride_w) == (1, 1):
+        is_whole = chosen is not None and math.prod(chosen) == block_npq
+        blocks = chosen if is_whole else kernels.tile_of_pixels(n, p, q, block_npq)
     tiles = math.prod(
         math.ceil(size / block) for size, block in zip((n, p, q), blocks, strict=True)
     )
