@@ -7,12 +7,14 @@ import copy
 import io
 import operator
 import pickle
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import tritorch
 import tritorch.nn.functional as ours
@@ -403,15 +405,16 @@ def test_what_reads_changed_values_is_moved_past_nothing():
 
 
 def drawing(m, x):
-    import random
-
     return F.relu(m.bn(x)) if random.random() < 2 else x
 
 
 def checkpointed(m, x):
-    from torch.utils.checkpoint import checkpoint
-
     return F.relu(checkpoint(m.bn, x, use_reentrant=False))
+
+
+def saving_on_cpu(m, x):
+    with torch.autograd.graph.save_on_cpu():
+        return F.relu(m.bn(x))
 
 
 def without_gradient(m, x):
@@ -441,39 +444,33 @@ def scaling_in_place(m, x):
     return y
 
 
+VALUES = (
+    "torch.fx cannot trace it: symbolically traced variables cannot be used as inputs to"
+    " control flow"
+)
+ANOTHER = "its forward is another one in evaluation, or without gradients"
+CONTEXT = "its forward enters a context: no_grad or autocast, say"
+CLASS = "its forward asks for the class of a value that it computes"
+# what a record would not do, and why there is none
 UNTRACEABLE = {
-    "a branch on values": (
-        lambda m, x: F.relu(m.bn(x)) if x.sum() > 0 else m.bn(x),
-        "torch.fx cannot trace it: symbolically traced variables cannot be used as inputs to"
-        " control flow",
-    ),
-    "training": (
-        lambda m, x: F.relu(m.bn(x)) if m.training else m.bn(x),
-        "its forward is another one in evaluation, or without gradients",
-    ),
-    "a dropout's training": (
-        lambda m, x: F.dropout(F.relu(m.bn(x)), 0.0, m.training),
-        "its forward is another one in evaluation, or without gradients",
-    ),
-    "gradients": (
-        lambda m, x: F.relu(m.bn(x)) if torch.is_grad_enabled() else m.bn(x),
-        "its forward is another one in evaluation, or without gradients",
-    ),
-    "a class": (
-        lambda m, x: F.relu(y) if isinstance(y := m.bn(x), torch.Tensor) else y[0],
-        "its forward asks for the class of a value that it computes",
-    ),
-    "no_grad": (
-        without_gradient,
-        "its forward enters a context: no_grad, autocast or checkpoint, say",
-    ),
-    "autocast": (in_bfloat16, "its forward enters a context: no_grad, autocast or checkpoint, say"),
-    "checkpoint": (checkpointed, None),
+    "values": (lambda m, x: F.relu(m.bn(x)) if x.sum() > 0 else m.bn(x), VALUES),
+    "training": (lambda m, x: F.relu(m.bn(x)) if m.training else m.bn(x), ANOTHER),
+    "a child's training": (lambda m, x: F.relu(m.bn(x)) if m.bn.training else x, ANOTHER),
+    "dropout": (lambda m, x: F.dropout(F.relu(m.bn(x)), 0.0, m.training), ANOTHER),
+    "gradients": (lambda m, x: F.relu(m.bn(x)) if torch.is_grad_enabled() else m.bn(x), ANOTHER),
+    "class": (lambda m, x: F.relu(y) if isinstance(y := m.bn(x), torch.Tensor) else y[0], CLASS),
+    "no_grad": (without_gradient, CONTEXT),
+    "autocast": (in_bfloat16, CONTEXT),
+    "saved tensors": (saving_on_cpu, CONTEXT),
+    "checkpoint": (checkpointed, VALUES),
     "random": (drawing, "its forward draws random numbers in Python"),
-    "a tensor of its own": (lambda m, x: F.relu(m.bn(x)) * torch.ones(1), None),
-    "remembers": (remembering, None),
+    "a tensor of its own": (
+        lambda m, x: F.relu(m.bn(x)) if torch.rand(1) < 2 else x,
+        "its forward calls aten.rand.default on no value that it is given",
+    ),
+    "remembers": (remembering, CLASS),
     "counts": (counting, "its forward changes attributes of its module"),
-    "other operators in place": (scaling_in_place, "its forward changes a value by __imul__"),
+    "in place": (scaling_in_place, "its forward changes a value by __imul__"),
 }
 
 
@@ -483,12 +480,22 @@ def test_forward_that_cannot_be_recorded_stays(case):
     compute, reason = UNTRACEABLE[case]
     model = Model(compute, seen=[])
     before = {name: id(value) for name, value in vars(model).items()}
+    drawn = random.getstate()
     fused = tritorch.fuse(tritorch.convert(model, inplace=True), inplace=True)
     assert type(fused) is Model
     assert model.seen == []
     assert {name: id(value) for name, value in vars(model).items()} == before
-    found = kept_of(fused)[""]
-    assert found == reason if reason else "its forward" in found or "cannot trace" in found
+    assert random.getstate() == drawn
+    assert kept_of(fused) == {"": reason}
+
+
+@reference
+def test_forward_of_an_instance_stays():
+    model = patched(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    fused = tritorch.fuse(model, inplace=True)
+    assert type(fused) is nn.Sequential
+    assert kept_of(fused) == {"": "its forward is replaced on the instance"}
+    assert_close(fused(images()), images() * 2)
 
 
 @reference
@@ -610,6 +617,15 @@ def test_changes_after_fusing_take_effect(change):
     for model in (converted, fused):
         CHANGES[change](model)
     assert_close(trained(fused, images()), trained(converted, images()))
+
+
+@reference
+def test_attribute_that_is_deleted_is_missed():
+    _, fused = pair(Model(lambda m, x: F.relu(m.bn(x)) * m.factor, factor=2))
+    assert fused_of(fused) == {"bn": "relu"}
+    del fused.factor
+    with pytest.raises(AttributeError, match="factor"):
+        fused(images())
 
 
 @reference

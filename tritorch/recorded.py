@@ -105,7 +105,7 @@ class _NoTensors(TorchDispatchMode):
     """Notices what is computed while a forward is recorded instead of becoming a part of it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise DeclinedError(f"its forward computes {func} of no argument of its own")
+        raise DeclinedError(f"its forward calls {func} on no value that it is given")
 
 
 class _Value(fx.Proxy):
@@ -162,9 +162,7 @@ class _Recorder(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _surroundings() != self._surroundings:
-            raise DeclinedError(
-                "its forward enters a context: no_grad, autocast or checkpoint, say"
-            )
+            raise DeclinedError("its forward enters a context: no_grad or autocast, say")
         return super().create_node(*args, **kwargs)
 
 
