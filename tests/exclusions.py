@@ -38,6 +38,7 @@ WITHOUT_ENTRY = {
     "adam_step": "one step over many tensors; torch has it inside torch.optim alone",
     "sgd_step": "one step over many tensors; torch has it inside torch.optim alone",
     "channel_sum": "a sum over all axes but one, which is no signature of torch's",
+    "conv2d_batch_norm": "two functions of torch's, each of which has an entry",
     "Hardsigmoid": "torch lists no inputs for this layer; its op has an entry",
     "Dropout": "torch lists no inputs for this layer; its op has an entry",
 }

@@ -20,6 +20,7 @@ LOWER = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "conv2d_batch_norm",
 ]
 FLOAT32 = [
     "mse_loss",

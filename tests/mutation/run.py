@@ -51,6 +51,7 @@ _FILE_OF_KIND = {
     "missing memory format": "tests/test_formats.py",
 }
 _OF_FAMILY = {
+    "conv_batch_norm": ["tests/test_conv_batch_norm.py"],
     "losses": ["tests/test_loss.py"],
     "norm": ["tests/test_norm.py"],
     "optim": ["tests/test_optim.py", "tests/test_optim_protocol.py"],
