@@ -54,7 +54,7 @@ def fuse(model: Module, inplace: bool = False) -> Module:
     if not any(type(module) in ours for module in model.modules()):
         convert(model, inplace=True)
     for module in model.modules():
-        plan = None if _is_fused(module) else _plan(module)
+        plan = _plan(module)
         if isinstance(plan, _Plan) and plan.fused:
             recipe = _Recipe(_written(module), len(module._modules), *_source(plan.graph))
             module.__class__ = _fused_class(recipe)

@@ -90,7 +90,7 @@ def _activation(module: Module, node: fx.Node, input: fx.Node) -> _Activation | 
     """Which one the step computes of `input` alone, None if none; or why it is not the kernels'."""
     if node.op == "call_module":
         layer = module.get_submodule(str(node.target))
-        if not fused.is_activation(layer) or node.args != (input,) or node.kwargs:
+        if not fused.is_activation(layer):
             return None
         name = fused.activation_name(layer)
         if name is None:
@@ -104,7 +104,7 @@ def _activation(module: Module, node: fx.Node, input: fx.Node) -> _Activation | 
         return None
     options = _OPTIONS.get(found, ("inplace",))
     given = dict(zip(("input", *options), node.args, strict=False)) | node.kwargs
-    if given.pop("input", None) is not input or len(node.args) > len(options) + 1:
+    if given.pop("input", None) is not input:
         return None
     given.pop("inplace", None)
     shown = ", ".join(f"{name}={value}" for name, value in given.items())
