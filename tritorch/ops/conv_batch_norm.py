@@ -172,7 +172,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
         x, w = make(*input), make(*weight)
         if make.dtype.itemsize == 2:
             # whole numbers, whose convolution 16 bits hold: what is judged is rounded once
-            x, w = x.round(), w.round()
+            x, w = (2 * x).round(), (2 * w).round()
         if channels_last:
             x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
         return Sample(
@@ -205,11 +205,13 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("dilation", image, (6, 5, 2, 2), dilation=(2, 3), float32=True)
     yield sample("eval", image, filters, padding=1, training=False, activation="relu")
     yield sample("empty-batch", (0, 5, 6, 7), filters, padding=1)
+    yield sample("split-sum", (3, 256, 2, 2), (16, 256, 3, 1), padding=(1, 0), **last)
     yield sample("tiny", (2, 2, 2, 1), (2, 2, 1, 1), activation="sigmoid", gradcheck=True)
 
 
 # name, channels in and out, image, kernel, stride; half of the kernel is padding
 _LAYERS = (
+    ("resnet50-stem", 3, 64, 224, 7, 2),
     ("resnet50-s1-1x1", 64, 256, 56, 1, 1),
     ("resnet50-s1-3x3", 64, 64, 56, 3, 1),
     ("resnet50-s2-3x3-stride-2", 128, 128, 56, 3, 2),
@@ -221,19 +223,23 @@ _LAYERS = (
 def _workloads(make: Maker) -> Iterator[Sample]:
     for name, c, k, size, kernel, stride in _LAYERS:
         channel = make.empty(k).to(accumulator_dtype(make.dtype))
-        yield Sample(
-            name,
-            input=make.empty(64, c, size, size).contiguous(memory_format=torch.channels_last),
-            weight=make.empty(k, c, kernel, kernel).contiguous(memory_format=torch.channels_last),
-            running_mean=channel,
-            running_var=channel,
-            norm_weight=channel,
-            norm_bias=channel,
-            stride=stride,
-            padding=kernel // 2,
-            training=True,
-            activation="relu",
-        )
+        for order in (torch.channels_last, torch.contiguous_format):
+            nchw = order == torch.contiguous_format
+            if nchw and name != "resnet50-s3-3x3":
+                continue
+            yield Sample(
+                f"{name}-contiguous" if nchw else name,
+                input=make.empty(64, c, size, size).contiguous(memory_format=order),
+                weight=make.empty(k, c, kernel, kernel).contiguous(memory_format=order),
+                running_mean=channel,
+                running_var=channel,
+                norm_weight=channel,
+                norm_bias=channel,
+                stride=stride,
+                padding=kernel // 2,
+                training=True,
+                activation="relu",
+            )
 
 
 def _rejects(make: Maker) -> Iterator[Reject]:
