@@ -30,7 +30,8 @@ def fuse(model: Module, inplace: bool = False) -> Module:
 
     Fused are a batch norm, with or without an addition behind it, a linear layer, each with any
     activation that the kernels know, and a 2d convolution with a ReLU: activations of torch.nn, of
-    `functional` or a tensor's method, in place or not.  Only steps of one forward, between which no
+    `functional` or a tensor's method, in place or not.  In training the kernel of a 2d convolution
+    takes the statistics of the batch norm behind it.  Only steps of one forward, between which no
     other value is used, are joined; `fusion_report` says which, and why others are not.
 
     A model without a layer of tritorch is converted first.  A module with joined steps is the same
@@ -229,6 +230,11 @@ def _plan(module: Module) -> _Plan | str | None:
             plan.fused[node.target] = found.title
             patterns.join(graph, found)
     fused, kept = (dict(reversed(found.items())) for found in plan[1:])
+    for node in list(graph.nodes):
+        source = patterns.find_convolution(module, node)
+        if source is not None:
+            fused[str(source.target)] = f"statistics of {patterns.norm_of(node)}"
+            patterns.join_convolution(graph, source, node)
     targets = {node.target for node in called}
     for name, layer in layers.items():
         if isinstance(layer, _BatchNorm) and name not in targets:

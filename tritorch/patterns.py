@@ -203,3 +203,64 @@ def join(graph: fx.Graph, pattern: Pattern) -> None:
     for old in (step, addition, layer):
         if old is not None:
             graph.erase_node(old)
+
+
+# of new memory, which nothing but their users can change
+_STEPS = (fused.activated, fused.residual_activated, fused.convolved)
+
+
+def find_convolution(module: Module, node: fx.Node) -> fx.Node | None:
+    """The convolution whose kernel can take the statistics of that norm, or of a joined one."""
+    name = norm_of(node)
+    if name is None or type(module.get_submodule(name)) is not nn.BatchNorm2d:
+        return None
+    source = node.args[0 if node.op == "call_module" else 2]
+    if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.args) != 1:
+        return None
+    convolution = module.get_submodule(str(source.target))
+    if not fused.is_convolution(convolution) or convolution.bias is not None or source.kwargs:
+        return None
+    if not fused.is_plain(convolution) or _only_user(source) is not node:
+        return None
+    return source if _may_move(module, source, node) else None
+
+
+def norm_of(node: fx.Node) -> str | None:
+    """The name of the layer that a step calls, alone or joined with what is behind it."""
+    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+        return str(node.target)
+    if node.target in (fused.activated, fused.residual_activated):
+        layer: Any = node.args[0]
+        return str(layer.target)
+    return None
+
+
+def _may_move(module: Module, source: fx.Node, node: fx.Node) -> bool:
+    """Whether nothing between two steps can change what the first one reads."""
+    steps = list(node.graph.nodes)
+    between = steps[steps.index(source) + 1 : steps.index(node)]
+    if all(step.op in ("get_attr", "placeholder") for step in between):
+        return True
+    read = source.args[0]
+    if not isinstance(read, fx.Node) or _only_user(read) is not source:
+        return False
+    if any(str(step.target).startswith(f"{source.target}.") for step in between):
+        return False
+    is_layer = read.op == "call_module" and type(module.get_submodule(str(read.target))) in _FRESH
+    return is_layer or read.target in _STEPS
+
+
+def join_convolution(graph: fx.Graph, source: fx.Node, node: fx.Node) -> None:
+    """Puts one call in the place of a convolution and of what its norm was joined to."""
+    with graph.inserting_before(node):
+        convolution = graph.get_attr(str(source.target))
+        called: tuple[Any, ...]
+        if node.op == "call_module":
+            called = (convolution, graph.get_attr(str(node.target)), None, source.args[0])
+        else:
+            norm, activation, _, *rest = node.args
+            called = (convolution, norm, activation, source.args[0], *rest)
+        joined = graph.call_function(fused.convolved, called)
+    node.replace_all_uses_with(joined)
+    graph.erase_node(node)
+    graph.erase_node(source)

@@ -207,24 +207,19 @@ class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
         return ops.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
-def _batch_norm(
-    layer: batchnorm._BatchNorm,
-    input: Tensor,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    layer._check_input_dim(input)
+def _norm_of_batch(layer: batchnorm._BatchNorm) -> tuple[Any, ...]:
+    """What `ops.batch_norm` takes behind the input; counts the batch, as torch does before it looks
+    at it.
+    """
     tracks = layer.training and layer.track_running_stats
     momentum = layer.momentum
     if tracks and layer.num_batches_tracked is not None:
-        # torch counts the batch before it looks at it
         layer.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(layer.num_batches_tracked)
     # running statistics are passed where they are to be updated, or used
     passes = tracks or not layer.training
-    return ops.batch_norm(
-        input,
+    return (
         layer.running_mean if passes else None,
         layer.running_var if passes else None,
         layer.weight,
@@ -232,9 +227,18 @@ def _batch_norm(
         layer.training or (layer.running_mean is None and layer.running_var is None),
         0.0 if momentum is None else momentum,
         layer.eps,
-        activation=activation,
-        residual=residual,
     )
+
+
+def _batch_norm(
+    layer: batchnorm._BatchNorm,
+    input: Tensor,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    layer._check_input_dim(input)
+    given = _norm_of_batch(layer)
+    return ops.batch_norm(input, *given, activation=activation, residual=residual)
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
@@ -243,6 +247,30 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
     forward = _batch_norm
+
+    def behind(
+        self,
+        convolution: torch.nn.Conv2d,
+        input: Tensor,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """self(convolution(input)) of one without bias that pads with zeros, in training."""
+        *given, training, momentum, eps = _norm_of_batch(self)
+        return ops.conv2d_batch_norm(
+            input,
+            convolution.weight,
+            *given,
+            stride=convolution.stride,
+            padding=convolution.padding,
+            dilation=convolution.dilation,
+            groups=convolution.groups,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+            residual=residual,
+        )
 
 
 class BatchNorm3d(torch.nn.BatchNorm3d):

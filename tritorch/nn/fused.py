@@ -7,6 +7,8 @@ the two, the modules are called in the order in which the model was written.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -43,6 +45,11 @@ def is_plain(module: Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in vars(module)
     )
+
+
+def is_convolution(module: Module) -> bool:
+    """Whether its kernels can take the statistics of a batch norm behind it."""
+    return type(module) is nn.Conv2d
 
 
 def is_activation(module: Module) -> bool:
@@ -93,6 +100,75 @@ def residual_activated(
     else:
         output = output + residual
     return _activate(activation, output)
+
+
+def convolved(
+    convolution: Module,
+    norm: Any,
+    activation: Module | str | None,
+    input: Tensor,
+    residual: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """activation(norm(convolution(input)) + residual), with what is None left out.
+
+    In training the convolution's kernel takes the norm's statistics while it stores.
+    """
+    name = None if activation is None else _fusable(norm, activation)
+    if (
+        (activation is None or name is not None)
+        and _takes_statistics(convolution, norm, input)
+        and (residual is None or _is_output(convolution, input, residual))
+    ):
+        output: Tensor = norm.behind(convolution, input, name, residual)
+        return output
+    output = convolution(input)
+    if activation is None:
+        output = norm(output)
+        return output
+    if residual is None:
+        return activated(norm, activation, output)
+    return residual_activated(norm, activation, output, residual, inplace)
+
+
+def _takes_statistics(convolution: Any, norm: Any, input: object) -> bool:
+    """Whether it is training, of images, by layers that compute what their classes say."""
+    return (
+        is_convolution(convolution)
+        and convolution.bias is None
+        and convolution.padding_mode == "zeros"
+        and is_plain(convolution)
+        and type(norm) is nn.BatchNorm2d
+        and norm.training
+        and is_plain(norm)
+        and isinstance(input, Tensor)
+        and input.dim() == 4
+    )
+
+
+def _is_output(convolution: Any, input: Tensor, residual: object) -> bool:
+    """Whether the residual has the convolution's shape, and the dtype that it will have."""
+    padding = convolution.padding
+    if not isinstance(residual, Tensor) or isinstance(padding, str):
+        return False
+    shape = [input.shape[0], convolution.out_channels]
+    for size, taps, stride, pad, dilation in zip(
+        input.shape[2:],
+        convolution.kernel_size,
+        convolution.stride,
+        padding,
+        convolution.dilation,
+        strict=True,
+    ):
+        shape.append((size + 2 * pad - dilation * (taps - 1) - 1) // stride + 1)
+    device = input.device.type
+    lowers = torch.is_autocast_enabled(device) and input.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if lowers else input.dtype
+    return (
+        list(residual.shape) == shape
+        and residual.dtype == dtype
+        and residual.device == input.device
+    )
 
 
 def _fusable(layer: Module, activation: Module | str) -> str | None:
