@@ -163,6 +163,7 @@ class Shapes:
     def network(self) -> Iterator[Case]:
         """What a train step calls, but for the optimizer."""
         yield from self.convolutions()
+        yield from map(self._with_norm, self.convolutions())
         widths = {(k, size // stride) for _, _, _, k, _, stride, size in CONVOLUTIONS}
         for c, size in sorted(widths):
             x, vector = self._images(c, size), self._make.float32(self._channels(c))
@@ -183,6 +184,25 @@ class Shapes:
         logits = Planner(torch.float32)(self.batch, 1000)
         target = self._make.classes(self.batch, count=1000)
         yield self._case("cross_entropy", "network", input=logits, target=target)
+
+    def _with_norm(self, case: Case) -> Case:
+        """A convolution and what follows it in the network, as `tritorch.fuse` joins them."""
+        given = {key: value for key, value in case.arguments.items() if key != "bias"}
+        x, weight = (case.first, case.arguments["weight"])
+        vector = self._make.float32(weight.shape[0])  # type: ignore[union-attr]
+        if not case.name.endswith("downsample"):
+            given["activation"] = "relu"
+        if case.name.endswith("conv3"):
+            pixels = x.shape[2:]
+            given["residual"] = self._make(self.batch, vector.shape[0], *pixels).to(
+                memory_format=torch.channels_last
+            )
+        norm = dict.fromkeys(("running_mean", "running_var", "norm_weight", "norm_bias"), vector)
+        of = [name for name in ("input", "weight", "residual") if name in given]
+        if GRAD_INPUT not in case.passes:
+            of.remove("input")
+        passes = {FORWARD: (), BACKWARD: (*of, "norm_weight", "norm_bias")}
+        return self._case("conv2d_batch_norm", case.name, passes, training=True, **given, **norm)
 
     def host(self) -> Iterator[Case]:
         """Calls so small that a GPU is done with them before Python has prepared the next."""
