@@ -123,9 +123,8 @@ def conv2d_batch_norm(
         # one kernel has nothing to tell the other
         y = conv2d(input, weight, None, *geometry)
         return batch_norm(y, *norm, activation=activation, residual=residual)
-    if not backend.runs_triton(
-        _OP, x, w, *vectors.values(), residual, declined=call.declined or declined
-    ):
+    declined = call.declined or declined
+    if not backend.runs_triton(_OP, x, w, *vectors.values(), residual, declined=declined):
         y = conv2d_reference(input, weight, None, *geometry)
         return batch_norm_reference(y, *norm, activation=activation, residual=residual)
     checks.parameters(_OP, x, accumulator_dtype(x.dtype), **vectors)

@@ -65,10 +65,9 @@ def convolution(
     """conv1d, conv2d or conv3d by the number of axes."""
     op = f"conv{axes}d"
     checks.tensor(op, {"bias": bias}, input=input, weight=weight)
-    given = stride, padding, dilation, groups, activation
-    call = checked(op, axes, input, weight, bias, *given)
+    call = checked(op, axes, input, weight, bias, stride, padding, dilation, groups, activation)
     if not backend.runs_triton(op, input, weight, bias, declined=call.declined):
-        return of_reference(input, weight, bias, *given)
+        return of_reference(input, weight, bias, stride, padding, dilation, groups, activation)
     x, w, b = _operands(op, input, weight, bias)
     images, filters = _images(axes, x, w)
     channels_last = writes_channels_last(axes, images, filters)
