@@ -89,3 +89,43 @@ def test_few_channels(order):
 
 def test_a_small_batch_is_split():
     compare(made(8, 512, 14, 14), made(512, 512, 3, 3) / 64, (True, True), FORWARD, padding=1)
+
+
+STATISTICS = {
+    "3x3": ((64, 256, 14, 14), (256, 256, 3, 3), {"padding": 1}),
+    "pairs": ((64, 128, 28, 28), (256, 128, 3, 3), {"padding": 1, "stride": 2}),
+    "64-channels": ((32, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}),
+    "tails": ((35, 256, 13, 11), (264, 256, 3, 3), {"padding": 1}),
+    "1x1": ((64, 256, 14, 14), (1024, 256, 1, 1), {}),
+    "1x1-stride-2": ((64, 512, 14, 14), (1024, 512, 1, 1), {"stride": 2}),
+    "1x1-64-channels": ((32, 64, 56, 56), (256, 64, 1, 1), {}),
+    "stem": ((32, 3, 112, 112), (64, 3, 7, 7), {"padding": 3, "stride": 2}),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_of_the_convolution(name):
+    """Beside those that batch normalisation takes itself of the same values."""
+    shape, filters, options = STATISTICS[name]
+    x, w = made(*shape), made(*filters, seed=1) / 16
+    # far from zero, where squares would cancel
+    x += 4
+    results = []
+    for joined in (True, False):
+        running = torch.zeros(filters[0], device="cuda"), torch.ones(filters[0], device="cuda")
+        leaves = [operand.detach().clone().requires_grad_() for operand in (x, w)]
+        with backend.use("triton"), backend.strict(), launch.recorded() as names:
+            if joined:
+                y = ops.conv2d_batch_norm(*leaves, *running, training=True, **options)
+            else:
+                y = ops.conv2d(*leaves, None, **options)
+                y = ops.batch_norm(y, *running, training=True)
+            y.backward(made(*y.shape, seed=2))
+        on_descriptors = launch.capability(x) == 90
+        assert ("batch_norm_stats_kernel" in names) == (not joined or not on_descriptors)
+        results.append((*running, y.detach(), *(leaf.grad for leaf in leaves)))
+    (mean, var, y, of_x, of_w), others = results
+    for found, other in zip((mean, var), others[:2], strict=True):
+        assert (found - other).abs().max() <= 2**-18 * other.abs().max()
+    for found, other in zip((y, of_x, of_w), others[2:], strict=True):
+        assert (found.double() - other.double()).abs().max() <= 2**-7 * other.abs().max()
