@@ -106,12 +106,16 @@ def plan_convolve(
     if groups > 1 and not fits:
         return None
     blocks = block_npq, 1, 1
-    chosen, config = kernels.pixels_of(config)
+    chosen, own = kernels.pixels_of(config)
     # without pairs a stride leaves gaps between the pixels of a tile; what a table says is of sizes
     # alone, which images with pairs and images without can share
-    if pairs or (stride_h, stride_w) == (1, 1):
-        is_whole = chosen is not None and math.prod(chosen) == block_npq
-        blocks = chosen if is_whole else kernels.tile_of_pixels(n, p, q, block_npq)
+    is_dense = pairs or (stride_h, stride_w) == (1, 1)
+    if is_dense and chosen is not None and math.prod(chosen) == block_npq:
+        blocks = chosen
+    else:
+        config = own
+        if is_dense:
+            blocks = kernels.tile_of_pixels(n, p, q, block_npq)
     tiles = math.prod(
         math.ceil(size / block) for size, block in zip((n, p, q), blocks, strict=True)
     )
