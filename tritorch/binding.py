@@ -76,6 +76,15 @@ _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _KEYS_OF_TENSORS = frozenset(_keys_of("CPU") | _keys_of("CUDA"))
 _PLAIN = frozenset((type(None), bool, int, float, str, tuple, torch.Size))
 
+# to look each of them up takes as long as to call it
+_keys_of_tensor = torch._C._dispatch_keys
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_has_profiler = torch._C._autograd._profiler_enabled
+_has_transform = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_profilers = torch.autograd.profiler
+
 
 def _is_heard(arguments: tuple[Any, ...]) -> bool:
     """Whether anything in torch would hear of a library op: a compiler, a tracer, a mode, a
@@ -86,18 +95,18 @@ def _is_heard(arguments: tuple[Any, ...]) -> bool:
     for argument in arguments:
         kind = type(argument)
         if kind in _TENSORS:
-            if torch._C._dispatch_keys(argument).raw_repr() not in _KEYS_OF_TENSORS:
+            if _keys_of_tensor(argument).raw_repr() not in _KEYS_OF_TENSORS:
                 return True
         elif kind not in _PLAIN:
             return True
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._autograd._profiler_enabled()
+    return bool(
+        _dispatch_modes()
+        or _function_modes()
+        or _has_profiler()
         # of all threads
-        or torch.autograd.profiler._is_profiler_enabled
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        or _profilers._is_profiler_enabled
+        or _has_transform()
+        or _tracing_state() is not None
         or _is_compiler_at_work()
     )
 
@@ -160,11 +169,17 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)`, without autograd's bookkeeping when no argument needs a
     gradient.
     """
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled()
-        and any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
-    ):
+    if torch.compiler.is_compiling():
         return function.apply(*arguments)
+    if torch.is_grad_enabled():
+        for argument in arguments:
+            # of what is plain no class need be asked
+            if (
+                type(argument) not in _PLAIN
+                and isinstance(argument, Tensor)
+                and argument.requires_grad
+            ):
+                return function.apply(*arguments)
     return function.forward(NoContext(len(arguments)), *arguments)
 
 

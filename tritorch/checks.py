@@ -31,12 +31,22 @@ def remembered(check: Callable[..., _Found]) -> Callable[..., _Found]:
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return check(*arguments)
         try:
-            hash(arguments)
+            return found(*arguments)
         except TypeError:
-            return check(*arguments)
-        return found(*arguments)
+            # of the check itself, unless it is about a key
+            if _has_hash(arguments):
+                raise
+        return check(*arguments)
 
     return checked
+
+
+def _has_hash(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def fail(exception: type[Exception], op: str, rule: str, **received: object) -> NoReturn:
@@ -191,10 +201,15 @@ def is_over(number: int, limit: int) -> bool:
     return statically_known_true(number > limit)
 
 
+_INT = {int}
+
+
 def ints(op: str, name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
     """`value` as a tuple of `count` integers: one number stands for all of them, as in torch."""
     if type(value) is int:
         return (value,) * count
+    if type(value) is tuple and len(value) == count and set(map(type, value)) == _INT:
+        return value
     # torch takes no other sequences
     given = value if isinstance(value, (tuple, list)) else (value,)
     values = tuple(integer(op, name, one, "must be integers") for one in given)

@@ -317,21 +317,17 @@ def _gpu(tensor: Tensor) -> int:
 
 def _is_watched() -> bool:
     """Whether a profiler wants to hear of launches from Triton itself."""
-    knobs = _knobs()
-    if knobs is None:
+    # without importing it
+    triton = sys.modules.get("triton")
+    if triton is None:
         return False
+    knobs: Any = triton.knobs
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(
         getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
         or getattr(knobs.compilation, "instrumentation_mode", "")
     )
-
-
-def _knobs() -> Any:
-    """Triton's settings, without importing it."""
-    triton = sys.modules.get("triton")
-    return None if triton is None else triton.knobs
 
 
 def _options(config: Any, constants: dict[str, Any]) -> dict[str, Any]:

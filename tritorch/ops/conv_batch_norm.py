@@ -97,8 +97,10 @@ def conv2d_batch_norm(
     running = {"running_mean": running_mean, "running_var": running_var}
     vectors = {**running, "norm_weight": norm_weight, "norm_bias": norm_bias}
     checks.tensor(_OP, {**vectors, "residual": residual}, input=input, weight=weight)
-    momentum = checks.number(_OP, "momentum", momentum)
-    eps = checks.number(_OP, "eps", eps)
+    if type(momentum) is not float:
+        momentum = checks.number(_OP, "momentum", momentum)
+    if type(eps) is not float:
+        eps = checks.number(_OP, "eps", eps)
     if input.dim() != 4:
         checks.fail(RuntimeError, _OP, "input must have 4 dimensions", input=input)
     call = conv_call.checked(
