@@ -27,7 +27,9 @@ def empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
 
 
 def _convolve(weight: Tensor, groups: int) -> Callable[..., None]:
-    return depthwise.convolve if depthwise.takes(weight, groups) else implicit_gemm.convolve
+    if weight.shape[1] == 1 and depthwise.takes(weight, groups):
+        return depthwise.convolve
+    return implicit_gemm.convolve
 
 
 def _output(

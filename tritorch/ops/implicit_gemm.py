@@ -76,7 +76,8 @@ def convolve(
     """Writes the activation of the convolution of x, or of the transposed one, into y; and the
     values before it into `before`, which has the strides of y.
     """
-    weight = _along_channels(weight)
+    if weight.stride(1) != 1:
+        weight = _along_channels(weight)
     stride = None if bias is None else bias.stride(0)
     epilogue = _Epilogue(stride, activation, before is not None)
     way = _way_of(x, weight, y, geometry, transposed, epilogue)
@@ -90,7 +91,8 @@ def convolve_with_moments(
     stored: mean, squared deviations and count of each channel of each part of y, (parts, 3, K)
     float32; None where it does not.
     """
-    weight = _along_channels(weight)
+    if weight.stride(1) != 1:
+        weight = _along_channels(weight)
     way = _way_of(x, weight, y, geometry, False, _Epilogue(moments=True))
     moments = None
     if way.parts:
@@ -100,7 +102,7 @@ def convolve_with_moments(
 
 
 def _along_channels(weight: Tensor) -> Tensor:
-    if weight.stride(1) == 1 or weight.shape[1] % 8:
+    if weight.shape[1] % 8:
         return weight
     # channels along memory: one copy of the small operand, where every tile would gather it
     return weight.contiguous(memory_format=memory_format(True, weight.dim() - 2))
