@@ -100,12 +100,12 @@ SPREAD_R, SPREAD_C, SPREAD_ROW = 32, 128, 2048
 @triton.jit
 def spread_mean_kernel(
     x_ptr, y_ptr,
-    N, C, R,
+    NUMEL, C, R,
     CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Writes x, divided by R, into the R pixels of each channel of N dense images: the gradient of
-    their means.
+    """Writes x, divided by R, into the R pixels of each of C channels of dense images, NUMEL numbers
+    in all: the gradient of their means.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
@@ -125,7 +125,7 @@ def spread_mean_kernel(
         # whole vectors, wherever an image begins
         first = pid.to(tl.int64) * BLOCK_R if INDEX_64 else pid * BLOCK_R
         index = first + tl.arange(0, BLOCK_R)
-        mask = index < N * C * R
+        mask = index < NUMEL
         y = tl.load(x_ptr + index // R, mask=mask, other=0.0).to(ACC) / R
         tl.store(y_ptr + index, y.to(y_ptr.dtype.element_ty), mask=mask)
 

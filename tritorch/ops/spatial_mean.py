@@ -101,26 +101,26 @@ def _spatial_mean_backward(
     grad_output: Tensor, shape: Sequence[int], channels_last: bool
 ) -> Tensor:
     grad_input = _spread(grad_output, shape, channels_last)
-    # as small as the means
-    flat = grad_output.reshape(-1)
+    # as small as the means; a gradient of a sum is one number seen many times
+    flat = grad_output.reshape(-1).contiguous()
     _plan_spread(tuple(shape), channels_last)(flat, flat, grad_input)
     return grad_input
 
 
 @launch.planned
 def _plan_spread(shape: tuple[int, ...], channels_last: bool) -> launch.Prepared:
-    n, c, pixels = *shape[:2], math.prod(shape[2:])
+    (n, c), pixels, numel = shape[:2], math.prod(shape[2:]), math.prod(shape)
     tile = kernels.SPREAD_R, kernels.SPREAD_C
     programs = n * math.ceil(pixels / tile[0]) * math.ceil(c / tile[1])
     if not channels_last:
         tile = kernels.SPREAD_ROW, 1
-        programs = math.ceil(math.prod(shape) / tile[0])
+        programs = math.ceil(numel / tile[0])
     return launch.Prepared(
         kernels.spread_mean_kernel,
         (programs,),
-        (n, c, pixels),
+        (numel, c, pixels),
         CHANNELS_LAST=channels_last,
-        INDEX_64=math.prod(shape) > geometry.MAX_INDEX,
+        INDEX_64=numel > geometry.MAX_INDEX,
         BLOCK_R=tile[0],
         BLOCK_C=tile[1],
     )
