@@ -104,8 +104,8 @@ def spread_mean_kernel(
     CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Writes x, divided by R, into the R pixels of each of C channels of dense images, NUMEL numbers
-    in all: the gradient of their means.
+    """Writes x, divided by R, into the R pixels of each of C channels of dense images, of NUMEL
+    numbers in all: the gradient of their means.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)

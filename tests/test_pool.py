@@ -266,7 +266,6 @@ def test_gradient_of_a_global_mean_reaches_past_int32(images, device):
     assert torch.equal(y, x[:1024].repeat_interleave(2) / 2)
 
 
-
 def test_a_global_mean_compiles_with_its_gradient(device):
     x = torch.randn(2, 3, 5, 6, device=device).contiguous(memory_format=torch.channels_last)
     compiled = torch.compile(ops.adaptive_avg_pool2d, fullgraph=True, backend="aot_eager")

@@ -19,6 +19,7 @@ from tritorch import nn, ops, toplevel
 from tritorch.convert import names_of
 from tritorch.nn import fused
 from tritorch.ops.activation import REFERENCES
+from tritorch.ops.activation_function import needs_output
 from tritorch.recorded import iadd
 
 
@@ -61,7 +62,7 @@ def find(module: Module, node: fx.Node, layer: Module) -> Pattern | str | None:
         return activation
     reason = _obstacle(module, node, layer, activation.name)
     if reason is None and addition is not None:
-        reason = _addition_obstacle(module, node, addition)
+        reason = _addition_obstacle(module, node, addition, activation.name)
     return reason or Pattern(node, addition, user, activation)
 
 
@@ -151,15 +152,21 @@ _FRESH = frozenset(
 )
 
 
-def _addition_obstacle(module: Module, node: fx.Node, addition: fx.Node) -> str | None:
+def _addition_obstacle(
+    module: Module, node: fx.Node, addition: fx.Node, activation: str
+) -> str | None:
     """Why a norm cannot be computed where the addition behind it is."""
     residual = _residual(node, addition)
     if residual is node:
         return "it is added to itself"
     if _is_inplace(addition) and addition.args[0] is not node:
         return "it is added in place to another value"
-    between = list(node.graph.nodes)
-    between = between[between.index(node) + 1 : between.index(addition)]
+    steps = list(node.graph.nodes)
+    between = steps[steps.index(node) + 1 : steps.index(addition)]
+    behind = steps[steps.index(addition) + 1 :]
+    # autograd would keep what is added, which an addition alone does not need
+    if not needs_output(activation) and any(user in behind for user in residual.users):
+        return "what is added is used afterwards"
     if all(step.op in ("get_attr", "placeholder") for step in between):
         return None
     source = node.args[0]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules.module import _has_any_global_hook
 
 from tritorch import nn
 from tritorch.ops.activation import epilogue_reference
@@ -39,7 +40,8 @@ _NAMES: dict[type[Module], str] = {
 def is_plain(module: Module) -> bool:
     """Whether calling it runs the forward of its class and nothing besides."""
     return not (
-        module._forward_hooks
+        _has_any_global_hook()
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -162,7 +164,9 @@ def _is_output(convolution: Any, input: Tensor, residual: object) -> bool:
     ):
         shape.append((size + 2 * pad - dilation * (taps - 1) - 1) // stride + 1)
     device = input.device.type
-    lowers = torch.is_autocast_enabled(device) and input.dtype != torch.float64
+    # of meta tensors torch cannot be asked
+    lowers = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    lowers = lowers and input.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if lowers else input.dtype
     return (
         list(residual.shape) == shape
