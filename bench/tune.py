@@ -95,6 +95,10 @@ def _times(own: float, best: float) -> dict[str, Json]:
     return {"own_us": round(own, 3), "median_us": round(best, 3)}
 
 
+# where a configuration has no room for the moments of a product, another one runs than was asked for
+_TAKES_OTHERS = frozenset({"tritorch::convolution_batch_norm_stats"})
+
+
 class _Recorder(TorchDispatchMode):
     """Keeps what each library op that is called asks, once for each layout of its arguments."""
 
@@ -110,7 +114,7 @@ class _Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if op.namespace != "tritorch" or kwargs:
+        if op.namespace != "tritorch" or kwargs or op.name() in _TAKES_OTHERS:
             return op(*args, **(kwargs or {}))
         key = (op, *map(_key, args))
         if key in self._seen:

@@ -8,10 +8,11 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from tritorch import launch, ops, tune_command, tuned
+from tritorch import backend, launch, ops, tune_command, tuned
 from tritorch.bench import candidates, timing, tune, tuned_table
 from tritorch.bench.tuned_table import TunedTable
 from tritorch.cli import main
+from tritorch.ops import matmul_tma
 
 pytestmark = pytest.mark.interpret
 
@@ -44,6 +45,21 @@ def test_a_table_in_use_does_not_hide_what_is_asked(device, monkeypatch):
     with tuned.using({("matmul_config", (1,)): None}):
         tune.asked_by([program(device)])
     assert seen == [{}] * 3
+
+
+def test_a_call_that_runs_another_configuration_than_it_asks_for_is_not_tuned(device, monkeypatch):
+    monkeypatch.setattr(matmul_tma, "_MIN_PRODUCTS", 0)
+    last = torch.channels_last
+    x = torch.randn(2, 16, 4, 4, device=device, dtype=torch.float16).contiguous(memory_format=last)
+    w = torch.randn(16, 16, 1, 1, device=device, dtype=torch.float16)
+    calls = {
+        True: lambda: ops.conv2d(x, w),
+        False: lambda: ops.conv2d_batch_norm(x, w, None, None, training=True),
+    }
+    for is_tuned, call in calls.items():
+        with launch.pretend(90), backend.use("triton"):
+            asked = tune.asked_by([call])
+        assert ("matmul_tma_config" in {function for function, _ in asked}) == is_tuned
 
 
 @pytest.fixture
