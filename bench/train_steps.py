@@ -3,6 +3,9 @@
 bfloat16 under autocast, channels_last, SGD with momentum, random images that stay on the device.
 A step is timed as it is, the host's part included: nobody trains without it.  On a GPU it is timed
 once more as a CUDA graph, which leaves the device's part alone.
+
+A row is verified by the first step: its loss and how it moves the parameters are torch's, within
+what bfloat16 leaves of gradients; and a graph by a loss that goes on changing.
 """
 
 from __future__ import annotations
@@ -30,9 +33,28 @@ EAGER, GRAPH = "train_step", "train_step_graph"
 
 # by how much first losses of equal networks may differ, as a fraction: a bfloat16's last digits
 _ROUNDING = 2.0**-6
+# how much of a first update is to be in torch's direction, and by how much longer or shorter it may
+# be: rounding is amplified on the way through fifty layers, and a layer that learns nothing is more
+_ALONG, _LENGTH = 0.9, 1.25
 _WARM_UP = 3
 
-Step = Callable[[], Tensor]
+
+@dataclass
+class Step:
+    """A step, and what it trains."""
+
+    run: Callable[[], Tensor]
+    parameters: list[Tensor]
+
+    def __call__(self) -> Tensor:
+        return self.run()
+
+    def update(self) -> tuple[float, Tensor]:
+        """The loss of one step, and by how much it moved all parameters, in a row."""
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        loss = float(self())
+        moved = zip(self.parameters, before, strict=True)
+        return loss, torch.cat([(one.detach() - was).flatten().float() for one, was in moved])
 
 
 @dataclass
@@ -41,6 +63,7 @@ class _Sides:
 
     steps: dict[str, Step] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    updates: dict[str, Tensor] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -82,9 +105,10 @@ class Trainer:
             model = tritorch.fuse(model)
         elif implementation == COMPILED:
             model = baselines.compiled(model)
-        optimizer = optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        parameters = list(model.parameters())
+        optimizer = optim.SGD(parameters, 0.1, momentum=0.9)
 
-        def step() -> Tensor:
+        def run() -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16):
                 loss = loss_of(model(self.images), self.target)
             optimizer.zero_grad()
@@ -92,7 +116,7 @@ class Trainer:
             optimizer.step()
             return loss.detach()
 
-        return step
+        return Step(run, parameters)
 
     def rows(
         self, names: tuple[str, ...], plan: timing.Plan, clock: timing.Clock
@@ -113,13 +137,17 @@ class Trainer:
         for name in names:
             try:
                 step = self.step(name)
-                sides.losses[name] = float(step())
+                sides.losses[name], sides.updates[name] = step.update()
                 for _ in range(_WARM_UP):
                     step()
                 sides.peaks[name] = self._peak(step)
                 sides.steps[name] = step
             except Exception as error:
                 sides.fails(name, error)
+        for name, update in sides.updates.items():
+            if why := _differs(update, sides.updates[TORCH]):
+                sides.failures.setdefault(name, why)
+        sides.updates.clear()
         return sides
 
     def _peak(self, step: Step) -> int:
@@ -167,9 +195,10 @@ class Trainer:
             "speedup": None,
             "verified": not failure,
             "failure": failure,
-            "first_loss": None if math.isnan(loss) else loss,
-            "peak_bytes": sides.peaks.get(name),
         }
+        if which == EAGER:
+            row["first_loss"] = None if math.isnan(loss) else loss
+            row["peak_bytes"] = sides.peaks.get(name)
         if name in timed:
             us = timed[name].median.value
             row |= {
@@ -183,6 +212,15 @@ class Trainer:
                 row["baseline_us"] = timed[TORCH].median.value
                 row["speedup"] = None if failure else row["baseline_us"] / us
         return row
+
+
+def _differs(update: Tensor, expected: Tensor) -> str:
+    """What is wrong with a first update, "" for nothing."""
+    length, whole = float(update.norm()), float(expected.norm())
+    along = float(update @ expected) / max(length * whole, 1e-30)
+    if along >= _ALONG and whole <= _LENGTH * length <= _LENGTH**2 * whole:
+        return ""
+    return f"first update of length {length:.3g}, torch's {whole:.3g}, and a cosine of {along:.3g}"
 
 
 def _captured(step: Step, pool: Any) -> timing.Call:

@@ -95,7 +95,7 @@ def _times(own: float, best: float) -> dict[str, Json]:
     return {"own_us": round(own, 3), "median_us": round(best, 3)}
 
 
-# where a configuration has no room for the moments of a product, another one runs than was asked for
+# where a configuration has no room for a product's moments, another one runs than was asked for
 _TAKES_OTHERS = frozenset({"tritorch::convolution_batch_norm_stats"})
 
 

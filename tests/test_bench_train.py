@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import tritorch
 from tritorch.bench import timing, train_steps
 from tritorch.bench.cases import OURS, TORCH
 from tritorch.bench.train_steps import EAGER, FUSED, GRAPH, Trainer
@@ -44,6 +45,26 @@ def test_another_first_loss_has_no_speedup(monkeypatch):
 
 
 @pytest.mark.reference
+def test_a_step_that_learns_nothing_or_something_else_has_no_speedup(monkeypatch):
+    sgd = tritorch.optim.SGD
+    for wrong in (lambda p: p.grad.zero_(), lambda p: p.grad.neg_(), lambda p: p.grad.mul_(2)):
+
+        class Wrong(sgd):
+            def step(self, closure=None, wrong=wrong):
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        wrong(parameter)
+                return super().step(closure)
+
+        monkeypatch.setattr(tritorch.optim, "SGD", Wrong)
+        ours, torchs = rows("cpu", OURS, TORCH)
+        assert torchs["verified"]
+        assert not ours["verified"]
+        assert ours["speedup"] is None
+        assert "first update" in ours["failure"]
+
+
+@pytest.mark.reference
 def test_a_step_that_raises_is_a_row_without_a_time(monkeypatch):
     def fails(x, target):
         raise ValueError("no such loss")
@@ -62,11 +83,12 @@ def test_steps_are_timed_as_graphs_too():
     for row in found:
         assert row["verified"], row["failure"]
         assert row["median_us"] > 0
-        assert row["peak_bytes"] > 0
+        assert ("peak_bytes" in row) == (row["pass"] == EAGER)
 
 
 @pytest.mark.cuda
 def test_a_step_that_stands_still_is_no_graph_of_one():
     loss = torch.ones((), device="cuda")
+    step = train_steps.Step(lambda: loss * 1.0, [])
     with pytest.raises(RuntimeError, match="graph of a step"):
-        train_steps._captured(lambda: loss * 1.0, torch.cuda.graph_pool_handle())
+        train_steps._captured(step, torch.cuda.graph_pool_handle())
