@@ -4,9 +4,9 @@
 
 Tensors on the CPU stand for a GPU's: kernels are compiled for sm_90 and bound as on a GPU, and the
 launcher that they are bound to does nothing.  What is missing is Triton's launcher in C and the
-driver, some 6 microseconds a launch on the slow host of an H100.  Beside it stands torch's own call
-on the same tiny tensors, which on a CPU computes something too.  Times are of this machine, and the
-least of many rounds; the Python functions that a call enters do not depend on it.
+driver, some 6 microseconds a launch.  Beside it stands torch's own call on the same tiny tensors,
+which on a CPU computes something too.  Times are of this machine, and the least of many rounds; the
+Python functions that a call enters do not depend on it.
 """
 
 from __future__ import annotations
