@@ -13,6 +13,7 @@ pytestmark = pytest.mark.interpret
 FLAGS = {
     "matmul": torch.backends.cuda.matmul,
     "linear": torch.backends.cuda.matmul,
+    "conv2d_batch_norm": torch.backends.cudnn.conv,
     **{
         f"conv{transposed}{axes}d": torch.backends.cudnn.conv
         for transposed in ("", "_transpose")
