@@ -480,7 +480,7 @@ VALUES = (
 )
 ANOTHER = "its forward is another one in evaluation, or without gradients"
 CONTEXT = "its forward enters a context: no_grad or autocast, say"
-CLASS = "its forward asks for the class of a value that it computes"
+CLASS = "its forward asks for the class of a value"
 # what a record would not do, and why there is none
 UNTRACEABLE = {
     "values": (lambda m, x: F.relu(m.bn(x)) if x.sum() > 0 else m.bn(x), VALUES),
@@ -492,7 +492,7 @@ UNTRACEABLE = {
     "no_grad": (without_gradient, CONTEXT),
     "autocast": (in_bfloat16, CONTEXT),
     "saved tensors": (saving_on_cpu, CONTEXT),
-    "checkpoint": (checkpointed, VALUES),
+    "checkpoint": (checkpointed, CLASS),
     "random": (drawing, "its forward draws random numbers in Python"),
     "a tensor of its own": (
         lambda m, x: F.relu(m.bn(x)) if torch.rand(1) < 2 else x,
@@ -549,7 +549,7 @@ class Optional(nn.Module):
 
 class Two(Optional):
     def forward(self, x, other):
-        y = F.relu(self.bn(x if isinstance(x, torch.Tensor) else x[0]))
+        y = F.relu(self.bn(x.mul(1) if hasattr(x, "mul") else x[0]))
         return y if other is None else y + other
 
 

@@ -7,6 +7,7 @@ activation, the two become one call of `tritorch.nn.fused`.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import linecache
@@ -22,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritorch import patterns
 from tritorch.convert import check_module, convert, names_of, own, report_table, twin_classes
-from tritorch.recorded import DeclinedError, record
+from tritorch.recorded import DeclinedError, names_in, record
 
 
 def fuse(model: Module, inplace: bool = False) -> Module:
@@ -37,7 +38,9 @@ def fuse(model: Module, inplace: bool = False) -> Module:
     A model without a layer of tritorch is converted first.  A module with joined steps is the same
     object of a subclass of its class, whose forward is the recorded one; `tritorch.revert` undoes
     both.  A forward is recorded once, for tensors as arguments: with others it runs as it was
-    written, and for good once an attribute of its module is changed or a child added.
+    written, and for good once an attribute of its module is set or deleted, or the number of its
+    children changes, those of its lists of modules included.  Nobody notices a global that changes,
+    or an attribute of a child that the forward looks at.
 
     Args:
         model: any module.
@@ -56,9 +59,10 @@ def fuse(model: Module, inplace: bool = False) -> Module:
         convert(model, inplace=True)
     for module in model.modules():
         plan = _plan(module)
-        if isinstance(plan, _Plan) and plan.fused:
-            recipe = _Recipe(_written(module), len(module._modules), *_source(plan.graph))
-            module.__class__ = _fused_class(recipe)
+        if isinstance(plan, _Plan) and plan.fused and not _is_others(module):
+            recipe = _Recipe(_written(module), _sizes(module), *_source(plan.graph))
+            with contextlib.suppress(_NoClassError):
+                module.__class__ = _fused_class(recipe)
     return model
 
 
@@ -107,7 +111,7 @@ class _Recipe(NamedTuple):
     """What the class of a fused module is made of, again where one is unpickled."""
 
     written: type[Module]
-    children: int
+    sizes: tuple[int, ...]
     source: str
     # what the source refers to besides torch
     names: tuple[tuple[str, Any], ...]
@@ -120,9 +124,12 @@ class Fused:
 
     # the record may depend on what is changed here
     def __setattr__(self, name: str, value: Any) -> None:
-        before = value if name in _STATE else getattr(self, name, value)
+        before = value if name in _STATE else getattr(self, name, _ABSENT)
         super().__setattr__(name, value)
-        if before is not value:
+        # others leave marks on modules that no forward of theirs names
+        written: Any = self.recipe.written
+        is_new = before is _ABSENT and name not in names_in(written)
+        if before is not value and not is_new:
             unfuse(self)
 
     def __delattr__(self, name: str) -> None:
@@ -138,17 +145,46 @@ class Fused:
 
 # what every module has, which no forward should read: hooks, say
 _STATE = frozenset({*vars(Module()), *dir(Module)})
+_ABSENT = object()
+# in the attributes of a module whose class is not ours to change
+_UNFUSED = "_tritorch_unfused"
 
 
 def unfuse(module: object) -> None:
     """Gives a module its own forward back."""
-    if isinstance(module, Fused):
+    if not isinstance(module, Fused):
+        return
+    if _is_others(module):
+        vars(module)[_UNFUSED] = True
+    else:
         object.__setattr__(module, "__class__", module.recipe.written)
 
 
+def _is_others(module: object) -> bool:
+    """Whether its class is one that somebody made of a fused one."""
+    return isinstance(module, Fused) and "recipe" not in vars(type(module))
+
+
 def _is_fused(module: Module) -> bool:
-    """Whether its forward is a recorded one, which is none for more or fewer children."""
-    return isinstance(module, Fused) and len(module._modules) == module.recipe.children
+    """Whether its forward is a recorded one."""
+    return (
+        isinstance(module, Fused)
+        and _UNFUSED not in vars(module)
+        and _sizes(module) == module.recipe.sizes
+    )
+
+
+def _sizes(module: Module) -> tuple[int, ...]:
+    """How many children it has, and each of its lists and dictionaries of them."""
+    sizes = [len(module._modules)]
+    for child in module._modules.values():
+        if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict):
+            sizes += _sizes(child)
+    return tuple(sizes)
+
+
+class _NoClassError(TypeError):
+    """Of a module whose class cannot have subclasses."""
 
 
 def _unpickled(recipe: Any, *arguments: Any) -> Module:
@@ -159,7 +195,7 @@ def _unpickled(recipe: Any, *arguments: Any) -> Module:
 
 @functools.cache
 def _fused_class(recipe: _Recipe) -> type[Module]:
-    written, children, source, names = recipe
+    written, _, source, names = recipe
     title = f"Fused{written.__name__}"
     file = f"<{title} {abs(hash(source)):x}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
@@ -169,7 +205,7 @@ def _fused_class(recipe: _Recipe) -> type[Module]:
 
     @functools.wraps(written.forward)
     def forward(self: Module, *args: Any, **kwargs: Any) -> Any:
-        if len(self._modules) != children:
+        if not _is_fused(self):
             return written.forward(self, *args, **kwargs)
         for value in (*args, *kwargs.values()):
             if not isinstance(value, Tensor):
@@ -182,7 +218,11 @@ def _fused_class(recipe: _Recipe) -> type[Module]:
         "forward": forward,
         "recipe": recipe,
     }
-    return type(title, (Fused, written), members)
+    try:
+        return type(title, (Fused, written), members)
+    except Exception as error:
+        # __init_subclass__ or a metaclass that wants more
+        raise _NoClassError(str(error)) from error
 
 
 def _source(graph: fx.Graph) -> tuple[str, tuple[tuple[str, Any], ...]]:

@@ -3,14 +3,19 @@
 The modules that it calls are single steps of the record, never looked into.  A record fixes what
 Python decides while it is made, so a forward is declined that decides by more than the classes of
 its arguments and the attributes of its module, or whose record would lack something that it does.
+What no record can notice is left: a global that changes, an attribute of a child that the forward
+looks at, `type(x) is Tensor`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import random
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,12 +45,22 @@ def record(module: Module, written: type[Module]) -> fx.Graph:
         p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
     ):
         raise DeclinedError("its forward has optional arguments")
+    named: frozenset[str] = names_in(written)
+    for name in sorted(named & (vars(module).keys() - _OF_MODULES)):
+        if not _is_fixed(vars(module)[name]):
+            kind = type(vars(module)[name]).__name__
+            raise DeclinedError(f"it may use {name}, a {kind}, whose contents can change")
     with torch.enable_grad(), _mode(module, training=True):
         graph = _record(module, written)
     with torch.no_grad(), _mode(module, training=False):
-        other = _record(module, written)
-    if graph.python_code("self").src != other.python_code("self").src:
+        evaluated = _record(module, written)
+    with torch.enable_grad(), _mode(module, training=True), _autocast():
+        lowered = _record(module, written)
+    source = graph.python_code("self").src
+    if source != evaluated.python_code("self").src:
         raise DeclinedError("its forward is another one in evaluation, or without gradients")
+    if source != lowered.python_code("self").src:
+        raise DeclinedError("its forward is another one under autocast")
     return graph
 
 
@@ -53,6 +68,84 @@ def iadd(value: Any, other: Any) -> Any:
     """value += other, for the record: operator.iadd is one that torch.fx prints as a statement."""
     value += other
     return value
+
+
+# what every module has
+_OF_MODULES = vars(Module()).keys()
+# what an attribute may be that a forward reads: a module, and what cannot change by itself
+_FIXED = (
+    Module,
+    Tensor,
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+)
+
+
+def _is_fixed(value: Any) -> bool:
+    if isinstance(value, tuple | frozenset):
+        return all(map(_is_fixed, value))
+    return isinstance(value, _FIXED)
+
+
+@functools.cache
+def names_in(written: Any) -> frozenset[str]:
+    """What its methods name, attributes or strings, but for what only builds it."""
+    names: set[str] = set()
+    for kind in written.__mro__[: written.__mro__.index(Module)]:
+        for name, value in vars(kind).items():
+            function = getattr(value, "fget", getattr(value, "__func__", value))
+            if name != "__init__" and isinstance(function, types.FunctionType):
+                names |= _names_of(function.__code__)
+    return frozenset(names)
+
+
+def _names_of(code: types.CodeType) -> set[str]:
+    names = {*code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
+    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
+    return names.union(*map(_names_of, inner))
+
+
+@contextlib.contextmanager
+def _autocast() -> Iterator[None]:
+    """Autocast on every device, without the warnings of a machine that lacks one."""
+    devices = ("cpu", "cuda")
+    before = [torch.is_autocast_enabled(device) for device in devices]
+    for device in devices:
+        torch.set_autocast_enabled(device, True)
+    try:
+        yield
+    finally:
+        for device, was in zip(devices, before, strict=True):
+            torch.set_autocast_enabled(device, was)
+
+
+@contextlib.contextmanager
+def _unchanged(modules: list[Module]) -> Iterator[None]:
+    """Declines a forward that changes one of these, which it would do once and never again."""
+    before = [(one, _contents(one), _copies(one)) for one in modules]
+    changed = False
+    try:
+        yield
+    finally:
+        for one, contents, copies in before:
+            if _contents(one) != contents:
+                changed = True
+                vars(one).clear()
+                vars(one).update(copies)
+    if changed:
+        raise DeclinedError("its forward changes a module that it calls")
 
 
 @contextlib.contextmanager
@@ -70,18 +163,35 @@ def _mode(module: Module, training: bool) -> Iterator[None]:
 def _record(module: Module, written: type[Module]) -> fx.Graph:
     # what the forward does to its module is done to a copy, and seen
     stand_in = written.__new__(written)
-    vars(stand_in).update({name: _copied(value) for name, value in vars(module).items()})
-    drawn = random.getstate()
-    with _NoTensors():  # type: ignore[no-untyped-call]
-        graph = _Recorder().trace(stand_in)
-    if random.getstate() != drawn:
+    vars(stand_in).update(_copies(module))
+    below = [one for one in module.modules() if one is not module]
+    drawn, numpys = random.getstate(), _state_of_numpy()
+    try:
+        with _unchanged(below), _NoTensors():  # type: ignore[no-untyped-call]
+            graph = _Recorder().trace(stand_in)
+        if random.getstate() != drawn or _state_of_numpy() != numpys:
+            raise DeclinedError("its forward draws random numbers in Python")
+    finally:
         random.setstate(drawn)
-        raise DeclinedError("its forward draws random numbers in Python")
+        if numpys is not None:
+            sys.modules["numpy"].random.set_state(numpys)
     if _contents(stand_in) != _contents(module):
         raise DeclinedError("its forward changes attributes of its module")
     for node in graph.nodes:
         node.type = None
     return graph
+
+
+def _state_of_numpy() -> Any:
+    """That of its global generator, as something that can be compared; None without it."""
+    if "numpy" not in sys.modules:
+        return None
+    kind, keys, *rest = sys.modules["numpy"].random.get_state()
+    return (kind, tuple(keys.tolist()), *rest)
+
+
+def _copies(module: Module) -> dict[str, Any]:
+    return {name: _copied(value) for name, value in vars(module).items()}
 
 
 def _copied(value: Any) -> Any:
@@ -109,13 +219,23 @@ class _NoTensors(TorchDispatchMode):
 
 
 class _Value(fx.Proxy):
-    """A value of the record.  Arguments are tensors; of other values nobody may ask the class."""
+    """A value of the record, of which nobody may ask the class: what is written in C believes the
+    answer, and reads a tensor where there is none.
+    """
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        if self.node.op in ("placeholder", "get_attr"):
-            return Tensor
-        raise DeclinedError("its forward asks for the class of a value that it computes")
+        raise DeclinedError("its forward asks for the class of a value")
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Tensor, name):
+            raise AttributeError(f"a tensor has no {name}")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise DeclinedError(f"its forward sets {name} of a value")
+        super().__setattr__(name, value)
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", iadd, (self, other), {})
@@ -168,12 +288,28 @@ class _Recorder(fx.Tracer):
 
 def _surroundings() -> tuple[Any, ...]:
     """What a context manager may change that the record would not."""
+    torchs: Any = torch._C
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
         *(
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in ("cpu", "cuda")
         ),
-        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        torchs._autograd._top_saved_tensors_default_hooks(True),
+        *(
+            getattr(torchs, f"_get_{flag}")()
+            for flag in (
+                "cudnn_enabled",
+                "cudnn_benchmark",
+                "cudnn_deterministic",
+                "mkldnn_enabled",
+                "flash_sdp_enabled",
+                "mem_efficient_sdp_enabled",
+                "math_sdp_enabled",
+            )
+        ),
+        torch.cuda.current_stream() if torch.cuda.is_initialized() else None,
     )

@@ -1,0 +1,196 @@
+"""Forwards of which a record would do something else, and models that change after one was made."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+import tritorch
+
+pytestmark = pytest.mark.reference
+
+
+class Model(nn.Module):
+    def __init__(self, compute, **more):
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
+        for name, value in more.items():
+            setattr(self, name, value)
+        self.compute = compute
+
+    def forward(self, x):
+        return self.compute(self, x)
+
+
+def images():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+
+
+def both(model):
+    converted = tritorch.convert(model.double(), inplace=True)
+    return converted, tritorch.fuse(copy.deepcopy(converted), inplace=True)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+def in_float32(m, x):
+    with torch.autocast("cpu", enabled=False):
+        return F.relu(m.bn(x))
+
+
+def frozen(m, x):
+    m.bn.eval()
+    return F.relu(m.bn(x))
+
+
+def another_momentum(m, x):
+    m.bn.momentum = 0.5
+    return F.relu(m.bn(x))
+
+
+def keeping_on_a_child(m, x):
+    y = m.act(m.bn(x))
+    m.act.last = y
+    return y
+
+
+def with_data(m, x):
+    y = F.relu(m.bn(x))
+    y.data = y * 3
+    return y
+
+
+CLASS = "its forward asks for the class of a value"
+DECLINED = {
+    "function": (lambda m, x: F.relu(m.bn(Reversed.apply(x))), CLASS),
+    "as_tensor": (lambda m, x: F.relu(m.bn(torch.as_tensor(x))), CLASS),
+    "float32": (in_float32, "its forward enters a context"),
+    "asks autocast": (
+        lambda m, x: F.relu(m.bn(x)) if torch.is_autocast_enabled("cpu") else m.bn(x),
+        "its forward is another one under autocast",
+    ),
+    "frozen": (frozen, "its forward changes a module that it calls"),
+    "momentum": (another_momentum, "its forward changes a module that it calls"),
+    "kept on a child": (keeping_on_a_child, CLASS),
+    "data": (with_data, "its forward sets data of a value"),
+    "numpy": (
+        lambda m, x: F.relu(m.bn(x)) * float(np.random.rand() + 1),
+        "its forward draws random numbers in Python",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DECLINED)
+def test_forward_stays_and_its_model_is_as_before(case):
+    compute, reason = DECLINED[case]
+    model = tritorch.convert(Model(compute), inplace=True)
+    before = {name: dict(vars(one)) for name, one in model.named_modules()}
+    drawn = np.random.get_state()[2]
+    report = tritorch.fusion_report(model)
+    assert report.fused == {}
+    assert report.kept[""].startswith(reason)
+    assert type(tritorch.fuse(model, inplace=True)) is Model
+    after = {name: dict(vars(one)) for name, one in model.named_modules()}
+    assert str(after) == str(before)
+    assert np.random.get_state()[2] == drawn
+
+
+class Listed(nn.Module):
+    """What it does is in a list that anybody can change."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.flags = nn.BatchNorm2d(3), [True]
+
+    def forward(self, x):
+        return F.relu(self.bn(x)) if self.flags[0] else self.bn(x)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bns = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(2))
+
+    def forward(self, x):
+        for bn in self.bns:
+            x = F.relu(bn(x))
+        return x * getattr(self, "scale", 1.0)
+
+
+def test_lists_of_numbers_are_not_recorded():
+    converted, fused = both(Listed())
+    assert tritorch.fusion_report(fused).kept[""] == (
+        "it may use flags, a list, whose contents can change"
+    )
+    for model in (converted, fused):
+        model.flags[0] = False
+    assert_close(fused(images()), converted(images()))
+
+
+CHANGES = {
+    "append": lambda m: m.bns.append(nn.BatchNorm2d(3).double()),
+    "del": lambda m: m.bns.__delitem__(0),
+    "new attribute": lambda m: setattr(m, "scale", 3.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_after_fusing_take_effect(change):
+    converted, fused = both(Stack())
+    assert set(tritorch.fusion_report(fused).fused) == {"bns.0", "bns.1"}
+    for model in (converted, fused):
+        CHANGES[change](model)
+    assert_close(fused(images()), converted(images()))
+
+
+def test_marks_that_no_forward_names_change_nothing():
+    _, fused = both(Stack())
+    fused._seen_by_somebody = True
+    assert set(tritorch.fusion_report(fused).fused) == {"bns.0", "bns.1"}
+
+
+def test_class_of_somebody_else_stays():
+    converted, fused = both(Stack())
+
+    class Sharded(type(fused)):
+        def shards(self):
+            return 2
+
+    fused.__class__ = Sharded
+    fused.scale = converted.scale = 3.0
+    assert fused.shards() == 2
+    assert_close(fused(images()), converted(images()))
+    assert type(tritorch.fuse(fused, inplace=True)) is Sharded
+
+
+class Registered(Stack):
+    def __init_subclass__(cls, *, kind):
+        cls.kind = kind
+
+
+def test_class_that_takes_no_subclass_stays():
+    converted, fused = both(Registered())
+    assert type(fused) is Registered
+    assert tritorch.fusion_report(fused).fused == {}
+    assert_close(fused(images()), converted(images()))
+
+
+def test_what_a_tensor_lacks_a_value_lacks():
+    converted, fused = both(
+        Model(lambda m, x: F.relu(m.bn(x.tensors if hasattr(x, "tensors") else x)))
+    )
+    assert tritorch.fusion_report(fused).fused == {"bn": "relu"}
+    assert_close(fused(images()), converted(images()))
