@@ -45,11 +45,12 @@ def record(module: Module, written: type[Module]) -> fx.Graph:
         p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
     ):
         raise DeclinedError("its forward has optional arguments")
-    named: frozenset[str] = names_in(written)
+    kind: Any = written
+    named: frozenset[str] = names_in(kind)
     for name in sorted(named & (vars(module).keys() - _OF_MODULES)):
         if not _is_fixed(vars(module)[name]):
-            kind = type(vars(module)[name]).__name__
-            raise DeclinedError(f"it may use {name}, a {kind}, whose contents can change")
+            found = type(vars(module)[name]).__name__
+            raise DeclinedError(f"it may use {name}, a {found}, whose contents can change")
     with torch.enable_grad(), _mode(module, training=True):
         graph = _record(module, written)
     with torch.no_grad(), _mode(module, training=False):
