@@ -156,6 +156,28 @@ def test_changes_after_fusing_take_effect(change):
     assert_close(fused(images()), converted(images()))
 
 
+class Walk(nn.Module):
+    """Goes through a Sequential itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.rest = nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        x = F.relu(self.bn(x))
+        for layer in self.rest:
+            x = layer(x)
+        return x
+
+
+def test_a_sequence_that_grows_is_gone_through():
+    converted, fused = both(Walk())
+    assert tritorch.fusion_report(fused).fused == {"bn": "relu"}
+    for model in (converted, fused):
+        model.rest.append(nn.Tanh())
+    assert_close(fused(images()), converted(images()))
+
+
 def test_marks_that_no_forward_names_change_nothing():
     _, fused = both(Stack())
     fused._seen_by_somebody = True

@@ -39,8 +39,8 @@ def fuse(model: Module, inplace: bool = False) -> Module:
     object of a subclass of its class, whose forward is the recorded one; `tritorch.revert` undoes
     both.  A forward is recorded once, for tensors as arguments: with others it runs as it was
     written, and for good once an attribute of its module is set or deleted, or the number of its
-    children changes, those of its lists of modules included.  Nobody notices a global that changes,
-    or an attribute of a child that the forward looks at.
+    children changes, those of its lists of modules included.  Nobody notices a change of a global,
+    of an attribute of a child, or of what functions outside of its class look at.
 
     Args:
         model: any module.
@@ -178,9 +178,13 @@ def _sizes(module: Module) -> tuple[int, ...]:
     """How many children it has, and each of its lists and dictionaries of them."""
     sizes = [len(module._modules)]
     for child in module._modules.values():
-        if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict):
+        if isinstance(child, _LISTS):
             sizes += _sizes(child)
     return tuple(sizes)
+
+
+# whose items a forward may go through
+_LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
 
 
 class _NoClassError(TypeError):
