@@ -187,9 +187,9 @@ class Shapes:
 
     def _with_norm(self, case: Case) -> Case:
         """A convolution and what follows it in the network, as `tritorch.fuse` joins them."""
-        given = {key: value for key, value in case.arguments.items() if key != "bias"}
-        x, weight = (case.first, case.arguments["weight"])
-        vector = self._make.float32(weight.shape[0])  # type: ignore[union-attr]
+        given: dict[str, Any] = {k: value for k, value in case.arguments.items() if k != "bias"}
+        x, weight = case.first, given["weight"]
+        vector = self._make.float32(weight.shape[0])
         if not case.name.endswith("downsample"):
             given["activation"] = "relu"
         if case.name.endswith("conv3"):

@@ -175,7 +175,7 @@ def _is_fused(module: Module) -> bool:
 
 
 def _sizes(module: Module) -> tuple[int, ...]:
-    """How many children it has, and each of its lists and dictionaries of them."""
+    """How many children it has, and each of its lists, dictionaries and sequences of them."""
     sizes = [len(module._modules)]
     for child in module._modules.values():
         if isinstance(child, _LISTS):
