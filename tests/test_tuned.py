@@ -1,6 +1,7 @@
 """Tables of measured configurations: read, written, asked before a kernel's own choice."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def test_rows_of_the_user_win_over_shipped_ones(monkeypatch, tmp_path):
     monkeypatch.setattr(tuned, "shipped", lambda gpu: ours)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    found = SimpleNamespace(name="a GPU", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     tuned._of_gpu.cache_clear()
     try:
         assert str(tuned.find("matmul_config", SIZES, None)) == str(config(16))
@@ -74,6 +76,43 @@ def test_rows_of_the_user_win_over_shipped_ones(monkeypatch, tmp_path):
         assert tuned.find("conv2d_config", SIZES, None) is None
     finally:
         tuned._of_gpu.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "multiprocessors", "expected"),
+    [
+        ("An A100", "8.0", 108, "an-a100.json"),
+        ("NVIDIA H200", "9.0", 132, "nvidia-h100.json"),
+        # fewer multiprocessors take other tiles
+        ("NVIDIA H100 PCIe", "9.0", 114, None),
+        ("NVIDIA B200", "10.0", 132, None),
+        ("none", None, None, None),
+    ],
+)
+def test_a_gpu_without_a_table_takes_that_of_its_like(
+    gpu, capability, multiprocessors, expected, monkeypatch, tmp_path
+):
+    for name, seen in (("nvidia-h100", ("9.0", 132)), ("an-a100", ("8.0", 108))):
+        environment = dict(zip(("capability", "multiprocessors"), seen, strict=True))
+        # of the same kernel, so that one can tell which was read
+        row = tuned.row("matmul_config", SIZES, config(seen[1]))
+        content = {"environments": [environment], "rows": [row]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    monkeypatch.setattr(tuned, "shipped", lambda gpu: tmp_path / tuned._file_of(gpu))
+    monkeypatch.setenv("TRITORCH_TUNED", str(tmp_path / "none of the user's.json"))
+    near = tuned.nearest(gpu, capability, multiprocessors)
+    assert (near.name if near else None) == expected
+    rows = tuned.of(gpu, capability, multiprocessors)
+    block = {"an-a100.json": 108, "nvidia-h100.json": 132}.get(expected)
+    assert [row.kwargs["BLOCK_M"] for row in rows.values()] == ([block] if block else [])
+
+
+def test_every_installed_table_says_which_gpus_are_alike():
+    for file in tuned.shipped("any").parent.glob("*.json"):
+        seen = json.loads(file.read_text())["environments"]
+        alike = {(each["capability"], each["multiprocessors"]) for each in seen}
+        [(capability, multiprocessors)] = alike
+        assert tuned.nearest("another", capability, multiprocessors) == file
 
 
 def test_a_row_of_another_version_is_not_taken():

@@ -4,7 +4,7 @@ A table is a JSON file: `rows` of `function` (that chooses, such as "matmul_conf
 it was asked with), and the configuration as `kwargs`, `num_warps`, `num_stages` and `maxnreg`, or
 `kwargs` alone and null where the kernel's own choice was best, which is none; what else a row holds
 is said in `tritorch.bench.tuned_table`.  `path` says which file of the user's a GPU has, and
-`shipped` which of ours, whose rows count where the user's has none.
+`nearest` which of ours, whose rows count where the user's has none.
 """
 
 from __future__ import annotations
@@ -44,6 +44,29 @@ def path(gpu: str | None = None) -> Path:
 def shipped(gpu: str | None = None) -> Path:
     """The table that is installed for a GPU, by default the current one; there need not be one."""
     return Path(__file__).resolve().parent / "data" / "tuned" / _file_of(gpu)
+
+
+def nearest(gpu: str, capability: str | None, multiprocessors: int | None) -> Path | None:
+    """The table that is installed for a GPU, else for one with the same multiprocessors.
+
+    An H200 is an H100 with other memory: what was measured on the one is nearer to the other than
+    what a kernel chooses without a measurement.  `capability`: as "9.0".  None: there is none.
+    """
+    own = shipped(gpu)
+    if own.is_file():
+        return own
+    for file in sorted(own.parent.glob("*.json")):
+        seen = json.loads(file.read_text(encoding="utf-8"))["environments"]
+        alike = {(each["capability"], each["multiprocessors"]) for each in seen}
+        if alike == {(capability, multiprocessors)}:
+            return file
+    return None
+
+
+def of(gpu: str, capability: str | None, multiprocessors: int | None) -> Mapping[Key, Any]:
+    """The rows that a GPU's launches take: the user's, and below them the installed ones."""
+    near = nearest(gpu, capability, multiprocessors)
+    return {**(read(near) if near is not None else {}), **_of_user(path(gpu))}
 
 
 def _file_of(gpu: str | None) -> str:
@@ -141,8 +164,8 @@ def _of_this_machine() -> Mapping[Key, Any] | None:
 @functools.cache
 def _of_gpu(device: int, named: str | None) -> Mapping[Key, Any]:
     """Of the file that TRITORCH_TUNED names, if any, read once: some plans ask in every call."""
-    gpu = torch.cuda.get_device_name(device)
-    return {**read(shipped(gpu)), **_of_user(path(gpu))}
+    found = torch.cuda.get_device_properties(device)
+    return of(found.name, f"{found.major}.{found.minor}", found.multi_processor_count)
 
 
 def _of_user(file: Path) -> Mapping[Key, Any]:
