@@ -17,13 +17,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tritorch import tuned
 from tritorch.bench import calibration, fatal, precompile, rows, suite, told
 from tritorch.bench.baselines import use_fast_algorithms, use_full_float32
 from tritorch.bench.cases import FORWARD, OURS
@@ -245,7 +246,8 @@ class Run:
             return
         if self.workers and target is not None:
             # after the child, which so starts from a parent without threads
-            self.pool = _processes.Pool(self.workers, _lower)
+            table = precompile.table_of(self.store.environment)
+            self.pool = _processes.Pool(self.workers, _lower, (table,))
         for section in self.sections:
             jobs = planned(section, self.setting) if self.pool is not None else ()
             left = self.waiting.left[section]
@@ -279,7 +281,13 @@ def _case_of(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row.get(name)) for name in ("op", "name", "shape", "dtype"))
 
 
-def _lower() -> None:
+# what the GPU's launches will take, in a process that compiles
+_table: Mapping[tuned.Key, Any] = {}
+
+
+def _lower(table: Mapping[tuned.Key, Any]) -> None:
+    global _table
+    _table = table
     # the parent ends its workers, by the one or the other
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -289,7 +297,7 @@ def _lower() -> None:
 
 def _compiled(section: str, setting: Setting, number: int, target: str) -> tuple[str, float]:
     start = time.monotonic()
-    why = precompile.compile_case(planned(section, setting)[number], target)
+    why = precompile.compile_case(planned(section, setting)[number], target, _table)
     return why, round(time.monotonic() - start, 3)
 
 

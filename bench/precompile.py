@@ -7,26 +7,32 @@ compiler.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritorch import backend
+from tritorch import backend, tuned
 from tritorch.bench.cases import OURS, Case
 from tritorch.bench.passes import bound
 from tritorch.testing import dry
 from tritorch.testing.calls import map_tensors, outputs_of
 
 
-def compile_case(case: Case, target: str) -> str:
+def compile_case(case: Case, target: str, table: Mapping[tuned.Key, Any] | None = None) -> str:
     """Compiles what our implementation launches in all passes; says what went wrong, "" if nothing.
 
-    The launchers are built too where there is a driver to build them for.
+    `table`: the measured configurations that the GPU's launches will take.  The launchers are built
+    too where there is a driver to build them for.
     """
     function = case.implementations[OURS]
     try:
-        with backend.use("triton"), dry.compiling_for(target) as recorder:
+        with (
+            backend.use("triton"),
+            tuned.using(table or {}),
+            dry.compiling_for(target) as recorder,
+        ):
             for wanted in set(case.passes.values()):
                 _run(function, _unwritten(case), wanted)
         for launch in recorder.kernels:
@@ -68,6 +74,13 @@ def _launcher(compiled: Any) -> None:
     from triton.backends.nvidia.driver import CudaLauncher
 
     CudaLauncher(compiled.src, compiled.metadata)
+
+
+def table_of(environment: Mapping[str, Any] | None) -> Mapping[tuned.Key, Any]:
+    """The measured configurations of the GPU of an `environment`; none where it has no GPU."""
+    if environment is None or environment.get("gpu") is None:
+        return {}
+    return tuned.of(*(environment[name] for name in ("gpu", "capability", "multiprocessors")))
 
 
 def target_of(capability: str | None) -> str | None:

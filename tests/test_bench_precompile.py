@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.test_bench_gpu import run
+from tritorch import backend, launch, tuned
 from tritorch.bench import precompile
 from tritorch.bench.cases import OURS, workloads
 from tritorch.bench.launches import resources
@@ -24,6 +26,36 @@ def test_a_case_is_compiled_for_all_its_passes(monkeypatch):
     names = {compiled.metadata.name for compiled in built}
     assert names == {"activation_forward_kernel", "activation_backward_kernel"}
     assert {compiled.metadata.target.arch for compiled in built} == {90}
+
+
+def test_what_was_measured_is_compiled(monkeypatch):
+    """A launch on the GPU would take that, and compile it while it is timed."""
+    built = []
+    monkeypatch.setattr(precompile, "_launcher", lambda compiled: built.append(compiled))
+    case = next(workloads(["matmul"]))
+    assert precompile.compile_case(case, "sm_90") == ""
+    own = [compiled.hash for compiled in built]
+    with (
+        backend.use("triton"),
+        dry.compiling_for("sm_90"),
+        launch.choices() as chosen,
+        launch.questions() as asked,
+    ):
+        case.implementations[OURS](**precompile._unwritten(case))
+    [key], [(_, config)] = asked, chosen
+    other = copy.copy(config)
+    other.num_stages = config.num_stages - 1
+    built.clear()
+    assert precompile.compile_case(case, "sm_90", {key: other}) == ""
+    assert [compiled.metadata.num_stages for compiled in built].count(other.num_stages)
+    assert [compiled.hash for compiled in built] != own
+
+
+def test_the_table_of_a_result_is_that_of_its_gpu():
+    named = {"gpu": "NVIDIA H200", "capability": "9.0", "multiprocessors": 132}
+    assert precompile.table_of(named) == tuned.of("NVIDIA H200", "9.0", 132)
+    assert precompile.table_of(named)
+    assert precompile.table_of({**named, "gpu": None}) == precompile.table_of(None) == {}
 
 
 def test_what_the_host_looks_at_has_its_value():
