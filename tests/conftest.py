@@ -2,6 +2,7 @@
 --device cuda.
 """
 
+import json
 import os
 import time
 from pathlib import Path
@@ -53,6 +54,9 @@ def pytest_addoption(parser):
     parser.addoption("--rung", choices=RUNGS[:-1], default="reference", help="which tests run")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: all on a GPU")
     parser.addoption("--json", default=None, help="write every test's outcome to this file")
+    parser.addoption(
+        "--go-on", action="store_true", help="keep what passed in the file of --json, run the rest"
+    )
 
 
 def rung_of(config):
@@ -60,9 +64,15 @@ def rung_of(config):
 
 
 def pytest_configure(config):
-    global _TO
-    # workers of xdist report to the process that started them
-    _TO = None if hasattr(config, "workerinput") else config.getoption("--json")
+    global _TO, _REPLACES
+    if hasattr(config, "workerinput"):
+        # workers of xdist report to the process that started them
+        _PASSED.update(dict.fromkeys(config.workerinput.get("passed", ())))
+    else:
+        _TO = config.getoption("--json")
+        if config.getoption("--go-on"):
+            _PASSED.update(_passed(_TO))
+            _REPLACES = True
     # Triton reads it once, when it is imported
     os.environ["TRITON_INTERPRET"] = "1" if rung_of(config) == "interpret" else "0"
     if rung_of(config) == "cuda":
@@ -70,6 +80,27 @@ def pytest_configure(config):
 
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda: torch finds no GPU")
+
+
+def _passed(file):
+    """The rows of tests that passed in an earlier run of this commit on this GPU."""
+    if file is None:
+        raise pytest.UsageError("--go-on: there is no --json to go on with")
+    if not Path(file).exists():
+        return {}
+    from tritorch.bench.environment import environment
+
+    found, here = json.loads(Path(file).read_text(encoding="utf-8")), environment()
+    for name in ("commit", "dirty", "gpu", "torch", "triton"):
+        if (then := found["environment"][name]) != here[name]:
+            raise pytest.UsageError(f"--go-on: {file} is of {name} {then}, this is {here[name]}")
+    return {row["test"]: row for row in found["rows"] if row["outcome"] == "passed"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    # all workers must find the same tests, whenever they start
+    node.workerinput["passed"] = list(_PASSED)
 
 
 def pytest_ignore_collect(collection_path: Path, config):
@@ -84,7 +115,7 @@ def pytest_collection_modifyitems(config, items):
         marks = {mark.name for mark in item.iter_markers()} & set(RUNGS)
         if not marks:
             raise pytest.UsageError(f"{item.nodeid} names no rung: mark it with one of {RUNGS}")
-        (kept if marks & wanted else others).append(item)
+        (kept if marks & wanted and item.nodeid not in _PASSED else others).append(item)
     if others:
         # not skipped: a test of another rung is no result of this one
         config.hook.pytest_deselected(items=others)
@@ -120,16 +151,20 @@ def rung(request):
 
 
 def pytest_runtest_logreport(report):
-    global _WRITTEN
+    global _WRITTEN, _REPLACES
     _REPORTS.append(report)
     # a run that is killed has told what it found
     if _TO is not None and time.monotonic() - _WRITTEN > _EVERY:
         _write(None)
-        _WRITTEN = time.monotonic()
+        _WRITTEN, _REPLACES = time.monotonic(), True
 
 
 _REPORTS: list[pytest.TestReport] = []
+# by name, what an earlier run has found
+_PASSED: dict[str, dict[str, object]] = {}
 _TO: str | None = None
+# whether the file is this run's own, or one that it goes on with
+_REPLACES = False
 _WRITTEN = 0.0
 # seconds between two times that a run writes what it has
 _EVERY = 30.0
@@ -138,7 +173,7 @@ _EVERY = 30.0
 def _write(exit_status):
     from tritorch.bench.environment import write_result
 
-    rows = [
+    rows = [*_PASSED.values()] + [
         {
             "test": report.nodeid,
             "outcome": report.outcome,
@@ -152,7 +187,7 @@ def _write(exit_status):
         name: sum(r["outcome"] == name for r in rows) for name in ("passed", "failed", "skipped")
     }
     more = {"counts": counts, "exit_status": exit_status}
-    write_result(_TO, "tests", rows, overwrite=_WRITTEN > 0, **more)
+    write_result(_TO, "tests", rows, overwrite=_REPLACES, **more)
 
 
 def pytest_sessionfinish(session, exitstatus):
