@@ -81,30 +81,33 @@ def test_rows_of_the_user_win_over_shipped_ones(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("gpu", "capability", "multiprocessors", "expected"),
     [
-        ("An A100", "8.0", 108, "an-a100.json"),
-        ("NVIDIA H200", "9.0", 132, "nvidia-h100.json"),
+        ("An A100", "8.0", 108, {"own": 108, "of both": 108}),
+        ("NVIDIA H100", "9.0", 132, {"own": 132, "of both": 132}),
+        # its own row before that of its like
+        ("NVIDIA H200", "9.0", 132, {"own": 132, "of both": 64}),
         # fewer multiprocessors take other tiles
-        ("NVIDIA H100 PCIe", "9.0", 114, None),
-        ("NVIDIA B200", "10.0", 132, None),
-        ("none", None, None, None),
+        ("NVIDIA H100 PCIe", "9.0", 114, {}),
+        ("NVIDIA B200", "10.0", 132, {}),
+        ("none", None, None, {}),
     ],
 )
-def test_a_gpu_without_a_table_takes_that_of_its_like(
+def test_a_gpu_takes_the_table_of_its_like_below_its_own(
     gpu, capability, multiprocessors, expected, monkeypatch, tmp_path
 ):
-    for name, seen in (("nvidia-h100", ("9.0", 132)), ("an-a100", ("8.0", 108))):
+    for name, seen, rows in (
+        ("nvidia-h100", ("9.0", 132), {"own": 132, "of both": 132}),
+        ("nvidia-h200", ("9.0", 132), {"of both": 64}),
+        ("an-a100", ("8.0", 108), {"own": 108, "of both": 108}),
+    ):
         environment = dict(zip(("capability", "multiprocessors"), seen, strict=True))
-        # of the same kernel, so that one can tell which was read
-        row = tuned.row("matmul_config", SIZES, config(seen[1]))
-        content = {"environments": [environment], "rows": [row]}
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        found = [tuned.row(function, SIZES, config(block)) for function, block in rows.items()]
+        content = {"environments": [environment], "rows": found}
+        if name != "nvidia-h200" or gpu == "NVIDIA H200":
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
     monkeypatch.setattr(tuned, "shipped", lambda gpu: tmp_path / tuned._file_of(gpu))
     monkeypatch.setenv("TRITORCH_TUNED", str(tmp_path / "none of the user's.json"))
-    near = tuned.nearest(gpu, capability, multiprocessors)
-    assert (near.name if near else None) == expected
     rows = tuned.of(gpu, capability, multiprocessors)
-    block = {"an-a100.json": 108, "nvidia-h100.json": 132}.get(expected)
-    assert [row.kwargs["BLOCK_M"] for row in rows.values()] == ([block] if block else [])
+    assert {function: row.kwargs["BLOCK_M"] for (function, _), row in rows.items()} == expected
 
 
 def test_every_installed_table_says_which_gpus_are_alike():
@@ -112,7 +115,7 @@ def test_every_installed_table_says_which_gpus_are_alike():
         seen = json.loads(file.read_text())["environments"]
         alike = {(each["capability"], each["multiprocessors"]) for each in seen}
         [(capability, multiprocessors)] = alike
-        assert tuned.nearest("another", capability, multiprocessors) == file
+        assert file in tuned.installed("another", capability, multiprocessors)
 
 
 def test_a_row_of_another_version_is_not_taken():

@@ -4,7 +4,7 @@ A table is a JSON file: `rows` of `function` (that chooses, such as "matmul_conf
 it was asked with), and the configuration as `kwargs`, `num_warps`, `num_stages` and `maxnreg`, or
 `kwargs` alone and null where the kernel's own choice was best, which is none; what else a row holds
 is said in `tritorch.bench.tuned_table`.  `path` says which file of the user's a GPU has, and
-`nearest` which of ours, whose rows count where the user's has none.
+`installed` which of ours, whose rows count where the user's has none.
 """
 
 from __future__ import annotations
@@ -46,27 +46,27 @@ def shipped(gpu: str | None = None) -> Path:
     return Path(__file__).resolve().parent / "data" / "tuned" / _file_of(gpu)
 
 
-def nearest(gpu: str, capability: str | None, multiprocessors: int | None) -> Path | None:
-    """The table that is installed for a GPU, else for one with the same multiprocessors.
+def installed(gpu: str, capability: str | None, multiprocessors: int | None) -> list[Path]:
+    """The tables that are installed for GPUs with the same multiprocessors, the GPU's own last.
 
     An H200 is an H100 with other memory: what was measured on the one is nearer to the other than
-    what a kernel chooses without a measurement.  `capability`: as "9.0".  None: there is none.
+    what a kernel chooses without a measurement.  `capability`: as "9.0".
     """
-    own = shipped(gpu)
-    if own.is_file():
-        return own
+    own, found = shipped(gpu), []
     for file in sorted(own.parent.glob("*.json")):
         seen = json.loads(file.read_text(encoding="utf-8"))["environments"]
         alike = {(each["capability"], each["multiprocessors"]) for each in seen}
-        if alike == {(capability, multiprocessors)}:
-            return file
-    return None
+        if file != own and alike == {(capability, multiprocessors)}:
+            found.append(file)
+    return [*found, own]
 
 
 def of(gpu: str, capability: str | None, multiprocessors: int | None) -> Mapping[Key, Any]:
-    """The rows that a GPU's launches take: the user's, and below them the installed ones."""
-    near = nearest(gpu, capability, multiprocessors)
-    return {**(read(near) if near is not None else {}), **_of_user(path(gpu))}
+    """The rows that a GPU's launches take: the user's, and where there is none the installed."""
+    rows: dict[Key, Any] = {}
+    for file in installed(gpu, capability, multiprocessors):
+        rows |= read(file)
+    return rows | _of_user(path(gpu))
 
 
 def _file_of(gpu: str | None) -> str:
