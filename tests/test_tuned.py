@@ -55,7 +55,8 @@ def test_the_file_is_named_or_that_of_the_gpu(monkeypatch, tmp_path):
 
 
 def test_rows_of_the_user_win_over_shipped_ones(monkeypatch, tmp_path):
-    theirs, ours = tmp_path / "user.json", tmp_path / "shipped.json"
+    theirs, ours = tmp_path / "user.json", tmp_path / "installed" / "shipped.json"
+    ours.parent.mkdir()
     other = (32, *SIZES[1:])
     theirs.write_text(json.dumps({"rows": [tuned.row("matmul_config", SIZES, config(16))]}))
     rows = [tuned.row("matmul_config", sizes, config(64)) for sizes in (SIZES, other)]

@@ -66,7 +66,7 @@ def of(gpu: str, capability: str | None, multiprocessors: int | None) -> Mapping
     rows: dict[Key, Any] = {}
     for file in installed(gpu, capability, multiprocessors):
         rows |= read(file)
-    return rows | _of_user(path(gpu))
+    return {**rows, **_of_user(path(gpu))}
 
 
 def _file_of(gpu: str | None) -> str:
