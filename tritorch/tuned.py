@@ -52,13 +52,15 @@ def installed(gpu: str, capability: str | None, multiprocessors: int | None) -> 
     An H200 is an H100 with other memory: what was measured on the one is nearer to the other than
     what a kernel chooses without a measurement.  `capability`: as "9.0".
     """
-    own, found = shipped(gpu), []
-    for file in sorted(own.parent.glob("*.json")):
-        seen = json.loads(file.read_text(encoding="utf-8"))["environments"]
-        alike = {(each["capability"], each["multiprocessors"]) for each in seen}
-        if file != own and alike == {(capability, multiprocessors)}:
-            found.append(file)
-    return [*found, own]
+    own = shipped(gpu)
+    others = (file for file in sorted(own.parent.glob("*.json")) if file != own)
+    return [*(file for file in others if _gpus(file) == {(capability, multiprocessors)}), own]
+
+
+def _gpus(file: Path) -> set[tuple[str, int]]:
+    """Compute capabilities and multiprocessors that an installed table was measured with."""
+    seen = json.loads(file.read_text(encoding="utf-8"))["environments"]
+    return {(each["capability"], each["multiprocessors"]) for each in seen}
 
 
 def of(gpu: str, capability: str | None, multiprocessors: int | None) -> Mapping[Key, Any]:
