@@ -185,13 +185,14 @@ def window_extent(start, size, extent, padding, COUNT_INCLUDE_PAD: tl.constexpr)
 @triton.jit
 def volume_divisors(d, h, w, D, H, W, T, R, S, padding_d, padding_h, padding_w, divisor,
                     COUNT_INCLUDE_PAD: tl.constexpr, HAS_DIVISOR: tl.constexpr):
-    """What the sum over the window that starts at d, h and w is divided by."""
+    """What the sum over the window that starts at d, h and w is divided by, of the shape of w."""
     if HAS_DIVISOR:
-        return tl.zeros_like(h) + divisor
-    slices = window_extent(d, D, T, padding_d, COUNT_INCLUDE_PAD)
-    rows = window_extent(h, H, R, padding_h, COUNT_INCLUDE_PAD)
-    columns = window_extent(w, W, S, padding_w, COUNT_INCLUDE_PAD)
-    return slices * rows * columns
+        divisors = tl.zeros_like(w) + divisor
+    else:
+        slices = window_extent(d, D, T, padding_d, COUNT_INCLUDE_PAD)
+        rows = window_extent(h, H, R, padding_h, COUNT_INCLUDE_PAD)
+        divisors = slices * rows * window_extent(w, W, S, padding_w, COUNT_INCLUDE_PAD)
+    return divisors
 
 
 @triton.jit

@@ -132,6 +132,9 @@ def _workloads(make: Maker) -> Iterator[Sample]:
     yield Sample("inception-5b-contiguous", input=make.empty(32, 192, 35, 35), **three)
     yield Sample("resnet50-global", input=images(64, 2048, 7, 7), kernel_size=7)
     yield Sample("odd", input=images(17, 33, 57, 55), kernel_size=3, count_include_pad=False)
+    given: dict[str, Any] = {"kernel_size": 2, "divisor_override": 3}
+    yield Sample("divisor", input=images(64, 128, 56, 56), **given)
+    yield Sample("divisor-contiguous", input=make.empty(64, 128, 56, 56), **given)
 
 
 def _rejects(make: Maker) -> Iterator[Reject]:

@@ -222,6 +222,12 @@ def _workloads(make: Maker) -> Iterator[Sample]:
     yield Sample("i3d-stem", input=channels_last, **_OVERLAP)
 
 
+def _avg_workloads(make: Maker) -> Iterator[Sample]:
+    yield from _workloads(make)
+    volumes = make.empty(8, 64, 16, 112, 112)
+    yield Sample("divisor", input=volumes, kernel_size=2, divisor_override=3)
+
+
 def _rejects(op: str) -> Callable[[Maker], Iterator[Reject]]:
     def rejects(make: Maker) -> Iterator[Reject]:
         x = make(2, 3, 5, 4, 6)
@@ -319,7 +325,7 @@ register(
         ),
         gradients=("input",),
         samples=_avg_samples,
-        workloads=_workloads,
+        workloads=_avg_workloads,
         rejects=_rejects("avg_pool3d"),
         cost=_avg_cost,
         # linear, but a mean of integers is not exact
