@@ -79,7 +79,9 @@ def update_moments(
             param -= weight_decay * param
         else:
             grad += weight_decay * param
-    exp_avg = beta1 * exp_avg + gain1 * grad
+    # torch's lerp: two rounded factors would push ties of a short type to one side
+    change = grad - exp_avg
+    exp_avg = tl.where(gain1 < 0.5, exp_avg + gain1 * change, grad - beta1 * change)
     exp_avg_sq = beta2 * exp_avg_sq + gain2 * grad * grad
     tl.store(exp_avg_ptr + offs, exp_avg.to(ELEMENT), mask=mask)
     tl.store(exp_avg_sq_ptr + offs, exp_avg_sq.to(ELEMENT), mask=mask)

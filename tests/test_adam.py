@@ -126,6 +126,16 @@ def test_trajectory_is_torchs_up_to_rounding(kind, given, dtype, device, kernels
         assert verdict.accepted, f"{name}: {verdict.failure}"
 
 
+def test_ties_of_a_short_average_are_not_all_rounded_to_one_side(device):
+    """A tenth of such sums lies halfway between two numbers of the type, but for the last bits."""
+    param, grad, average = (normal((20_000,), seed).bfloat16() for seed in range(3))
+    truth = (0.9 * average.double() + 0.1 * grad.double()).bfloat16()
+    lists = [[each.clone().to(device)] for each in (param, grad, average, average.abs())]
+    ops.adam_step(*lists, [], [torch.zeros((), device=device)], lr=0.1)
+    found = lists[2][0].cpu()
+    assert (found != truth).double().mean() < 1e-3
+
+
 @KINDS
 def test_checkpoints_go_both_ways(kind, device, kernels):
     given = {"weight_decay": 0.1, "amsgrad": True, "betas": (0.5, 0.75), "maximize": True}
