@@ -14,6 +14,7 @@ class Exclusion(NamedTuple):
 
     subject: an op or a layer.  calls: a regular expression found in the difference as printed,
     which holds the call.  device: where there is the difference, "cpu" or "cuda"; empty for both.
+    sometimes: whether chance decides that there is one.
     """
 
     subject: str
@@ -22,6 +23,7 @@ class Exclusion(NamedTuple):
     calls: str
     reason: str
     device: str = ""
+    sometimes: bool = False
 
 
 def of(subject: str, test: str, device: str) -> list[Exclusion]:
@@ -52,6 +54,7 @@ OF_WEIGHT = r"\[0\]\[1\] has strides"
 CUDA_WINDOWS = "torch's CUDA gradient of windows that overlap is wrong in channels_last"
 LIBRARY = "on a CPU the strides of torch's gradients of weights are those of the library it calls"
 RANDOM = "which elements are dropped comes from another generator than torch's"
+OF_ONE = "the gradient of one element's norm is 0, short of what a fused product leaves unrounded"
 EVALUATES = "an evaluation is the input itself: no kernel is needed"
 
 EXCLUSIONS: tuple[Exclusion, ...] = (
@@ -71,8 +74,12 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion("nll_loss", "reference_path", "raises", "must be contiguous", CONTIGUOUS_ONLY),
     Exclusion("nll_loss", "kernels", "raises", "must be contiguous", CONTIGUOUS_ONLY),
     Exclusion("dropout", "kernels", "path", r"training=False.*nothing was launched", EVALUATES),
-    Exclusion("dropout", "kernels", "values", "p=0.5, training=True", RANDOM),
-    Exclusion("dropout", "kernels", "gradients", "p=0.5, training=True", RANDOM),
+    Exclusion("dropout", "kernels", "values", "p=0.5, training=True", RANDOM, "cpu"),
+    Exclusion("dropout", "kernels", "gradients", "p=0.5, training=True", RANDOM, "cpu"),
+    # five elements of a generator that has no seed
+    Exclusion("dropout", "kernels", "values", "p=0.5, training=True", RANDOM, "cuda", True),
+    Exclusion("dropout", "kernels", "gradients", "p=0.5, training=True", RANDOM, "cuda", True),
+    Exclusion("layer_norm", "kernels", "gradients", r"float32\[1\], \(1\)", OF_ONE, "cuda"),
     Exclusion("NLLLoss", "kernels", "path", "6 dimensions", "kernels take five dimensions at most"),
     Exclusion(
         "matmul",

@@ -189,7 +189,7 @@ def test_exclusions_name_what_there_is() -> None:
         assert exclusion.test in ("reference_path", "kernels", "bad_calls")
         assert exclusion.kind in databases.KINDS
         assert exclusion.reason
-    named = [exclusion[:4] for exclusion in exclusions.EXCLUSIONS]
+    named = [(*exclusion[:4], exclusion.device) for exclusion in exclusions.EXCLUSIONS]
     assert len(named) == len(set(named))
 
 
@@ -198,6 +198,7 @@ def test_an_exclusion_must_be_needed_and_everything_else_agree() -> None:
     finding = Finding("values", "relu(float32[3])", "output 0: off")
     fitting = Exclusion("relu", "kernels", "values", r"float32\[3\]", "a reason")
     databases.judge([fitting], [finding])
+    databases.judge([fitting._replace(sometimes=True)], [])
     for listed, found in (([fitting], []), ([], [finding])):
         with pytest.raises(pytest.fail.Exception, match="relu"):
             databases.judge(listed, found)
