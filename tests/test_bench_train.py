@@ -1,5 +1,7 @@
 """Rows of whole train steps."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -65,6 +67,46 @@ def test_a_step_that_learns_nothing_or_something_else_has_no_speedup(monkeypatch
 
 
 @pytest.mark.reference
+@pytest.mark.parametrize("name", ["bn1.weight", "stages.1.0.bn3.bias", "fc.bias"])
+def test_one_layer_that_learns_something_else_is_named(name, monkeypatch):
+    update = train_steps.Step.update
+
+    def wrong(step):
+        loss, moved = update(step)
+        # that of ours is asked first
+        if not seen:
+            moved[name] = moved[name].roll(1)
+        seen.append(step)
+        return loss, moved
+
+    seen = []
+    monkeypatch.setattr(train_steps.Step, "update", wrong)
+    ours, torchs = rows("cpu", OURS, TORCH)
+    assert torchs["verified"]
+    assert f"first update of {name} of length" in ours["failure"]
+
+
+@pytest.mark.reference
+def test_what_rounding_does_to_a_step_is_no_difference():
+    """Of a network with all its blocks, at a size that a CPU has time for."""
+    trainer = Trainer(torch.device("cpu"), 8, size=64)
+    _, rounded = trainer.step(TORCH).update()
+    expected = exact_update(trainer)
+    assert train_steps._differs(rounded, expected) == ""
+    upside_down = {name: one.flip(0) for name, one in rounded.items()}
+    assert "of all parameters" in train_steps._differs(upside_down, expected)
+    fewer = dict(list(rounded.items())[1:])
+    assert "other parameters" in train_steps._differs(fewer, expected)
+
+
+def exact_update(trainer):
+    """The same step without autocast."""
+    autocast = torch.autocast
+    with mock.patch.object(torch, "autocast", lambda *a: autocast(*a, enabled=False)):
+        return trainer.step(TORCH).update()[1]
+
+
+@pytest.mark.reference
 def test_a_step_that_raises_is_a_row_without_a_time(monkeypatch):
     def fails(x, target):
         raise ValueError("no such loss")
@@ -89,6 +131,6 @@ def test_steps_are_timed_as_graphs_too():
 @pytest.mark.cuda
 def test_a_step_that_stands_still_is_no_graph_of_one():
     loss = torch.ones((), device="cuda")
-    step = train_steps.Step(lambda: loss * 1.0, [])
+    step = train_steps.Step(lambda: loss * 1.0, {})
     with pytest.raises(RuntimeError, match="graph of a step"):
         train_steps._captured(step, torch.cuda.graph_pool_handle())
