@@ -19,9 +19,10 @@ SPATIAL_MEAN_CONFIGS = (
     Config({"BLOCK_R": 512, "BLOCK_C": 8}, num_warps=4, num_stages=3, maxnreg=255),
     Config({"BLOCK_R": 64, "BLOCK_C": 32}, num_warps=4, num_stages=3, maxnreg=255),
     # for the search alone
-    Config({"BLOCK_R": 16, "BLOCK_C": 64}, num_warps=2, num_stages=3, maxnreg=255),
-    Config({"BLOCK_R": 32, "BLOCK_C": 64}, num_warps=4, num_stages=3, maxnreg=255),
     Config({"BLOCK_R": 64, "BLOCK_C": 128}, num_warps=8, num_stages=3, maxnreg=255),
+    Config({"BLOCK_R": 64, "BLOCK_C": 128}, num_warps=4, num_stages=3, maxnreg=255),
+    Config({"BLOCK_R": 64, "BLOCK_C": 256}, num_warps=8, num_stages=3, maxnreg=255),
+    Config({"BLOCK_R": 16, "BLOCK_C": 256}, num_warps=4, num_stages=3, maxnreg=255),
 )
 
 
