@@ -104,6 +104,32 @@ def tile_offsets(
 
 
 @triton.jit
+def bit_offsets(offs_r, C, R, BLOCK_C: tl.constexpr):
+    """Offsets of the tile's bytes in a mask of one bit per element, (C // 64, R, 8)."""
+    tl.static_assert(64 % BLOCK_C == 0, "a tile of several panels")
+    first = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C
+    rows = (first // 64).to(offs_r.dtype) * R + offs_r
+    offsets = rows[:, None] * 8 + (first % 64 // 8 + tl.arange(0, BLOCK_C // 8))[None, :]
+    # less than the compiler knows: it would give a thread several bytes of a row, whose channels
+    # others have
+    return tl.multiple_of(offsets, (1, 1))
+
+
+@triton.jit
+def pack_bits(bits, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The tile's bytes, each of 8 channels from the lowest bit on."""
+    bits = bits.to(tl.int32).reshape(BLOCK_R, BLOCK_C // 8, 8)
+    return tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+
+
+@triton.jit
+def unpack_bits(packed, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Zeros and ones of the tile's bytes."""
+    bits = packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]
+    return (bits & 1).reshape(BLOCK_R, BLOCK_C)
+
+
+@triton.jit
 def load_channels(ptr, offs_c, C, OTHER: tl.constexpr, DTYPE: tl.constexpr):
     """One value per channel; OTHER where there is no such tensor."""
     if ptr is None:
@@ -240,7 +266,7 @@ def batch_norm_gather_stats_kernel(
 
 @triton.jit(do_not_specialize=["R", "STEPS"])
 def batch_norm_forward_kernel(
-    x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, y_ptr,
+    x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, y_ptr, bits_ptr,
     C, R, STEPS, size_1, size_2, size_3, size_4,
     x_stride_c, x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
     residual_stride_c, residual_stride_0, residual_stride_1,
@@ -250,7 +276,10 @@ def batch_norm_forward_kernel(
     ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr,
     VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """One program normalises STEPS tiles of its channels, adds the residual and activates."""
+    """One program normalises STEPS tiles of its channels, adds the residual and activates.
+
+    With bits_ptr, relu's alone, it writes a bit of each element, by which the gradient passes.
+    """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     _, offs_r, offs_c = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
     mean = load_channels(mean_ptr, offs_c, C, 0.0, ACC)
@@ -271,12 +300,17 @@ def batch_norm_forward_kernel(
                                    residual_stride_2, residual_stride_3, residual_stride_4,
                                    VECTOR_R, VECTOR_C)
             y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(ACC)
-        y = activate(y, ACTIVATION)
+        y = activate(y, ACTIVATION).to(y_ptr.dtype.element_ty)
         offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                y_stride_c, y_stride_0, y_stride_1,
                                y_stride_2, y_stride_3, y_stride_4,
                                VECTOR_R, VECTOR_C)
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + offsets, y, mask=mask)
+        if bits_ptr is not None:
+            # where activation_gradient lets a gradient of the output pass, which may underflow
+            packed = pack_bits(tl.where(y.to(ACC) <= 0, 0, 1), BLOCK_R, BLOCK_C)
+            offsets = bit_offsets(offs_r, C, R, BLOCK_C)
+            tl.store(bits_ptr + offsets, packed, mask=(offs_r < R)[:, None])
         offs_r += BLOCK_R
 
 
@@ -308,7 +342,7 @@ def batch_norm_backward_reduce_kernel(
     """One program sums grad_y and grad_y * normalised x over STEPS tiles of its channels.
 
     grad_y goes back through ACTIVATION, whose operand is computed again.  With saved_ptr, the
-    output (FROM_OUTPUT) or else the residual, what comes of it is written too.
+    output (FROM_OUTPUT), its bits (uint8) or else the residual, what comes of it is written too.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     split, offs_r, offs_c = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
@@ -331,14 +365,19 @@ def batch_norm_backward_reduce_kernel(
                                VECTOR_R, VECTOR_C)
         deviation = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC) - mean[None, :]
         if saved_ptr is not None:
-            offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
-                                   saved_stride_c, saved_stride_0, saved_stride_1,
-                                   saved_stride_2, saved_stride_3, saved_stride_4,
-                                   VECTOR_R, VECTOR_C)
-            saved = tl.load(saved_ptr + offsets, mask=mask, other=0.0).to(ACC)
-            if not FROM_OUTPUT:
-                saved += deviation * scale[None, :] + bias[None, :]
-            grad = activation_gradient(grad, saved, ACTIVATION)
+            if saved_ptr.dtype.element_ty == tl.uint8:
+                offsets = bit_offsets(offs_r, C, R, BLOCK_C)
+                packed = tl.load(saved_ptr + offsets, mask=(offs_r < R)[:, None], other=0)
+                grad = tl.where(unpack_bits(packed, BLOCK_R, BLOCK_C) != 0, grad, 0.0)
+            else:
+                offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
+                                       saved_stride_c, saved_stride_0, saved_stride_1,
+                                       saved_stride_2, saved_stride_3, saved_stride_4,
+                                       VECTOR_R, VECTOR_C)
+                saved = tl.load(saved_ptr + offsets, mask=mask, other=0.0).to(ACC)
+                if not FROM_OUTPUT:
+                    saved += deviation * scale[None, :] + bias[None, :]
+                grad = activation_gradient(grad, saved, ACTIVATION)
             offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                    masked_stride_c, masked_stride_0, masked_stride_1,
                                    masked_stride_2, masked_stride_3, masked_stride_4,

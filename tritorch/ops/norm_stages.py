@@ -35,6 +35,9 @@ _FORWARD = "batch_norm_forward_kernel"
 _REDUCE = "batch_norm_backward_reduce_kernel"
 _GRAD_INPUT = "batch_norm_grad_input_kernel"
 
+# channels whose bits lie together: those of the widest tile
+_PANEL = 64
+
 
 class _Walk(NamedTuple):
     """How programs share out tensors of one shape."""
@@ -49,15 +52,20 @@ def _walk(
     *tensors: Tensor | None,
     activation: str | None = None,
     count: int | None = None,
+    in_order: bool = False,
 ) -> _Walk:
-    """The walk of a kernel along the memory of the last tensor."""
+    """The walk of a kernel along the memory of the last tensor, or over its rows in their order."""
     layouts = [None if tensor is None else Layout.of(tensor) for tensor in tensors]
-    return _plan_walk(kernel, activation, count, *layouts)
+    return _plan_walk(kernel, activation, count, in_order, *layouts)
 
 
 @launch.planned
 def _plan_walk(
-    kernel: str, activation: str | None, count: int | None, *tensors: Layout | None
+    kernel: str,
+    activation: str | None,
+    count: int | None,
+    in_order: bool,
+    *tensors: Layout | None,
 ) -> _Walk:
     reduces = kernel in (_STATS, _REDUCE)
     given = [tensor for tensor in tensors if tensor is not None]
@@ -65,7 +73,8 @@ def _plan_walk(
     channels = last.shape[1]
     rows = math.prod(last.shape) // channels
     images = [(tensor.strides[0], *tensor.strides[2:]) for tensor in given]
-    nest = strided.nest_of("batch_norm", (last.shape[0], *last.shape[2:]), *images)
+    nest_of = strided.nest_in_order if in_order else strided.nest_of
+    nest = nest_of("batch_norm", (last.shape[0], *last.shape[2:]), *images)
     vector = _vector(given, nest)
     config = launch.config(
         kernels.batch_norm_config,
@@ -272,8 +281,63 @@ def batch_norm_elemt(
     output = strided.empty_like(input)
     walk = _walk(_FORWARD, input, residual, output, activation=activation)
     channels = map(_contiguous, (mean, var, weight, bias))
-    walk.run(input, input, residual, *channels, output, floats=(eps,))
+    walk.run(input, input, residual, *channels, output, None, floats=(eps,))
     return output
+
+
+def keeps_bits(input: Tensor, residual: Tensor, activation: str | None) -> bool:
+    """Whether autograd keeps a bit of each element of the output, and not the output.
+
+    Of relu behind a residual they tell the derivative; they are packed where each thread has whole
+    bytes of them: in 16 bits, and with the channels along memory.
+    """
+    return (
+        activation == "relu"
+        and input.dtype.itemsize == 2
+        and input.shape[1] % _PANEL == 0
+        and input.stride(1) == 1
+        and input.stride() == residual.stride()
+    )
+
+
+def _bits_outputs(input: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    panels, rows = input.shape[1] // _PANEL, input.numel() // input.shape[1]
+    bits = input.new_empty((panels, rows, _PANEL // 8), dtype=torch.uint8)
+    return strided.empty_like(input), bits
+
+
+@binding.library_op(
+    "batch_norm_elemt_bits(Tensor input, Tensor residual, Tensor mean, Tensor var, Tensor? weight,"
+    " Tensor? bias, float eps, str? activation) -> (Tensor, Tensor)",
+    fake=_bits_outputs,
+)
+def batch_norm_elemt_bits(
+    input: Tensor,
+    residual: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The output of `batch_norm_elemt`, and a bit of each element: whether its gradient passes.
+
+    `activation` is "relu".  The bits are uint8 (C / 64, rows, 8): a byte has 8 channels, from the
+    lowest bit on, and the rows are batch and pixels in their order, whatever the strides.
+    """
+    output, bits = _bits_outputs(input)
+    walk = _walk(_FORWARD, input, residual, output, activation=activation, in_order=True)
+    channels = map(_contiguous, (mean, var, weight, bias))
+    walk.run(input, input, residual, *channels, output, bits, floats=(eps,))
+    return output, bits
+
+
+def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bits of `batch_norm_elemt_bits` as booleans of its input's shape, in plain PyTorch."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    rows = ((bits[..., None] >> places) & 1).bool().transpose(0, 1)
+    return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 def _reduce_outputs(
@@ -302,17 +366,19 @@ def batch_norm_backward_reduce(
     """Sums (2, C) of g and of g * normalised input; g is the gradient before the activation.
 
     Without a residual `saved` is None, and the activation's operand is computed again.  With one it
-    is the output where `needs_output(activation)`, else the residual, and g is returned too.
+    is the output where `needs_output(activation)`, or the bits of `batch_norm_elemt_bits`, else the
+    residual, and g is returned too.
     """
     sums, masked = _reduce_outputs(grad_output, saved, input)
     written = None if saved is None else masked
-    walk = _walk(_REDUCE, grad_output, saved, written, input, activation=activation)
+    in_bits = saved is not None and saved.dtype == torch.uint8
+    tensors = grad_output, None if in_bits else saved, written, input
+    walk = _walk(_REDUCE, *tensors, activation=activation, in_order=in_bits)
     partial = sums
     if walk.slices > 1:
         partial = sums.new_empty((walk.slices, *sums.shape))
     channels = map(_contiguous, (mean, var, weight, bias))
-    tensors = grad_output, saved, input, *channels, written, partial
-    walk.run(input, *tensors, floats=(eps,))
+    walk.run(input, grad_output, saved, input, *channels, written, partial, floats=(eps,))
     if partial is not sums:
         total: Tensor = binding.apply(ChannelSum, partial.view(walk.slices, -1), 1)
         sums = total.view(2, -1)
