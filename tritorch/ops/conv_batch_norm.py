@@ -14,6 +14,7 @@ from tritorch.ops.conv import Pair, conv2d, conv2d_reference
 from tritorch.ops.conv_batch_norm_function import ConvolutionStatistics
 from tritorch.ops.norm import batch_norm, batch_norm_reference, check_shapes, check_statistics
 from tritorch.ops.norm_gradient import BatchNorm
+from tritorch.ops.norm_stages import keeps_bits
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -305,12 +306,17 @@ def _cost(
     # the values before the activation are computed again from the convolution, which a residual is
     # read and written beside
     norm = 2 + 2 + 1 + 2 * (residual is not None)
+    # of relu bits may stand for the output, which then nothing reads
+    in_bits = residual is not None and keeps_bits(residual, residual, activation)
+    bits = in_bits * y.numel() // 8
     return {
         "forward": Cost(
             products + (4 + 4 * training) * y.numel(),
-            operands + (3 + (residual is not None)) * stored,
+            operands + (3 + (residual is not None)) * stored + bits,
         ),
-        "backward": Cost(2 * products + 10 * y.numel(), 2 * operands + (2 + norm) * stored),
+        "backward": Cost(
+            2 * products + 10 * y.numel(), 2 * operands + (2 + norm - in_bits) * stored + bits
+        ),
     }
 
 

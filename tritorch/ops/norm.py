@@ -14,6 +14,7 @@ from tritorch import backend, binding, checks
 from tritorch.ops import strided
 from tritorch.ops.activation import check_epilogue, epilogue_reference
 from tritorch.ops.norm_gradient import BatchNorm
+from tritorch.ops.norm_stages import keeps_bits
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -264,6 +265,8 @@ def _samples(make: Maker) -> Iterator[Sample]:
     # two slices of rows that end inside a tile, two tiles of channels
     yield sample("slices", 1200 // make.dtype.itemsize, 65)
     yield sample("pixel-slices", 3, 9, 2734 // make.dtype.itemsize)
+    # in 16 bits two panels of the bits that relu's gradient goes by
+    yield sample("panels", 6, 128, activation="relu", residual=True)
     yield sample("one-channel", 67, 1, activation="relu")
     yield sample("two-values", 2, 4, eps=0.25)
     yield sample("length", 3, 17, 11, stats=False)
@@ -397,9 +400,12 @@ def _cost(
     from_output = activation is not None and residual is not None
     from_input = activation is not None and residual is None
     backward = 2 + 2 + (training or from_input) + 2 * from_output
+    # written and read in place of reading the output
+    in_bits = residual is not None and keeps_bits(input, residual, activation)
+    bits = in_bits * input.numel() // 8
     return {
-        "forward": Cost((4 + 4 * training) * input.numel(), forward * size),
-        "backward": Cost(10 * input.numel(), backward * size),
+        "forward": Cost((4 + 4 * training) * input.numel(), forward * size + bits),
+        "backward": Cost(10 * input.numel(), (backward - in_bits) * size + bits),
     }
 
 

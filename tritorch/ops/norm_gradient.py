@@ -16,7 +16,10 @@ from tritorch.ops.norm_stages import (
     batch_norm_backward_elemt,
     batch_norm_backward_reduce,
     batch_norm_elemt,
+    batch_norm_elemt_bits,
     batch_norm_stats,
+    keeps_bits,
+    unpacked,
 )
 from tritorch.ops.reduce import accumulator_dtype
 
@@ -26,7 +29,8 @@ class BatchNorm(torch.autograd.Function):
 
     What an activation was applied to is computed again from these and the bias.  After a residual
     one more tensor is kept, which torch's own activation would keep too: the output where that
-    tells the derivative, else the residual.
+    tells the derivative, else the residual.  Of relu's output, `keeps_bits` says where, only a bit
+    of each element.
 
     Mean and variance of the input may be known to the caller, who then has moved the running ones.
     """
@@ -47,7 +51,7 @@ class BatchNorm(torch.autograd.Function):
         mean: Tensor | None = None,
         var: Tensor | None = None,
     ) -> Tensor:
-        _, of_weight, of_bias = ctx.needs_input_grad[:3]
+        of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
         if training:
             if mean is None:
                 mean, var = batch_norm_stats(input, running_mean, running_var, momentum)
@@ -56,12 +60,19 @@ class BatchNorm(torch.autograd.Function):
             mean, var = torch.stack((running_mean, running_var)).unbind()
         else:
             mean, var = running_mean, running_var
-        output: Tensor = batch_norm_elemt(input, residual, mean, var, weight, bias, eps, activation)
+        given = input, residual, mean, var, weight, bias, eps, activation
+        output: Tensor
         saved, computes_again = None, False
-        if activation is not None:
-            from_output = residual is not None and needs_output(activation)
-            saved = output if from_output else residual
-            computes_again = not from_output
+        # what asks for no sums reads nothing but the output
+        sums = of_weight or of_bias or (training and of_input)
+        if sums and residual is not None and keeps_bits(input, residual, activation):
+            output, saved = batch_norm_elemt_bits(*given)
+        else:
+            output = batch_norm_elemt(*given)
+            if activation is not None:
+                from_output = residual is not None and needs_output(activation)
+                saved = output if from_output else residual
+                computes_again = not from_output
         needs_input = training or computes_again or of_weight or of_bias
         binding.save_for_backward(
             ctx,
@@ -202,7 +213,9 @@ def _plain_gradients(
     scale = invstd if weight is None else invstd * weight.view(shape)
     normalised = None if input is None else (input.to(dtype) - mean) * invstd
     grad = grad_output.to(dtype)
-    if activation is not None and saved is not None and needs_output(activation):
+    if saved is not None and saved.dtype == torch.uint8:
+        grad = grad.masked_fill(~unpacked(saved, grad.shape), 0)
+    elif activation is not None and saved is not None and needs_output(activation):
         grad = binding.apply(ActivationBackward, grad, saved.to(dtype), activation)
     elif activation is not None and input is not None:
         y = (input.to(dtype) - mean) * scale
