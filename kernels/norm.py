@@ -109,10 +109,9 @@ def bit_offsets(offs_r, C, R, BLOCK_C: tl.constexpr):
     tl.static_assert(64 % BLOCK_C == 0, "a tile of several panels")
     first = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C
     rows = (first // 64).to(offs_r.dtype) * R + offs_r
-    offsets = rows[:, None] * 8 + (first % 64 // 8 + tl.arange(0, BLOCK_C // 8))[None, :]
-    # less than the compiler knows: it would give a thread several bytes of a row, whose channels
-    # others have
-    return tl.multiple_of(offsets, (1, 1))
+    # no alignment is known of these: a thread is given the bytes whose channels it has, and not
+    # several of one row
+    return rows[:, None] * 8 + (first % 64 // 8 + tl.arange(0, BLOCK_C // 8))[None, :]
 
 
 @triton.jit

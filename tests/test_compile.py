@@ -7,6 +7,7 @@ from torch import Tensor
 import tritorch.ops  # noqa: F401  declares the specs
 from tests import narrow
 from tritorch import backend, launch
+from tritorch.ops import norm_stages
 from tritorch.registry import Maker, specs
 from tritorch.testing import configurations, dry
 
@@ -224,6 +225,26 @@ def test_operands_of_one_order_are_read_in_vectors(op, dtype):
     arguments = {"input": pair[0], "target": pair[1], "reduction": "none"}
     for kernel in compiled(spec, "sm_90", dtype, arguments):
         assert all(wide and not others for wide, others in accesses(kernel).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=NAMES.get)
+def test_bits_of_batch_norm_are_packed_by_the_threads_that_have_them(dtype):
+    """No exchange between threads, and 128 bits of all else: the sums take what they took."""
+    x = torch.empty(8, 128, 14, 14, dtype=dtype).to(memory_format=torch.channels_last)
+    given = *(torch.empty(128) for _ in range(4)), 1e-5, "relu"
+    with dry.compiling_for("sm_90") as recorder:
+        output, bits = norm_stages.batch_norm_elemt_bits(x, x, *given)
+        for saved in (bits, output):
+            norm_stages.batch_norm_backward_reduce(x, saved, x, *given)
+    forward, of_bits, of_output = (one for one in recorder.kernels if "norm" in one.kernel)
+    exchanges = "SHFL", "LDS", "LDSM", "STS", "BAR"
+    assert dry.resources(forward).count(*exchanges) == dry.resources(forward).shared == 0
+    assert accesses(forward)["stores"] == (4, 4)
+    after, before = (dry.resources(one) for one in (of_bits, of_output))
+    assert after.shared == before.shared
+    assert after.count(*exchanges) == before.count(*exchanges) > 0
+    assert after.wide_loads == before.wide_loads - 4
+    assert after.wide_stores == before.wide_stores
 
 
 def test_a_spill_is_reported():

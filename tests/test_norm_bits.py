@@ -150,6 +150,8 @@ INPUTS = {
     "between-channels": lambda **of: torch.randn(2, 3, 5, 70, **of).permute(0, 3, 1, 2)[:, 3:67],
     "turned": lambda **of: torch.randn(2, 5, 3, 64, **of).permute(0, 3, 2, 1),
     "images-innermost": lambda **of: torch.randn(3, 5, 2, 64, **of).permute(2, 3, 0, 1),
+    # walked along memory, its rows would be in another order than those of the output
+    "expanded": lambda **of: torch.randn(3, 5, 64, **of).permute(2, 0, 1).expand(SHAPE),
 }
 
 
@@ -171,7 +173,9 @@ def test_a_residual_of_other_strides(device):
     torch.manual_seed(0)
     given = vectors(64, device)
     x, residual, grad = (images(SHAPE, torch.float16, device) for _ in range(3))
-    results = [step(x, one, grad, given) for one in (residual, residual.contiguous())]
+    other = residual.contiguous()
+    assert not stages.keeps_bits(x, other, "relu")
+    results = [step(x, one, grad, given) for one in (residual, other)]
     assert_close(*results, rtol=2e-3, atol=2e-3)
 
 
