@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 import tritorch
-from tritorch import ops
-from tritorch.ops import norm_gradient
+from tritorch import launch, ops
+from tritorch.ops import norm_gradient, strided
 from tritorch.ops import norm_stages as stages
 
 pytestmark = pytest.mark.interpret
@@ -167,6 +167,18 @@ def test_inputs_with_channels_along_memory(make, device, monkeypatch):
     assert torch.equal(found[-1], torch.where(found[0] > 0, grad, 0.0))
     expected = of_output(monkeypatch, x, residual, grad, given)
     assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_indices_of_64_bits(device, monkeypatch):
+    torch.manual_seed(0)
+    given = vectors(128, device)
+    x, residual, grad = (images((2, 128, 3, 5), torch.float16, device) for _ in range(3))
+    expected = step(x, residual, grad, given)
+    monkeypatch.setattr(strided, "is_wide", lambda sizes, strides: True)
+    # no plan that was remembered
+    with launch.choices():
+        found = step(x, residual, grad, given)
+    assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_residual_of_other_strides(device):
