@@ -109,8 +109,8 @@ def bit_offsets(offs_r, C, R, BLOCK_C: tl.constexpr):
     tl.static_assert(64 % BLOCK_C == 0, "a tile of several panels")
     first = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C
     rows = (first // 64).to(offs_r.dtype) * R + offs_r
-    # no alignment is known of these: a thread is given the bytes whose channels it has, and not
-    # several of one row
+    # if the compiler knew them to be aligned it would give a thread several bytes of one row, whose
+    # channels other threads have
     return rows[:, None] * 8 + (first % 64 // 8 + tl.arange(0, BLOCK_C // 8))[None, :]
 
 
