@@ -212,8 +212,9 @@ def train_steps() -> str:
         commit, batch = str(environment.get("commit"))[:7], str(row["shape"][0])
         layers = "fused" if row["op"].endswith("fused") else "as written"
         how = "CUDA graph" if row["pass"].endswith("graph") else "eager"
-        cells: tuple[Any, ...] = batch, commit, layers, how, f"{ours:.1f}", f"{torchs:.1f}"
-        rows.append((*cells, f"{torchs / ours:.2f}" if row["verified"] else "not verified"))
-    rows.sort(key=lambda cells: -int(cells[0]))
-    header = "batch", "commit", "layers", "step", "tritorch, ms", "torch, ms", "speed-up"
+        cells: tuple[Any, ...] = environment["gpu"], batch, commit, layers, how
+        ratio = f"{torchs / ours:.2f}" if row["verified"] else "not verified"
+        rows.append((*cells, f"{ours:.1f}", f"{torchs:.1f}", ratio))
+    rows.sort(key=lambda cells: (cells[0], -int(cells[1])))
+    header = "GPU", "batch", "commit", "layers", "step", "tritorch, ms", "torch, ms", "speed-up"
     return markdown(header, rows)
