@@ -13,15 +13,15 @@ from tritorch.kernels.activation import activate, activation_gradient
 from tritorch.kernels.tiles import strided_offsets
 
 
-def tiles(rows, maxnreg=None):
+def tiles(rows, maxnreg=None, stages=1):
     """Tiles of 64 * rows elements: three of channels along memory, one of pixels along memory."""
     options = {"num_warps": 8, "num_stages": 1, "maxnreg": maxnreg}
     return (
-        Config({"BLOCK_R": rows, "BLOCK_C": 64}, **options),
-        Config({"BLOCK_R": 2 * rows, "BLOCK_C": 32}, **options),
-        Config({"BLOCK_R": 4 * rows, "BLOCK_C": 16}, **options),
+        Config({"BLOCK_R": rows, "BLOCK_C": 64, "STAGES": stages}, **options),
+        Config({"BLOCK_R": 2 * rows, "BLOCK_C": 32, "STAGES": stages}, **options),
+        Config({"BLOCK_R": 4 * rows, "BLOCK_C": 16, "STAGES": stages}, **options),
         # the offset of a pixel, which costs divisions, serves several channels
-        Config({"BLOCK_R": 8 * rows, "BLOCK_C": 8}, **options),
+        Config({"BLOCK_R": 8 * rows, "BLOCK_C": 8, "STAGES": stages}, **options),
     )
 
 
@@ -152,6 +152,7 @@ def batch_norm_stats_kernel(
     x_stride_c, x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
     INDEX_64: tl.constexpr,
     VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program writes mean, squared deviations and count of STEPS tiles of its channels."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -172,7 +173,7 @@ def batch_norm_stats_kernel(
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
     sum1 = tl.where(mask, x - shift[None, :], 0.0)
     sum2 = sum1 * sum1
-    for _ in range(1, STEPS):
+    for _ in tl.range(1, STEPS, num_stages=STAGES):
         offs_r += BLOCK_R
         mask = tile_mask(offs_r, offs_c, R, C, VECTOR_R, VECTOR_C)
         offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
@@ -274,6 +275,7 @@ def batch_norm_forward_kernel(
     eps: tl.float64,
     ACTIVATION: tl.constexpr, INDEX_64: tl.constexpr,
     VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program normalises STEPS tiles of its channels, adds the residual and activates.
 
@@ -285,7 +287,7 @@ def batch_norm_forward_kernel(
     weight = load_channels(weight_ptr, offs_c, C, 1.0, ACC)
     bias = load_channels(bias_ptr, offs_c, C, 0.0, ACC)
     scale = inverse_std(var_ptr, offs_c, C, eps, ACC) * weight
-    for _ in range(STEPS):
+    for _ in tl.range(0, STEPS, num_stages=STAGES):
         mask = tile_mask(offs_r, offs_c, R, C, VECTOR_R, VECTOR_C)
         offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                x_stride_c, x_stride_0, x_stride_1,
@@ -337,6 +339,7 @@ def batch_norm_backward_reduce_kernel(
     eps: tl.float64,
     ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr, INDEX_64: tl.constexpr,
     VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program sums grad_y and grad_y * normalised x over STEPS tiles of its channels.
 
@@ -351,7 +354,7 @@ def batch_norm_backward_reduce_kernel(
     bias = load_channels(bias_ptr, offs_c, C, 0.0, ACC)
     grad_sum = tl.zeros((BLOCK_R, BLOCK_C), dtype=ACC)
     product_sum = tl.zeros((BLOCK_R, BLOCK_C), dtype=ACC)
-    for _ in range(STEPS):
+    for _ in tl.range(0, STEPS, num_stages=STAGES):
         mask = tile_mask(offs_r, offs_c, R, C, VECTOR_R, VECTOR_C)
         offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                grad_y_stride_c, grad_y_stride_0, grad_y_stride_1,
@@ -406,6 +409,7 @@ def batch_norm_grad_input_kernel(
     eps: tl.float64,
     ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr, INDEX_64: tl.constexpr,
     VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program computes STEPS tiles of the gradient of x; sums are None for fixed statistics."""
     ACC: tl.constexpr = tl.float64 if grad_y_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -417,7 +421,7 @@ def batch_norm_grad_input_kernel(
     if sums_ptr is not None:
         grad_mean = load_channels(sums_ptr, offs_c, C, 0.0, ACC) / COUNT
         slope = load_channels(sums_ptr + C, offs_c, C, 0.0, ACC) / COUNT * invstd
-    for _ in range(STEPS):
+    for _ in tl.range(0, STEPS, num_stages=STAGES):
         mask = tile_mask(offs_r, offs_c, R, C, VECTOR_R, VECTOR_C)
         offsets = tile_offsets(offs_r, offs_c, size_1, size_2, size_3, size_4,
                                grad_y_stride_c, grad_y_stride_0, grad_y_stride_1,
