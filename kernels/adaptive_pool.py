@@ -12,34 +12,55 @@ from tritorch.kernels.pool import adaptive_end, adaptive_start, tile_indices
 from tritorch.kernels.pool3d import split_index
 from tritorch.kernels.tiles import strided_offsets
 
+
+def _tile(r, c, num_warps, stages):
+    blocks = {"BLOCK_R": r, "BLOCK_C": c, "STAGES": stages}
+    return Config(blocks, num_warps=num_warps, num_stages=1, maxnreg=255)
+
+
 SPATIAL_MEAN_CONFIGS = (
     # channels along memory: a row of 64 channels is one to four 128-byte lines
-    Config({"BLOCK_R": 64, "BLOCK_C": 64}, num_warps=4, num_stages=3, maxnreg=255),
+    _tile(64, 64, 4, 1),
     # pixels along memory: a large image, or many small ones
-    Config({"BLOCK_R": 512, "BLOCK_C": 8}, num_warps=4, num_stages=3, maxnreg=255),
-    Config({"BLOCK_R": 64, "BLOCK_C": 32}, num_warps=4, num_stages=3, maxnreg=255),
+    _tile(512, 8, 4, 1),
+    _tile(64, 32, 4, 1),
+    # many channels along memory, whose rows follow each other to shared memory
+    _tile(16, 512, 4, 3),
     # for the search alone
-    Config({"BLOCK_R": 64, "BLOCK_C": 128}, num_warps=8, num_stages=3, maxnreg=255),
-    Config({"BLOCK_R": 64, "BLOCK_C": 128}, num_warps=4, num_stages=3, maxnreg=255),
-    Config({"BLOCK_R": 64, "BLOCK_C": 256}, num_warps=8, num_stages=3, maxnreg=255),
-    Config({"BLOCK_R": 16, "BLOCK_C": 256}, num_warps=4, num_stages=3, maxnreg=255),
+    _tile(16, 512, 4, 1),
+    _tile(16, 256, 4, 3),
+    _tile(16, 64, 4, 4),
+    _tile(32, 64, 4, 3),
 )
 
 
-def spatial_mean_config(channels_last, pixels):
+def spatial_mean_config(channels_last, pixels, channels, itemsize):
     """Tile of the mean of whole images, along memory."""
-    along_channels, large, small = SPATIAL_MEAN_CONFIGS[:3]
+    along_channels, large, small, many = SPATIAL_MEAN_CONFIGS[:4]
     if channels_last:
-        return along_channels
+        return many if itemsize == 2 and channels % 512 == 0 else along_channels
     return small if pixels <= 64 else large
 
 
 @triton.jit
 def spatial_mean_kernel(
-    x_ptr, y_ptr,
-    N, C, R, STEPS, size_1, size_2,
-    x_stride_n, x_stride_c, x_stride_0, x_stride_1, x_stride_2,
-    INDEX_64: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr,
+    y_ptr,
+    N,
+    C,
+    R,
+    STEPS,
+    size_1,
+    size_2,
+    x_stride_n,
+    x_stride_c,
+    x_stride_0,
+    x_stride_1,
+    x_stride_2,
+    INDEX_64: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program adds STEPS tiles of BLOCK_R of the R pixels of BLOCK_C channels of one image into
     row `split` of y, divided by R.
@@ -58,9 +79,10 @@ def spatial_mean_kernel(
     offs_r = split * STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
     x_ptrs = x_ptr + n * x_stride_n + (offs_c * x_stride_c)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=ACC)
-    for _ in range(STEPS):
-        offsets = strided_offsets(offs_r, size_1, size_2, 1, 1,
-                                  x_stride_0, x_stride_1, x_stride_2, 0, 0)
+    for _ in tl.range(0, STEPS, num_stages=STAGES):
+        offsets = strided_offsets(
+            offs_r, size_1, size_2, 1, 1, x_stride_0, x_stride_1, x_stride_2, 0, 0
+        )
         mask = (offs_r < R)[:, None] & mask_c[None, :]
         acc += tl.load(x_ptrs + offsets[:, None], mask=mask, other=0.0).to(ACC)
         offs_r += BLOCK_R
@@ -100,10 +122,15 @@ SPREAD_R, SPREAD_C, SPREAD_ROW = 32, 128, 2048
 
 @triton.jit
 def spread_mean_kernel(
-    x_ptr, y_ptr,
-    NUMEL, C, R,
-    CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr,
+    y_ptr,
+    NUMEL,
+    C,
+    R,
+    CHANNELS_LAST: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """Writes x, divided by R, into the R pixels of each of C channels of dense images, of NUMEL
     numbers in all: the gradient of their means.
@@ -142,13 +169,33 @@ def window_pixels(z, p, q, D, H, W, Z, P, Q):
 
 @triton.jit
 def adaptive_avg_pool_kernel(
-    x_ptr, y_ptr,
-    C, D, H, W, Z, P, Q, NZPQ,
-    x_stride_n, x_stride_c, x_stride_d, x_stride_h, x_stride_w,
-    y_stride_n, y_stride_c, y_stride_z, y_stride_p, y_stride_q,
-    T, R, S,
+    x_ptr,
+    y_ptr,
+    C,
+    D,
+    H,
+    W,
+    Z,
+    P,
+    Q,
+    NZPQ,
+    x_stride_n,
+    x_stride_c,
+    x_stride_d,
+    x_stride_h,
+    x_stride_w,
+    y_stride_n,
+    y_stride_c,
+    y_stride_z,
+    y_stride_p,
+    y_stride_q,
+    T,
+    R,
+    S,
     GRADIENT: tl.constexpr,
-    INDEX_64: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """One program computes BLOCK_PIXELS outputs of BLOCK_C channels.
 

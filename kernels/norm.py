@@ -13,9 +13,9 @@ from tritorch.kernels.activation import activate, activation_gradient
 from tritorch.kernels.tiles import strided_offsets
 
 
-def tiles(rows, maxnreg=None, stages=1):
+def tiles(rows, num_warps=8, stages=1, maxnreg=None):
     """Tiles of 64 * rows elements: three of channels along memory, one of pixels along memory."""
-    options = {"num_warps": 8, "num_stages": 1, "maxnreg": maxnreg}
+    options = {"num_warps": num_warps, "num_stages": 1, "maxnreg": maxnreg}
     return (
         Config({"BLOCK_R": rows, "BLOCK_C": 64, "STAGES": stages}, **options),
         Config({"BLOCK_R": 2 * rows, "BLOCK_C": 32, "STAGES": stages}, **options),
@@ -25,18 +25,21 @@ def tiles(rows, maxnreg=None, stages=1):
     )
 
 
-# by bytes per element, each four half of those before: a thread has four 128-bit accesses to each
-# tensor of a tile; without vectors of that size it spends registers on addresses, and takes no more
-# than of a wider type; where an activation computes it has two, and as many registers as there are
+# by bytes per element; the first four have two 128-bit accesses a thread to each tensor of a tile,
+# while the loads of three more tiles are on their way to shared memory; the next, without vectors
+# of that size, spend registers on addresses; where an activation computes it has as many registers
+# as there are
 BATCH_NORM_CONFIGS = {
-    2: (*tiles(128), *tiles(64), *tiles(32, 255)),
-    4: (*tiles(64), *tiles(32, 255)),
-    8: (*tiles(32), *tiles(16, 255)),
+    2: (*tiles(32, 4, 4), *tiles(64), *tiles(32, maxnreg=255)),
+    4: (*tiles(16, 4, 4), *tiles(64), *tiles(32, maxnreg=255)),
+    8: (*tiles(8, 4, 4), *tiles(32), *tiles(16, maxnreg=255)),
 }
 # tiles that one program of a reduction sums at least, and one of an elementwise pass takes at most
 MIN_STEPS = 2
 MAX_STEPS = 4
-# programs of an elementwise pass that fill a large GPU several times
+# programs of a reduction, nearly four on each multiprocessor of an H100; of an elementwise pass,
+# which fill a large GPU several times
+REDUCTIONS = 512
 PROGRAMS = 2048
 # slices that one program merges at a time, and channels; of 256 Triton 3.9's compiler crashes
 # for sm_90 where channels are no multiple of 16
@@ -49,8 +52,8 @@ MAX_SLICES = 512
 
 def batch_norm_config(channels_last, channels, vector, itemsize, computes=False):
     """A tile along channels that are contiguous, no wider than they; else one along the pixels."""
-    halvings = (itemsize == 2 and vector < 8) + computes
-    configs = BATCH_NORM_CONFIGS[itemsize][4 * halvings:]
+    kind = 2 if computes else vector * itemsize < 16
+    configs = BATCH_NORM_CONFIGS[itemsize][4 * kind:]
     if not channels_last:
         return configs[3]
     return configs[0 if channels > 32 else 1 if channels > 16 else 2]

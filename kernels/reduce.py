@@ -29,11 +29,11 @@ def channel_sum_config(channels_last):
     return CHANNEL_SUM_CONFIGS[0 if channels_last else 1]
 
 
-def num_splits(tiles, steps, min_steps):
+def num_splits(tiles, steps, min_steps, programs=PROGRAMS):
     """Slices of a reduction of `steps` steps so that `tiles` output tiles fill a GPU, each of
     min_steps at least.
     """
-    return max(1, min(PROGRAMS // max(tiles, 1), steps // min_steps))
+    return max(1, min(programs // max(tiles, 1), steps // min_steps))
 
 
 @triton.jit

@@ -421,6 +421,7 @@ register(
             "norm.batch_norm_backward_reduce_kernel",
             "norm.batch_norm_grad_input_kernel",
             "reduce.channel_sum_kernel",
+            "reduce.split_sum_kernel",
             "activation.activation_backward_kernel",
         ),
         gradients=("input", "weight", "bias", "residual"),

@@ -87,7 +87,9 @@ def _plan_walk(
     blocks = math.ceil(channels / config.kwargs["BLOCK_C"])
     tiles = math.ceil(rows / config.kwargs["BLOCK_R"])
     if reduces:
-        steps = math.ceil(tiles / reduce_kernels.num_splits(blocks, tiles, kernels.MIN_STEPS))
+        least = kernels.MIN_STEPS
+        splits = reduce_kernels.num_splits(blocks, tiles, least, kernels.REDUCTIONS)
+        steps = math.ceil(tiles / splits)
     else:
         steps = kernels.num_steps(blocks * tiles)
     slices = math.ceil(tiles / steps)
