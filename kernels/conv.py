@@ -107,14 +107,14 @@ def conv2d_gather_config(npq, k, itemsize):
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "STEPS", "SPLITS", "padding_h"])
 def conv2d_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, before_ptr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, before_ptr, residual_ptr,
     N, C, H, W, K, R, S, P, Q, STEPS, SPLITS, bias_stride,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     w_stride_group, w_stride_k, w_stride_c, w_stride_r, w_stride_s,
     y_stride_split, y_stride_n, y_stride_k, y_stride_p, y_stride_q,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     tap_step_h, tap_step_w, inverse_h, inverse_w,
-    depth,
+    depth, residual_strides,
     TRANSPOSED: tl.constexpr, FLAT_C: tl.constexpr, UNIT: tl.constexpr,
     X_CHANNELS_LAST: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
@@ -129,6 +129,9 @@ def conv2d_kernel(
     Numbers of channels, and strides along all else, come in units of UNIT.  `depth` is None for
     images; for volumes it holds along the depth what the arguments before it hold along the rows.
     KEEPS_BEFORE stores the values before the activation too, laid out as y.
+
+    A residual is added before it; it is laid out as y or, of images, along (n, k, p, q) by its own
+    `residual_strides`.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     C *= UNIT
@@ -328,6 +331,15 @@ def conv2d_kernel(
         y_rows += z * y_stride_z
     rows, columns = tile_axes(y_rows, offs_k * y_stride_k, Y_CHANNELS_LAST)
     pixels, channels = tile_axes(mask_npq, mask_k, Y_CHANNELS_LAST)
+    if residual_ptr is not None:
+        if residual_strides is None:
+            residual_ptrs = residual_ptr + group * K * y_stride_k + (rows + columns)
+        else:
+            over_n, over_k, over_p, over_q = residual_strides
+            over_rows, over_columns = tile_axes(
+                n * over_n + p * over_p + q * over_q, offs_k * over_k, Y_CHANNELS_LAST)
+            residual_ptrs = residual_ptr + group * K * over_k + (over_rows + over_columns)
+        acc += tl.load(residual_ptrs, mask=pixels & channels, other=0.0).to(ACC)
     if KEEPS_BEFORE:
         before = acc.to(before_ptr.dtype.element_ty)
         tl.store(before_ptr + (rows + columns), before, mask=pixels & channels)

@@ -54,6 +54,24 @@ def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed):
     return min(configs, key=lambda config: cycles(config, n, p, q, k, c, taps))
 
 
+def for_residual(config, computes):
+    """What takes the place of a configuration where a residual is added: what is persistent has no
+    room for one beside the operands of the next tile, and where the activation computes the largest
+    tile has no registers.
+    """
+    block_k, block_npq = config.kwargs["BLOCK_K"], config.kwargs["BLOCK_NPQ"]
+    if computes and block_k * block_npq > 128 * 128:
+        block_npq = 128
+    elif not config.kwargs["PERSISTENT"]:
+        return config
+    for entry in CONV2D_TMA_CONFIGS[2]:
+        sizes = entry.kwargs
+        if (sizes["BLOCK_K"], sizes["BLOCK_NPQ"]) == (block_k, block_npq):
+            # of equal tiles the one that is not persistent comes first
+            return entry
+    return config
+
+
 def cycles(config, n, p, q, k, c, taps):
     """An estimate of the cycles that one multiprocessor is busy: products of 16-bit numbers, or
     traffic of shared memory, whichever takes longer, and what is not overlapped at a tile's ends.
@@ -135,7 +153,7 @@ def tile_of_pixels(n, p, q, block):
 
 @triton.jit
 def conv2d_tma_kernel(
-    x_desc, w_desc, bias_ptr, y_desc, before_desc, moments_ptr,
+    x_desc, w_desc, bias_ptr, y_desc, before_desc, moments_ptr, residual_desc,
     N, C, K, R, S, P, Q, TILES, STEPS, SPLITS, bias_stride,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     tap_step_h, tap_step_w, inverse_h, inverse_w,
@@ -156,6 +174,8 @@ def conv2d_tma_kernel(
     PERSISTENT: a program goes on to others of the TILES in the same loop, so that loads never
     pause; for one split.
 
+    A residual, for one split and not transposed, is loaded in whole tiles.
+
     With moments_ptr, for one split, without bias and not transposed, it writes mean, squared
     deviations and count of each channel of each tile of pixels as they are stored.
     """
@@ -174,7 +194,7 @@ def conv2d_tma_kernel(
         step_h = -(dilation_h * tap_step_h // stride_h)
         step_w = -(dilation_w * tap_step_w // stride_w)
     walk = (step_h, step_w, tap_step_h * S, tap_step_w)
-    outputs = (bias_ptr, y_desc, before_desc, moments_ptr, bias_stride)
+    outputs = (bias_ptr, y_desc, before_desc, moments_ptr, residual_desc, bias_stride)
     sizes = (N, P, Q)
     k, n, p, q, parity_h, parity_w, first_tap, num_r, num_s, h, w = _place(
         pid, K, image, geometry, TRANSPOSED, PAIRS, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
@@ -326,7 +346,7 @@ def _finish(
     PAIRS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
-    bias_ptr, y_desc, before_desc, moments_ptr, bias_stride = outputs
+    bias_ptr, y_desc, before_desc, moments_ptr, residual_desc, bias_stride = outputs
     _, K, group, groups = channels
     k += group * K
     if bias_ptr is not None:
@@ -334,6 +354,9 @@ def _finish(
         mask = (offs_k < (group + 1) * K) & (split == 0)
         bias = tl.load(bias_ptr + offs_k * bias_stride, mask=mask, other=0.0)
         acc += bias.to(tl.float32)[:, None]
+    if residual_desc is not None:
+        residual = tl.reshape(residual_desc.load([n, p, q, k]), (acc.shape[1], BLOCK_K))
+        acc += residual.T.to(tl.float32)
     if PAIRS:
         k += parity_w * (K * groups)
     if before_desc is not None:

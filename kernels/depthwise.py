@@ -76,13 +76,14 @@ def depthwise_conv2d_grad_weight_gather_config(channels_last):
 
 @triton.jit
 def depthwise_conv2d_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, before_ptr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, before_ptr, residual_ptr,
     N, C, H, W, GROUPS, K, R, S, P, Q, BLOCK_P, BLOCK_Q, bias_stride,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     w_stride_group, w_stride_k, w_stride_c, w_stride_r, w_stride_s,
     y_stride_n, y_stride_k, y_stride_p, y_stride_q,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     tap_step_h, tap_step_w, inverse_h, inverse_w,
+    residual_strides,
     TRANSPOSED: tl.constexpr, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
     INDEX_64: tl.constexpr, BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -91,7 +92,8 @@ def depthwise_conv2d_kernel(
 
     Its pixels are BLOCK_P x BLOCK_Q of BLOCK_NPQ / (BLOCK_P * BLOCK_Q) images, so that taps of
     neighbours meet in the cache; transposed, they share their residue, as in `conv2d_kernel`.
-    KEEPS_BEFORE stores the values before the activation too, laid out as y.
+    KEEPS_BEFORE stores the values before the activation too, laid out as y.  A residual is added
+    before it; it is laid out as y, or along (n, k, p, q) by its own `residual_strides`.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     GROUPS *= UNIT
@@ -172,6 +174,15 @@ def depthwise_conv2d_kernel(
         acc += tl.load(bias_ptr + bias_offsets, mask=channels, other=0.0).to(ACC)
     y_rows = n * y_stride_n + p * y_stride_p + q * y_stride_q
     rows, columns = tile_axes(y_rows, offs_k * y_stride_k, CHANNELS_LAST)
+    if residual_ptr is not None:
+        if residual_strides is None:
+            residual_ptrs = residual_ptr + (rows + columns)
+        else:
+            over_n, over_k, over_p, over_q = residual_strides
+            over_rows, over_columns = tile_axes(
+                n * over_n + p * over_p + q * over_q, offs_k * over_k, CHANNELS_LAST)
+            residual_ptrs = residual_ptr + (over_rows + over_columns)
+        acc += tl.load(residual_ptrs, mask=pixels & channels, other=0.0).to(ACC)
     if KEEPS_BEFORE:
         before = acc.to(before_ptr.dtype.element_ty)
         tl.store(before_ptr + (rows + columns), before, mask=pixels & channels)

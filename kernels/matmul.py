@@ -58,17 +58,21 @@ def matmul_config(m, n, k, batch, itemsize, computes=False):
 
 @triton.jit
 def matmul_kernel(
-    a_ptr, b_ptr, bias_ptr, y_ptr, before_ptr,
+    a_ptr, b_ptr, bias_ptr, y_ptr, before_ptr, residual_ptr,
     M, N, K, STEPS, SPLITS, bias_stride,
     a_stride_batch, a_stride_m, a_stride_k,
     b_stride_batch, b_stride_k, b_stride_n,
     y_stride_split, y_stride_batch, y_stride_m,
+    residual_strides,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, INDEX_64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """One program computes a BLOCK_M x BLOCK_N tile of one batch entry over STEPS slices of BLOCK_K
     of the inner axis.  KEEPS_BEFORE stores the values before the activation too.
+
+    A residual is added before it; it is laid out as y, or along batch, rows and columns by its
+    own `residual_strides`.
     """
     ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     num_m = tl.cdiv(M, BLOCK_M)
@@ -110,6 +114,15 @@ def matmul_kernel(
                 + (pid_m * BLOCK_M).to(tl.int64) * y_stride_m + pid_n * BLOCK_N)
     y_offsets = tile_m[:, None] * y_stride_m + tile_n[None, :]
     y_mask = mask_m[:, None] & mask_n[None, :]
+    if residual_ptr is not None:
+        if residual_strides is None:
+            residual_ptrs = residual_ptr + y_corner + y_offsets
+        else:
+            over_batch, over_m, over_n = residual_strides
+            residual_ptr += (batch * over_batch + (pid_m * BLOCK_M).to(tl.int64) * over_m
+                             + (pid_n * BLOCK_N).to(tl.int64) * over_n)
+            residual_ptrs = residual_ptr + (tile_m[:, None] * over_m + tile_n[None, :] * over_n)
+        acc += tl.load(residual_ptrs, mask=y_mask, other=0.0).to(ACC)
     if KEEPS_BEFORE:
         before = acc.to(before_ptr.dtype.element_ty)
         tl.store(before_ptr + y_corner + y_offsets, before, mask=y_mask)

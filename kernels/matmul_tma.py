@@ -50,6 +50,9 @@ MATMUL_TMA_CONFIGS = {
         _tile("stationary", 128, 128, 64, 8, 3),
         _tile("stationary", 128, 256, 64, 8, 3),
         _tile("stationary", 128, 128, 128, 8, 3),
+        # only with a residual
+        _tile("persistent", 128, 256, 64, 8, 3),
+        _tile("persistent", 256, 128, 64, 8, 3),
     )
 }
 
@@ -87,6 +90,20 @@ def for_moments(config):
     return config
 
 
+def for_residual(config):
+    """What takes the place of a configuration where a residual is added: of what is persistent, the
+    same tile that has room for one beside the operands of the next.
+    """
+    sizes = config.kwargs
+    tile = sizes["FORM"], sizes["BLOCK_M"], sizes["BLOCK_N"]
+    stages = 4 if tile[1] == tile[2] else 3
+    for entry in MATMUL_TMA_CONFIGS[2]:
+        found = tuple(entry.kwargs[name] for name in ("FORM", "BLOCK_M", "BLOCK_N"))
+        if found == tile and found[0] == "persistent" and entry.num_stages == stages:
+            return entry
+    return config
+
+
 def num_splits(config, m, n, k, batch):
     """Into how many sums each of the result is split, so that most multiprocessors have work."""
     tiles = num_tiles(config, m, n) * batch
@@ -101,7 +118,7 @@ def num_tiles(config, m, n):
     return triton.cdiv(m, config.kwargs["BLOCK_M"]) * triton.cdiv(n, config.kwargs["BLOCK_N"])
 
 
-def residents(config):
+def residents(config, residual=False):
     """Programs that share a multiprocessor: as its registers and its shared memory allow."""
     form = config.kwargs["FORM"]
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
@@ -109,6 +126,7 @@ def residents(config):
     columns += block_n * (1 if form == "stationary" else config.num_stages)
     # a program of one tile stores it where its operands were
     stored = 0 if form == "tile" else block_m * block_n // config.kwargs["HALVES"]
+    stored *= 2 if residual else 1
     threads = 32 * config.num_warps
     # of the accumulator, and of everything else
     registers = block_m * block_n // threads + 40
@@ -162,7 +180,7 @@ def _cycles(config, m, n, k, batch):
 
 @triton.jit
 def matmul_tma_kernel(
-    a_desc, b_desc, bias_ptr, y_desc, before_desc, moments_ptr,
+    a_desc, b_desc, bias_ptr, y_desc, before_desc, moments_ptr, residual_desc,
     N, num_m, num_n, TILES, STEPS, BATCH, ENTRIES, a_step, b_step, y_step, y_row, bias_stride, M,
     ACTIVATION: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     SWAPPED: tl.constexpr, SUMS_BATCH: tl.constexpr, BATCH_FIRST: tl.constexpr,
@@ -182,9 +200,9 @@ def matmul_tma_kernel(
     is stored, in one loop over all slices, so that loads never pause.  "stationary" has one slice,
     and keeps its tile of b for all of its tiles of a.
 
-    HALVES of a tile pass through shared memory one after the other.  SWAPPED: the result is stored
-    transposed, N being its columns still.  FILLS: zeros go to the entries after z, after z + y_row
-    and to that one itself.
+    HALVES of a tile pass through shared memory one after the other, and so do those of a residual,
+    which is described as the result.  SWAPPED: the result is stored transposed, N being its columns
+    still.  FILLS: zeros go to the entries after z, after z + y_row and to that one itself.
 
     With moments_ptr, for results that are neither split nor SWAPPED nor filled, it writes mean,
     squared deviations and count of each column of each tile as it is stored, of the M rows alone.
@@ -192,7 +210,7 @@ def matmul_tma_kernel(
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     moments = (moments_ptr, M, num_m)
-    outputs = (bias_ptr, y_desc, before_desc, N, y_step, y_row, bias_stride, moments)
+    outputs = (bias_ptr, y_desc, before_desc, residual_desc, N, y_step, y_row, bias_stride, moments)
     if FORM == "tile":
         m, n, z = _place(pid, num_m, num_n, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -296,7 +314,7 @@ def _finish(
 
 @triton.jit
 def _store(acc, m, n, z, outputs, ACTIVATION: tl.constexpr, FILLS: tl.constexpr):
-    bias_ptr, y_desc, before_desc, N, y_step, y_row, bias_stride, moments = outputs
+    bias_ptr, y_desc, before_desc, residual_desc, N, y_step, y_row, bias_stride, moments = outputs
     moments_ptr, M, num_m = moments
     ROWS: tl.constexpr = acc.shape[0]
     COLUMNS: tl.constexpr = acc.shape[1]
@@ -305,6 +323,9 @@ def _store(acc, m, n, z, outputs, ACTIVATION: tl.constexpr, FILLS: tl.constexpr)
         offs_n = n + tl.arange(0, COLUMNS)
         bias = tl.load(bias_ptr + offs_n.to(tl.int64) * bias_stride, mask=offs_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
+    if residual_desc is not None:
+        residual = tl.reshape(residual_desc.load([z, m, n]), (ROWS, COLUMNS))
+        acc += residual.to(tl.float32)
     if before_desc is not None:
         before_desc.store([z, m, n], tl.reshape(acc.to(before_desc.dtype), (1, ROWS, COLUMNS)))
     acc = activate(acc, ACTIVATION)

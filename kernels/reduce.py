@@ -71,13 +71,15 @@ def channel_sum_kernel(
 
 @triton.jit
 def split_sum_kernel(
-    x_ptr, bias_ptr, y_ptr, before_ptr,
-    NUMEL, SPLITS, COLUMNS, bias_stride,
+    x_ptr, bias_ptr, y_ptr, before_ptr, residual_ptr,
+    NUMEL, SPLITS, COLUMNS, bias_stride, residual_along,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program adds BLOCK elements of the SPLITS rows of x in order, then the bias of their
-    column, and rounds once.  KEEPS_BEFORE stores the values before the activation too.
+    column and a residual, and rounds once.  KEEPS_BEFORE stores the values before the activation
+    too.  `residual_along` is None where the residual is laid out as y, else sizes and strides as
+    `strided_offsets` takes them.
     """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < NUMEL
@@ -87,6 +89,14 @@ def split_sum_kernel(
         x_ptr += NUMEL
     if HAS_BIAS:
         acc += tl.load(bias_ptr + index % COLUMNS * bias_stride, mask=mask, other=0.0).to(acc.dtype)
+    if residual_ptr is not None:
+        offsets = index
+        if residual_along is not None:
+            (size_1, size_2, size_3, size_4,
+             stride_0, stride_1, stride_2, stride_3, stride_4) = residual_along
+            offsets = strided_offsets(index, size_1, size_2, size_3, size_4,
+                                      stride_0, stride_1, stride_2, stride_3, stride_4)
+        acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc.dtype)
     if KEEPS_BEFORE:
         tl.store(before_ptr + index, acc.to(before_ptr.dtype.element_ty), mask=mask)
     acc = activate(acc, ACTIVATION)

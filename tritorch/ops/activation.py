@@ -55,8 +55,33 @@ def check_epilogue(op: str, activation: str | None) -> None:
         checks.fail(ValueError, op, rule, received=activation)
 
 
-def epilogue_reference(y: Tensor, activation: str | None) -> Tensor:
+def checked_residual(op: str, input: Tensor, residual: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A residual as a product adds it: of its shape, and of the dtype that autocast gives both."""
+    if residual.shape != shape:
+        checks.fail(
+            RuntimeError,
+            op,
+            "residual must have the result's shape",
+            result=torch.Size(shape),
+            residual=residual.shape,
+        )
+    x, residual = binding.autocast_to_lower(input, residual)
+    checks.same_dtype_and_device(op, x, residual=residual)
+    return residual
+
+
+def with_residual(cost: dict[str, Cost], residual: Tensor) -> dict[str, Cost]:
+    """The cost of a product that adds a residual, whose gradient is one that it has anyway."""
+    forward = cost["forward"]
+    traffic = forward.bytes + residual.numel() * residual.element_size()
+    return {**cost, "forward": Cost(forward.flops + residual.numel(), traffic)}
+
+
+def epilogue_reference(y: Tensor, activation: str | None, residual: Tensor | None = None) -> Tensor:
     """What the kernels of other ops compute from their result before they store it."""
+    if residual is not None:
+        # of the dtype that autocast may have given the product
+        y = y + residual.to(y.dtype)
     return y if activation is None else REFERENCES[activation](y)
 
 

@@ -116,15 +116,15 @@ def keeps_before(ctx: Any, activation: str | None) -> bool:
 
 def save_product(
     ctx: Any,
-    operands: tuple[Tensor, Tensor, Tensor | None],
+    operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     activation: str | None,
     output: Tensor,
     before: Tensor | None,
 ) -> None:
-    """Saves of activation(input * weight + bias), in this order the first inputs of a function,
-    what `grad_before` and the gradients of input and weight take.
+    """Saves of activation(input * weight + bias + residual), in this order the first inputs of a
+    function, what `grad_before` and the gradients of input and weight take.
     """
-    input, weight, bias = operands
+    input, weight, bias, residual = operands
     kept = before is not None
     ctx.activation, ctx.keeps_before = activation, kept
     # the value before, which is no result, is known to autograd by what it is computed from
@@ -133,6 +133,7 @@ def save_product(
         input if kept or ctx.needs_input_grad[1] else None,
         weight if kept or ctx.needs_input_grad[0] else None,
         bias if kept else None,
+        residual if kept else None,
         output if activation is not None and not kept else before,
     )
 

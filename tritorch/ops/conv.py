@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritorch.ops import conv_call, conv_cost
+from tritorch.ops.activation import with_residual
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
 Pair = int | Sequence[int]
@@ -23,9 +24,11 @@ def conv2d_reference(
     dilation: Pair = 1,
     groups: int = 1,
     activation: str | None = None,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """activation(cross-correlation of images with filters + bias)."""
-    given = stride, padding, dilation, groups, activation
+    """activation(cross-correlation of images with filters + bias + residual)."""
+    given = stride, padding, dilation, groups, activation, residual
     return conv_call.reference(2, input, weight, bias, *given)
 
 
@@ -38,8 +41,10 @@ def conv2d(
     dilation: Pair = 1,
     groups: int = 1,
     activation: str | None = None,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Cross-correlation of images with filters.
+    """activation(cross-correlation of images with filters + bias + residual), in one kernel.
 
     One number stands for both axes of the image in `stride`, `padding` and `dilation`.
 
@@ -60,6 +65,10 @@ def conv2d(
             "sigmoid", "tanh", "hardswish" or "hardsigmoid", applied before the result is rounded
             and stored; autograd keeps the result, or what went into the activation where the
             result does not tell the derivative.
+        residual: None, or a tensor of the result's shape and the input's dtype, added before the
+            activation; fastest in the result's memory format: one of 16 bits in another order may
+            be copied to channels_last with the images.  Autograd keeps it where it keeps what went
+            into the activation.
 
     Returns:
         (N, K, P, Q) or (K, P, Q), P = (H + padding - dilation * (R - 1) - 1) // stride + 1 and Q
@@ -88,6 +97,7 @@ def conv2d(
         dilation,
         groups,
         activation,
+        residual,
     )
 
 
@@ -103,13 +113,18 @@ def _samples(make: Maker) -> Iterator[Sample]:
         groups: int = 1,
         bias: bool = True,
         activation: str | None = None,
+        size: tuple[int, ...] | None = None,
         channels_last: bool = False,
         layouts: bool = False,
         gradcheck: bool = False,
     ) -> Sample:
         x, w = make(*input), make(*weight)
+        # of the size of the output
+        residual = None if size is None else make(*input[:-3], weight[0], *size)
         if channels_last:
             x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+            if residual is not None:
+                residual = residual.contiguous(memory_format=torch.channels_last)
         return Sample(
             name,
             layouts=layouts,
@@ -122,6 +137,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
             dilation=dilation,
             groups=groups,
             activation=activation,
+            residual=residual,
         )
 
     image, filters = (2, 5, 6, 7), (18, 5, 3, 3)
@@ -155,6 +171,22 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("relu", image, filters, padding=1, activation="relu", **last)
     yield sample("relu-split-sum", (1, 256, 2, 1), (16, 256, 1, 1), activation="relu", **last)
     yield sample("relu-depthwise", image, (5, 1, 3, 3), groups=5, activation="relu")
+    yield sample("residual", image, filters, size=(4, 5), activation="relu", layouts=True)
+    yield sample("residual-last", (2, 8, 6, 7), (16, 8, 3, 3), size=(4, 5), **last)
+    yield sample("residual-edges", (1, 33, 3, 4), (65, 33, 3, 3), size=(3, 4), padding=1)
+    yield sample(
+        "residual-groups", (2, 12, 5, 6), (10, 6, 3, 3), size=(5, 6), padding=1, groups=2, **last
+    )
+    yield sample(
+        "residual-depthwise", image, (5, 1, 3, 3), size=(4, 5), groups=5, activation="relu"
+    )
+    yield sample(
+        "residual-split-sum", (1, 256, 2, 1), (16, 256, 1, 1), size=(2, 1), activation="relu"
+    )
+    # copied to channels_last with the images
+    yield sample("residual-many-channels", (2, 32, 3, 5), (24, 32, 3, 3), size=(3, 5), padding=1)
+    yield sample("residual-unbatched", (5, 6, 4), (6, 5, 3, 3), size=(4, 2), bias=False)
+    yield sample("residual-empty-batch", (0, 5, 6, 4), (6, 5, 3, 3), size=(4, 2))
     yield sample("empty-batch", (0, 5, 6, 4), (6, 5, 3, 3), padding=1)
     yield sample("empty-batch-depthwise", (0, 5, 6, 4), (5, 1, 3, 3), padding=1, groups=5)
     # enough products of 16-bit numbers for copies in channels_last
@@ -168,6 +200,9 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("tiny", (1, 2, 3, 1), (5, 2, 2, 1), stride=2, padding=(1, 0), gradcheck=True)
     yield sample(
         "tiny-depthwise", (1, 2, 2, 2), (2, 1, 2, 1), padding=(1, 0), groups=2, gradcheck=True
+    )
+    yield sample(
+        "tiny-residual", (1, 2, 2, 1), (2, 2, 2, 1), size=(1, 1), activation="relu", gradcheck=True
     )
 
 
@@ -209,6 +244,28 @@ def _workloads(make: Maker) -> Iterator[Sample]:
                 groups=groups,
                 activation=activation,
             )
+    # what a folded batch norm leaves of the last convolution of a block, and of a whole one
+    for name, c, k, size, kernel in (
+        ("resnet50-s1-1x1-residual", 64, 256, 56, 1),
+        ("resnet34-s2-3x3-residual", 128, 128, 28, 3),
+        ("resnet18-s1-3x3-residual", 64, 64, 56, 3),
+    ):
+        images, added, filters = (
+            make.empty(*shape).contiguous(memory_format=torch.channels_last)
+            for shape in ((64, c, size, size), (64, k, size, size), (k, c, kernel, kernel))
+        )
+        yield Sample(
+            name,
+            input=images,
+            weight=filters,
+            bias=make.empty(k),
+            stride=1,
+            padding=kernel // 2,
+            dilation=1,
+            groups=1,
+            activation="relu",
+            residual=added,
+        )
 
 
 def _rejects(make: Maker) -> Iterator[Reject]:
@@ -247,6 +304,19 @@ def _rejects(make: Maker) -> Iterator[Reject]:
         raises=ValueError,
         activation="softplus",
     )
+    # torch would broadcast the one, and promote the other
+    yield reject(
+        "residual-shape",
+        r"residual must have the result's shape.*\(2, 6, 6, 6\).*\(2, 6, 1, 1\)",
+        raises=RuntimeError,
+        residual=make(2, 6, 1, 1),
+    )
+    yield reject(
+        "residual-dtype",
+        "expected residual of the input's dtype",
+        raises=RuntimeError,
+        residual=make(2, 6, 6, 6).double(),
+    )
     # on the reference path the message is torch's
     dtype = "conv2d: expected weight of the input's dtype|should be the same"
     yield Reject("dtype", dtype, input=x, weight=w.double())
@@ -262,10 +332,13 @@ def _cost(
     dilation: Pair = 1,
     groups: int = 1,
     activation: str | None = None,
+    *,
+    residual: Tensor | None = None,
 ) -> dict[str, Cost]:
     x, w = (torch.empty(t.shape, device="meta") for t in (input, weight))
     y = conv2d_reference(x, w, None, stride, padding, dilation, groups)
-    return conv_cost.of_convolution(input, weight, y.shape, stride)
+    cost = conv_cost.of_convolution(input, weight, y.shape, stride)
+    return cost if residual is None else with_residual(cost, residual)
 
 
 register(
@@ -289,7 +362,7 @@ register(
             "reorder.reorder_kernel",
             "stem.pack_pixels_kernel",
         ),
-        gradients=("input", "weight", "bias"),
+        gradients=("input", "weight", "bias", "residual"),
         samples=_samples,
         workloads=_workloads,
         rejects=_rejects,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, binding, checks
-from tritorch.ops.activation import check_epilogue, epilogue_reference
+from tritorch.ops.activation import check_epilogue, checked_residual, epilogue_reference
 from tritorch.ops.conv_function import Convolution, ConvolutionGradInput
 from tritorch.ops.geometry import MAX_INDEX, is_channels_last
 
@@ -33,9 +33,10 @@ def reference(
     dilation: Ints,
     groups: int,
     activation: str | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """torch's convolution, without its warning of the copy that an odd "same" makes, and the
-    activation of it.
+    activation of it and a residual.
     """
     if padding == "same" and weight.dim() == axes + 2:
         op = f"conv{axes}d"
@@ -47,7 +48,7 @@ def reference(
             last_first = [zeros for side in reversed(sides) for zeros in side]
             input, padding = F.pad(input, last_first), 0
     y = _TORCHS[axes](input, weight, bias, stride, padding, dilation, groups)
-    return epilogue_reference(y, activation)
+    return epilogue_reference(y, activation, residual)
 
 
 def convolution(
@@ -61,18 +62,26 @@ def convolution(
     dilation: Ints,
     groups: int,
     activation: str | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """conv1d, conv2d or conv3d by the number of axes."""
+    """conv1d, conv2d or conv3d by the number of axes; a residual is of images."""
     op = f"conv{axes}d"
-    checks.tensor(op, {"bias": bias}, input=input, weight=weight)
+    checks.tensor(op, {"bias": bias, "residual": residual}, input=input, weight=weight)
     call = checked(op, axes, input, weight, bias, stride, padding, dilation, groups, activation)
-    if not backend.runs_triton(op, input, weight, bias, declined=call.declined):
-        return of_reference(input, weight, bias, stride, padding, dilation, groups, activation)
+    added: dict[str, Tensor] = {}
+    if residual is not None:
+        shape = (*input.shape[: -axes - 1], weight.shape[0], *call.geometry[0])
+        residual = added["residual"] = checked_residual(op, input, residual, shape)
+    if not backend.runs_triton(op, input, weight, bias, residual, declined=call.declined):
+        given = stride, padding, dilation, groups, activation
+        return of_reference(input, weight, bias, *given, **added)
     x, w, b = _operands(op, input, weight, bias)
     images, filters = _images(axes, x, w)
+    if residual is not None and residual.dim() == axes + 1:
+        residual = residual[None]
     channels_last = writes_channels_last(axes, images, filters)
     output: Tensor = binding.apply(
-        Convolution, images, filters, b, *call.geometry, channels_last, activation
+        Convolution, images, filters, b, residual, *call.geometry, channels_last, activation
     )
     return _like(x, axes, output)
 

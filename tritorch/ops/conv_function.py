@@ -36,6 +36,7 @@ def _output(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -51,6 +52,7 @@ def _flops(
     input: Sequence[int],
     weight: Sequence[int],
     bias: Any,
+    residual: Any,
     size: Sequence[int],
     *geometry: Any,
     **out: Any,
@@ -59,18 +61,24 @@ def _flops(
 
 
 @binding.library_op(
-    "convolution(Tensor input, Tensor weight, Tensor? bias, SymInt[] size, int[] stride, "
-    "int[] padding, int[] dilation, int groups, bool channels_last, str? activation) -> Tensor",
+    "convolution(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] size, "
+    "int[] stride, int[] padding, int[] dilation, int groups, bool channels_last, "
+    "str? activation) -> Tensor",
     fake=_output,
     flops=_flops,
 )
 def _convolution(
-    input: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], *given: Any
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    size: Sequence[int],
+    *given: Any,
 ) -> Tensor:
-    y = _output(input, weight, bias, size, *given)
+    y = _output(input, weight, bias, residual, size, *given)
     geometry, activation = Geometry.of(*given[:4]), given[-1]
     convolve = _convolve(weight, geometry.groups)
-    convolve(input, weight, bias, y, geometry, transposed=False, activation=activation)
+    convolve(input, weight, bias, y, geometry, False, activation, None, residual)
     return y
 
 
@@ -79,20 +87,25 @@ def _outputs(input: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor
 
 
 @binding.library_op(
-    "convolution_keeping(Tensor input, Tensor weight, Tensor? bias, SymInt[] size, int[] stride, "
-    "int[] padding, int[] dilation, int groups, bool channels_last, str activation)"
-    " -> (Tensor, Tensor)",
+    "convolution_keeping(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
+    "SymInt[] size, int[] stride, int[] padding, int[] dilation, int groups, "
+    "bool channels_last, str activation) -> (Tensor, Tensor)",
     fake=_outputs,
     flops=_flops,
 )
 def _convolution_keeping(
-    input: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], *given: Any
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    size: Sequence[int],
+    *given: Any,
 ) -> tuple[Tensor, Tensor]:
     """The same, and what the activation was applied to, which the gradient of some needs."""
-    y, before = _outputs(input, weight, bias, size, *given)
+    y, before = _outputs(input, weight, bias, residual, size, *given)
     geometry, activation = Geometry.of(*given[:4]), given[-1]
     convolve = _convolve(weight, geometry.groups)
-    convolve(input, weight, bias, y, geometry, False, activation, before)
+    convolve(input, weight, bias, y, geometry, False, activation, before, residual)
     return y, before
 
 
@@ -210,6 +223,7 @@ class Convolution(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        residual: Tensor | None,
         size: Ints,
         stride: Ints,
         padding: Ints,
@@ -219,7 +233,7 @@ class Convolution(torch.autograd.Function):
         activation: str | None = None,
     ) -> Tensor:
         geometry = stride, padding, dilation, groups
-        arguments = input, weight, bias, size, *geometry, channels_last, activation
+        arguments = input, weight, bias, residual, size, *geometry, channels_last, activation
         output: Tensor
         before: Tensor | None = None
         if keeps_before(ctx, activation):
@@ -228,25 +242,24 @@ class Convolution(torch.autograd.Function):
             output = _convolution(*arguments)
         if not any(ctx.needs_input_grad):
             return output
-        save_product(ctx, (input, weight, bias), activation, output, before)
+        save_product(ctx, (input, weight, bias, residual), activation, output, before)
         ctx.size, ctx.channels_last = size, channels_last
         describe(ctx, input, weight, geometry)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, saved = ctx.saved_tensors
+        *operands, saved = ctx.saved_tensors
         rest = ctx.size, *ctx.geometry, ctx.channels_last, None
         grad_output = grad_before(
-            ctx,
-            grad_output,
-            saved,
-            lambda: binding.apply(Convolution, input, weight, bias, *rest),
+            ctx, grad_output, saved, lambda: binding.apply(Convolution, *operands, *rest)
         )
+        input, weight, *_ = operands
         grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = binding.apply(ChannelSum, grad_output, 1)
-        return *gradients(ctx, grad_output, input, weight), grad_bias, *(None,) * 7
+        grad_residual = grad_output if ctx.needs_input_grad[3] else None
+        return *gradients(ctx, grad_output, input, weight), grad_bias, grad_residual, *(None,) * 7
 
 
 def describe(
@@ -324,6 +337,7 @@ class ConvolutionGradInput(torch.autograd.Function):
                 grad,
                 weight,
                 None,
+                None,
                 ctx.output_size,
                 *ctx.geometry,
                 ctx.output_format,
@@ -379,6 +393,7 @@ class ConvolutionGradWeight(torch.autograd.Function):
                 Convolution,
                 input,
                 grad,
+                None,
                 None,
                 ctx.output_size,
                 *ctx.geometry,

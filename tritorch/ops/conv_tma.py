@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tritorch import launch
+from tritorch.ops.activation_function import computes
 from tritorch.ops.geometry import Geometry, oriented, split
 from tritorch.ops.reduce import accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout
@@ -50,6 +51,8 @@ class Plan(NamedTuple):
     sizes: tuple[int, ...]
     steps: tuple[int, ...]
     splits: int
+    # a residual, in the tiles that are computed
+    added: _View | None
     # tiles of pixels, of whose channels a launch can write the moments
     parts: int
     config: Any
@@ -70,7 +73,14 @@ class Plan(NamedTuple):
 
 
 def plan_convolve(
-    x: Layout, weight: Layout, y: Layout, geometry: Geometry, transposed: bool, count: int
+    x: Layout,
+    weight: Layout,
+    y: Layout,
+    geometry: Geometry,
+    transposed: bool,
+    count: int,
+    residual: Layout | None = None,
+    activation: str | None = None,
 ) -> Plan | None:
     """How to write the convolution of x, or the transposed one, into y on so many multiprocessors:
     16-bit numbers on 16 bytes; None if not here.
@@ -95,6 +105,8 @@ def plan_convolve(
     )
     if config is None:
         return None
+    if residual is not None:
+        config = kernels.for_residual(config, computes(activation))
     block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
     # a tile may not reach into the channels of the next group, or of the next pixel of a pair
     fits = w.read % block_c == 0 and w.written % block_k == 0
@@ -136,6 +148,12 @@ def plan_convolve(
     )
     if not all(view.is_describable(x.itemsize) for view in views):
         return None
+    added = None
+    # that of a split is added with the sums
+    if residual is not None and splits == 1:
+        added = _pixels(residual, blocks, block_k, False)
+        if residual.stride(1) != 1 or not added.is_describable(x.itemsize):
+            return None
     programs = tiles
     if persistent:
         programs = min(tiles, max(count * kernels.residents(config) // groups, 1))
@@ -148,6 +166,7 @@ def plan_convolve(
         (n, w.read, w.written, r, s, *image, tiles, steps, splits),
         (*geometry.scalars(), *tap_steps, *inverses),
         splits,
+        added,
         0 if transposed or splits > 1 else parts,
         config,
         {
@@ -207,6 +226,7 @@ def convolve(
     activation: str | None = None,
     before: Tensor | None = None,
     moments: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> None:
     """Writes the activation of the convolution into y, and the values before it into `before`; or
     into `moments` mean, squared deviations and count of the channels of each of the plan's parts of
@@ -218,14 +238,17 @@ def convolve(
         target = torch.empty((plan.splits, y.numel()), dtype=dtype, device=y.device)
     of_x, of_w, of_y = plan.views
     kept = None if before is None or is_split else of_y.at(before)
+    added = None
+    if residual is not None and plan.added is not None:
+        added = plan.added.at(residual)
     run = plan.prepared(
         kernels.conv2d_tma_kernel,
         1 if bias is None else bias.stride(0),
         ACTIVATION=None if is_split else activation,
     )
-    run(y, of_x.at(x), of_w.at(weight), bias, of_y.at(target), kept, moments)
+    run(y, of_x.at(x), of_w.at(weight), bias, of_y.at(target), kept, moments, added)
     if is_split:
-        split_sum(target, y, activation=activation, before=before)
+        split_sum(target, y, None, activation, before, residual)
 
 
 def plan_grad_weight(
@@ -282,6 +305,7 @@ def plan_grad_weight(
         (k, c, r, s, p, q, h, w, n if along_q else each, splits),
         geometry.scalars(),
         splits,
+        None,
         0,
         config,
         {"ALONG_Q": along_q},

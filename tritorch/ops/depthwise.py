@@ -18,7 +18,7 @@ from tritorch.ops.geometry import (
     vector_unit,
 )
 from tritorch.ops.reduce import accumulator_dtype
-from tritorch.ops.strided import Layout
+from tritorch.ops.strided import Layout, are_alike
 
 kernels = launch.kernels("depthwise")
 
@@ -44,8 +44,9 @@ def convolve(
     transposed: bool,
     activation: str | None = None,
     before: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> None:
-    """Writes the activation of the convolution of x, or of the transposed one, into y; and the
+    """Writes activation(convolution of x, or the transposed one, + bias + residual) into y; and the
     values before it into `before`, which has the strides of y.
     """
     channels_last = y.stride(1) == 1
@@ -54,8 +55,10 @@ def convolve(
         weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
     stride = None if bias is None else bias.stride(0)
     layouts = map(Layout.of, (x, weight, y))
-    run = _plan_convolve(*layouts, geometry, transposed, stride, activation, before is not None)
-    run(y, x, weight, bias, y, before)
+    added = None if residual is None else Layout.of(residual)
+    given = geometry, transposed, stride, activation, before is not None, added
+    run = _plan_convolve(*layouts, *given)
+    run(y, x, weight, bias, y, before, residual)
 
 
 @launch.planned
@@ -68,6 +71,7 @@ def _plan_convolve(
     bias_stride: int | None,
     activation: str | None,
     keeps_before: bool,
+    residual: Layout | None,
 ) -> launch.Prepared:
     check_sizes(weight, x, y)
     channels_last = y.stride(1) == 1
@@ -93,6 +97,7 @@ def _plan_convolve(
         *(*w.strides[:3], *(s // unit for s in w.strides[3:])),
         *strides(y, unit),
         *(*geometry.scalars(), *tap_steps, *inverses),
+        None if residual is None or are_alike(residual, y) else strides(residual),
     )
     return launch.Prepared(
         kernels.depthwise_conv2d_kernel,
@@ -105,7 +110,7 @@ def _plan_convolve(
         HAS_BIAS=bias_stride is not None,
         ACTIVATION=activation,
         KEEPS_BEFORE=keeps_before,
-        INDEX_64=is_wide(x, weight, y),
+        INDEX_64=is_wide(x, weight, y, residual or y),
     )
 
 

@@ -26,7 +26,7 @@ from tritorch.ops.geometry import (
     vector_unit,
 )
 from tritorch.ops.reduce import accumulator_dtype, split_sum
-from tritorch.ops.strided import Layout
+from tritorch.ops.strided import Layout, are_alike
 
 kernels = launch.kernels("conv")
 weight_kernels = launch.kernels("conv_weight")
@@ -52,12 +52,13 @@ class _Epilogue(NamedTuple):
     keeps_before: bool = False
     # whether those of the channels are wanted, where a kernel can write them
     moments: bool = False
+    residual: Layout | None = None
 
 
 class _Way(NamedTuple):
     """What convolves tensors of known layouts."""
 
-    # x, weight, y, bias, activation, the values before it, moments
+    # x, weight, y, bias, activation, the values before it, moments, residual
     run: Callable[..., None]
     # parts of y of whose channels it can write the moments
     parts: int = 0
@@ -72,16 +73,18 @@ def convolve(
     transposed: bool,
     activation: str | None = None,
     before: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> None:
-    """Writes the activation of the convolution of x, or of the transposed one, into y; and the
+    """Writes activation(convolution of x, or the transposed one, + bias + residual) into y; and the
     values before it into `before`, which has the strides of y.
     """
     if weight.stride(1) != 1:
         weight = _along_channels(weight)
     stride = None if bias is None else bias.stride(0)
-    epilogue = _Epilogue(stride, activation, before is not None)
-    way = _way_of(x, weight, y, geometry, transposed, epilogue)
-    way.run(x, weight, y, bias, activation, before, None)
+    added = None if residual is None else Layout.of(residual)
+    epilogue = _Epilogue(stride, activation, before is not None, False, added)
+    way = _way_of(x, weight, y, geometry, transposed, epilogue, residual)
+    way.run(x, weight, y, bias, activation, before, None, residual)
 
 
 def convolve_with_moments(
@@ -97,7 +100,7 @@ def convolve_with_moments(
     moments = None
     if way.parts:
         moments = y.new_empty((way.parts, 3, y.shape[1]), dtype=accumulator_dtype(y.dtype))
-    way.run(x, weight, y, None, None, None, moments)
+    way.run(x, weight, y, None, None, None, moments, None)
     return moments
 
 
@@ -109,7 +112,13 @@ def _along_channels(weight: Tensor) -> Tensor:
 
 
 def _way_of(
-    x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry, transposed: bool, epilogue: _Epilogue
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    geometry: Geometry,
+    transposed: bool,
+    epilogue: _Epilogue,
+    residual: Tensor | None = None,
 ) -> _Way:
     return _way(
         Layout.of(x),
@@ -118,17 +127,20 @@ def _way_of(
         geometry,
         transposed,
         epilogue,
-        _processors(x, weight, y, weight.shape[1]),
+        _processors(x, weight, y, weight.shape[1], residual),
         launch.input_precision(x.dtype, "conv"),
     )
 
 
-def _processors(first: Tensor, second: Tensor, y: Tensor, channels: int) -> int:
+def _processors(
+    first: Tensor, second: Tensor, y: Tensor, channels: int, residual: Tensor | None = None
+) -> int:
     """Multiprocessors for the kernels of Hopper, 0 if the tensors are not for them."""
+    written = (y,) if residual is None else (y, residual)
     if channels <= stem.MAX_CHANNELS:
         # what is packed first may lie anywhere
-        return matmul_tma.processors(y)
-    return matmul_tma.processors(first, second, y)
+        return matmul_tma.processors(*written)
+    return matmul_tma.processors(first, second, *written)
 
 
 @launch.planned
@@ -145,8 +157,11 @@ def _way(
     """The first kernel that takes tensors of these layouts."""
     check_sizes(weight, x, y)
     products = math.prod((x if transposed else y).shape) * math.prod(weight.shape[1:])
-    if _are_vectors(weight, geometry) and reorder.pays(products, x, y):
+    residual = epilogue.residual
+    written = (y,) if residual is None else (y, residual)
+    if _are_vectors(weight, geometry) and reorder.pays(products, x, *written):
         images = reorder.channels_last(x), reorder.channels_last(y)
+        epilogue = _in_channels_last(epilogue)
         rest = geometry, transposed, epilogue, count, precision
         way = _way(images[0], weight, images[1], *rest)
         return way._replace(run=partial(reorder.convolve, way.run))
@@ -156,24 +171,33 @@ def _way(
     if count and weight.shape[1] <= stem.MAX_CHANNELS:
         if not crowded and not transposed:
             # x is packed from any order
-            results = reorder.channels_last(y) if reorder.pays(products, y) else y
-            hopper = stem.plan_convolve(x, weight, results, geometry, count)
+            copies = reorder.pays(products, *written)
+            into = reorder.channels_last(y) if copies else y
+            added = _in_channels_last(epilogue).residual if copies else residual
+            hopper = stem.plan_convolve(
+                x, weight, into, geometry, count, added, epilogue.activation
+            )
             if hopper is not None:
                 run = partial(stem.convolve, hopper, geometry)
-                run = run if results is y else partial(reorder.results, run)
-                return _Way(run, hopper.parts)
+                return _Way(partial(reorder.results, run) if copies else run, hopper.parts)
     elif count:
         has_bias = epilogue.stride is not None
         given = x, weight, y, geometry, transposed
-        hopper = pointwise.plan_convolve(*given, has_bias, count, epilogue.moments)
+        hopper = pointwise.plan_convolve(*given, has_bias, count, epilogue.moments, residual)
         if hopper is not None:
             return _Way(partial(matmul_tma.run, hopper), hopper.parts)
         if not crowded:
-            hopper = conv_tma.plan_convolve(*given, count)
+            hopper = conv_tma.plan_convolve(*given, count, residual, epilogue.activation)
             if hopper is not None:
                 return _Way(partial(conv_tma.convolve, hopper), hopper.parts)
     plan = _plan_convolve(x, weight, y, geometry, transposed, precision, epilogue)
     return _Way(partial(_convolve, plan))
+
+
+def _in_channels_last(epilogue: _Epilogue) -> _Epilogue:
+    if epilogue.residual is None:
+        return epilogue
+    return epilogue._replace(residual=reorder.channels_last(epilogue.residual))
 
 
 def _are_vectors(weight: Layout, geometry: Geometry) -> bool:
@@ -191,14 +215,15 @@ def _convolve(
     activation: str | None,
     before: Tensor | None,
     _: None,
+    residual: Tensor | None,
 ) -> None:
     if plan.splits == 1:
-        return plan.run(y, x, weight, bias, y, before)
+        return plan.run(y, x, weight, bias, y, before, residual)
     shape, order = (plan.splits, *y.shape), (y.numel(), *y.stride())
     dtype = accumulator_dtype(y.dtype)
     sums = torch.empty_strided(shape, order, dtype=dtype, device=y.device)
-    plan.run(y, x, weight, bias, sums, None)
-    split_sum(sums, y, activation=activation, before=before)
+    plan.run(y, x, weight, bias, sums, None, None)
+    split_sum(sums, y, None, activation, before, residual)
 
 
 def _plan_convolve(
@@ -244,6 +269,9 @@ def _plan_convolve(
     splits, steps = split(2 * tiles * groups, num_steps, _MIN_SLICES)
     w_strides = tuple(s if s == 1 else s // unit for s in w.strides)
     channels, images = (w.read // unit, w.written // unit), (*x.shape[-2:], *y.shape[-2:])
+    own, residual = None, epilogue.residual
+    if residual is not None and not are_alike(residual, y):
+        own = strides(residual)
     depth = None
     if volume:
         depth = (
@@ -259,7 +287,7 @@ def _plan_convolve(
         *(w_strides[:3] + w_strides[-2:]),
         *(math.prod(y.shape), *planar(strides(y, unit))),
         *(*geometry.scalars(), *tap_steps[-2:], *inverses[-2:]),
-        depth,
+        *(depth, own if splits == 1 else None),
     )
     prepared = launch.Prepared(
         kernels.conv2d_kernel,
@@ -276,7 +304,7 @@ def _plan_convolve(
         UNIT=unit,
         X_CHANNELS_LAST=x.stride(1) == 1,
         Y_CHANNELS_LAST=y.stride(1) == 1,
-        INDEX_64=is_wide(x, weight, y),
+        INDEX_64=is_wide(x, weight, y, residual or y),
     )
     return _Plan(splits, prepared)
 

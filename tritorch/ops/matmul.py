@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, binding, checks
-from tritorch.ops.activation import check_epilogue, epilogue_reference
+from tritorch.ops.activation import (
+    check_epilogue,
+    checked_residual,
+    epilogue_reference,
+    with_residual,
+)
 from tritorch.ops.matmul_function import Linear, Matmul, rows_of
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -20,10 +25,15 @@ def matmul_reference(input: Tensor, other: Tensor) -> Tensor:
 
 
 def linear_reference(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """activation(input @ weight.T + bias)."""
-    return epilogue_reference(F.linear(input, weight, bias), activation)
+    """activation(input @ weight.T + bias + residual)."""
+    return epilogue_reference(F.linear(input, weight, bias), activation, residual)
 
 
 def matmul(input: Tensor, other: Tensor) -> Tensor:
@@ -96,9 +106,14 @@ def _declined(input: Tensor, other: Tensor) -> str | None:
 
 
 def linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """activation(input @ weight.T + bias) in one kernel.
+    """activation(input @ weight.T + bias + residual) in one kernel.
 
     Args:
         input: (..., in_features), any strides.
@@ -107,6 +122,10 @@ def linear(
         activation: None, "relu", "relu6", "leaky_relu" (of slope 0.01), "silu", "gelu",
             "gelu_tanh", "sigmoid", "tanh", "hardswish" or "hardsigmoid", applied before the result
             is rounded and stored.
+        residual: None, or a tensor of the result's shape and the input's dtype, added before the
+            activation; fastest where its rows begin on 16 bytes.  Leading dimensions that no
+            stride walks as one are copied, as those of the input.  Autograd keeps it where it keeps
+            what went into the activation.
 
     Returns:
         (..., out_features), contiguous.  Accumulation and TF32 as for `matmul`.
@@ -117,18 +136,22 @@ def linear(
 
     Source: `torch.nn.functional.linear`.
     """
-    checks.tensor("linear", {"bias": bias}, input=input, weight=weight)
+    checks.tensor("linear", {"bias": bias, "residual": residual}, input=input, weight=weight)
     if backend.takes_nested("linear", input):
-        return linear_reference(input, weight, bias, activation)
+        return linear_reference(input, weight, bias, activation, residual=residual)
     declined = _check_linear(input, weight, bias, activation)
-    if not backend.runs_triton("linear", input, weight, bias, declined=declined):
-        return linear_reference(input, weight, bias, activation)
+    if residual is not None:
+        shape = (*input.shape[:-1], *weight.shape[:-1])
+        residual = checked_residual("linear", input, residual, shape)
+    if not backend.runs_triton("linear", input, weight, bias, residual, declined=declined):
+        return linear_reference(input, weight, bias, activation, residual=residual)
     x, w, b = binding.autocast_to_lower(input, weight, bias)
     checks.same_dtype_and_device("linear", x, weight=w, bias=b)
     if w.dim() == 1:
-        output: Tensor = binding.apply(Linear, x, w[None], b, activation).squeeze(-1)
+        column = None if residual is None else residual[..., None]
+        output: Tensor = binding.apply(Linear, x, w[None], b, column, activation).squeeze(-1)
     else:
-        output = binding.apply(Linear, x, w, b, activation)
+        output = binding.apply(Linear, x, w, b, residual, activation)
     return output
 
 
@@ -228,6 +251,39 @@ def _linear_samples(make: Maker) -> Iterator[Sample]:
     )
     yield Sample("vector-weight", input=make(4, 3), weight=make(3), bias=None, activation=None)
 
+    def added(
+        name: str,
+        rows: tuple[int, ...],
+        features: int,
+        outputs: int,
+        activation: str | None = None,
+        bias: bool = True,
+        **marks: bool,
+    ) -> Sample:
+        return Sample(
+            name,
+            input=make(*rows, features),
+            weight=make(outputs, features),
+            bias=make(outputs) if bias else None,
+            activation=activation,
+            residual=make(*rows, outputs),
+            **marks,
+        )
+
+    yield added("residual", (65,), 129, 63, "relu", layouts=True)
+    yield added("residual-leading", (2, 3, 5), 9, 7, bias=False)
+    yield added("residual-splits", (3,), 4099, 5, "relu")
+    yield added("residual-empty", (0,), 5, 3)
+    yield added("tiny-residual", (4,), 3, 2, "relu", gradcheck=True)
+    yield Sample(
+        "vector-weight-residual",
+        input=make(4, 3),
+        weight=make(3),
+        bias=None,
+        activation="relu",
+        residual=make(4),
+    )
+
 
 def _linear_workloads(make: Maker) -> Iterator[Sample]:
     for rows, features, outputs in ((4096, 1024, 4096), (256, 2048, 1000), (1, 512, 512)):
@@ -240,6 +296,15 @@ def _linear_workloads(make: Maker) -> Iterator[Sample]:
                 bias=make.empty(outputs),
                 activation=activation,
             )
+    for size in (4096, 1000):
+        yield Sample(
+            f"{size}x{size}x{size}-residual",
+            input=make.empty(size, size),
+            weight=make.empty(size, size),
+            bias=make.empty(size),
+            activation=None,
+            residual=make.empty(size, size),
+        )
 
 
 def _linear_rejects(make: Maker) -> Iterator[Reject]:
@@ -269,6 +334,23 @@ def _linear_rejects(make: Maker) -> Iterator[Reject]:
         activation="softplus",
         raises=ValueError,
     )
+    yield Reject(
+        "residual-shape",
+        r"linear: residual must have the result's shape.*\(2, 5\).*\(1, 5\)",
+        input=make(2, 3),
+        weight=weight,
+        residual=make(1, 5),
+        # torch would broadcast it
+        raises=RuntimeError,
+    )
+    yield Reject(
+        "residual-dtype",
+        r"linear: expected residual of the input's dtype",
+        input=make(2, 3),
+        weight=weight,
+        residual=make(2, 5).double(),
+        raises=RuntimeError,
+    )
 
 
 def _matmul_cost(input: Tensor, other: Tensor) -> dict[str, Cost]:
@@ -279,9 +361,15 @@ def _matmul_cost(input: Tensor, other: Tensor) -> dict[str, Cost]:
 
 
 def _linear_cost(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    residual: Tensor | None = None,
 ) -> dict[str, Cost]:
-    return _matmul_cost(input, weight.t() if weight.dim() == 2 else weight)
+    cost = _matmul_cost(input, weight.t() if weight.dim() == 2 else weight)
+    return cost if residual is None else with_residual(cost, residual)
 
 
 register(
@@ -318,7 +406,7 @@ register(
             "reduce.channel_sum_kernel",
             "activation.activation_backward_kernel",
         ),
-        gradients=("input", "weight", "bias"),
+        gradients=("input", "weight", "bias", "residual"),
         samples=_linear_samples,
         workloads=_linear_workloads,
         rejects=_linear_rejects,

@@ -23,7 +23,13 @@ reduce_kernels = launch.kernels("reduce")
 _MIN_STEPS = 8
 
 
-def _matmul_output(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def _matmul_output(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None = None,
+) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[-1]))
 
 
@@ -32,6 +38,7 @@ def _matmul_flops(
     b: Sequence[int],
     bias: Sequence[int] | None,
     activation: str | None,
+    residual: Sequence[int] | None = None,
     *,
     out_shape: Sequence[int] | None = None,
 ) -> int:
@@ -39,35 +46,42 @@ def _matmul_flops(
 
 
 @binding.library_op(
-    "matmul(Tensor a, Tensor b, Tensor? bias, str? activation) -> Tensor",
+    "matmul(Tensor a, Tensor b, Tensor? bias, str? activation, Tensor? residual=None) -> Tensor",
     fake=_matmul_output,
     flops=_matmul_flops,
 )
-def matmul(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """activation(a @ b + bias) of two matrices, or of two equally long batches of them."""
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(a @ b + bias + residual) of two matrices, or of equally long batches of them."""
     y = _matmul_output(a, b, bias, activation)
-    _launch(a, b, bias, activation, y)
+    _launch(a, b, bias, activation, residual, y)
     return y
 
 
 def _matmul_outputs(
-    a: Tensor, b: Tensor, bias: Tensor | None, activation: str
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     y = _matmul_output(a, b, bias, activation)
     return y, torch.empty_like(y)
 
 
 @binding.library_op(
-    "matmul_keeping(Tensor a, Tensor b, Tensor? bias, str activation) -> (Tensor, Tensor)",
+    "matmul_keeping(Tensor a, Tensor b, Tensor? bias, str activation, Tensor? residual=None)"
+    " -> (Tensor, Tensor)",
     fake=_matmul_outputs,
     flops=_matmul_flops,
 )
 def matmul_keeping(
-    a: Tensor, b: Tensor, bias: Tensor | None, activation: str
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same, and a @ b + bias, which the gradient of some activations needs."""
+    """The same, and what the activation was applied to, which the gradient of some needs."""
     y, before = _matmul_outputs(a, b, bias, activation)
-    _launch(a, b, bias, activation, y, before)
+    _launch(a, b, bias, activation, residual, y, before)
     return y, before
 
 
@@ -76,20 +90,22 @@ def _launch(
     b: Tensor,
     bias: Tensor | None,
     activation: str | None,
+    residual: Tensor | None,
     y: Tensor,
     before: Tensor | None = None,
 ) -> None:
-    if (tma := matmul_tma.plan_matmul(a, b, y)) is not None:
-        return matmul_tma.run(tma, a, b, y, bias, activation, before)
+    if (tma := matmul_tma.plan_matmul(a, b, y, residual)) is not None:
+        return matmul_tma.run(tma, a, b, y, bias, activation, before, None, residual)
     precision = launch.input_precision(a.dtype, "matmul")
     stride = None if bias is None else bias.stride(0)
     layouts = map(Layout.of, (a, b))
-    splits, run = _plan(*layouts, stride, activation, before is not None, precision)
+    added = None if residual is None else Layout.of(residual)
+    splits, run = _plan(*layouts, stride, activation, before is not None, precision, added)
     if splits == 1:
-        return run(y, a, b, bias, y, before)
+        return run(y, a, b, bias, y, before, residual)
     partial = y.new_empty((splits, y.numel()), dtype=accumulator_dtype(y.dtype))
-    run(y, a, b, None, partial, None)
-    split_sum(partial, y, bias, activation, before)
+    run(y, a, b, None, partial, None, None)
+    split_sum(partial, y, bias, activation, before, residual)
 
 
 @launch.planned
@@ -100,22 +116,28 @@ def _plan(
     activation: str | None,
     keeps_before: bool,
     precision: str,
+    residual: Layout | None = None,
 ) -> tuple[int, launch.Prepared]:
     """Splits of the inner axis, and the launch; sums that are split have their epilogue later."""
     batch = a.shape[0] if len(a.shape) == 3 else 1
     (m, k), n = a.shape[-2:], b.shape[-1]
     sizes = m, n, k, batch, a.itemsize
-    config = launch.config(kernels.matmul_config, *sizes, computes(activation))
+    crowded = residual is not None or computes(activation)
+    config = launch.config(kernels.matmul_config, *sizes, crowded)
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
     tiles = math.ceil(m / block_m) * math.ceil(n / block_n)
     steps = math.ceil(k / block_k)
     splits = reduce_kernels.num_splits(tiles * batch, steps, _MIN_STEPS)
     steps_per_split = math.ceil(steps / splits)
     splits = math.ceil(steps / steps_per_split) if steps else 1
+    own = None
+    if residual is not None and not strided.are_alike(residual, strided.dense(residual)):
+        own = _batch_strides(residual)
     numbers = (
         *(m, n, k, steps_per_split, splits, 1 if bias_stride is None else bias_stride),
         *(*_batch_strides(a), *_batch_strides(b)),
         *(batch * m * n, m * n, n),
+        own if splits == 1 else None,
     )
     prepared = launch.Prepared(
         kernels.matmul_kernel,
@@ -128,7 +150,8 @@ def _plan(
         INPUT_PRECISION=precision,
         INDEX_64=strided.is_wide((block_m, block_k), a.strides[-2:])
         or strided.is_wide((block_k, block_n), b.strides[-2:])
-        or strided.is_wide((block_m, block_n), (n, 1)),
+        or strided.is_wide((block_m, block_n), (n, 1))
+        or (own is not None and strided.is_wide((block_m, block_n), own[1:])),
     )
     return splits, prepared
 
@@ -159,16 +182,22 @@ class Matmul(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """activation(input @ weight.T + bias); of an activation its output is kept, and the value
-    before it only where the output does not tell the derivative.
+    """activation(input @ weight.T + bias + residual); of an activation its output is kept, and the
+    value before it only where the output does not tell the derivative.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str | None,
     ) -> Tensor:
         shape = (*input.shape[:-1], weight.shape[0])
-        arguments = rows_of(input), weight.t(), bias, activation
+        rows = None if residual is None else rows_of(residual)
+        arguments = rows_of(input), weight.t(), bias, activation, rows
         before: Tensor | None = None
         if keeps_before(ctx, activation):
             output, before = (_shaped(each, shape) for each in matmul_keeping(*arguments))
@@ -176,25 +205,25 @@ class Linear(torch.autograd.Function):
             output = _shaped(matmul(*arguments), shape)
         if not any(ctx.needs_input_grad):
             return output
-        save_product(ctx, (input, weight, bias), activation, output, before)
+        save_product(ctx, (input, weight, bias, residual), activation, output, before)
         return output
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_output: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        input, weight, bias, saved = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        *operands, saved = ctx.saved_tensors
         grad_output = grad_before(
-            ctx, grad_output, saved, lambda: binding.apply(Linear, input, weight, bias, None)
+            ctx, grad_output, saved, lambda: binding.apply(Linear, *operands, None)
         )
+        input, weight, *_ = operands
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = binding.apply(Linear, grad_output, weight.t(), None, None)
+            grad_input = binding.apply(Linear, grad_output, weight.t(), None, None, None)
         if ctx.needs_input_grad[1]:
             grad_weight = binding.apply(Matmul, rows_of(grad_output).t(), rows_of(input))
         if ctx.needs_input_grad[2]:
             grad_bias = binding.apply(ChannelSum, rows_of(grad_output), 1)
-        return grad_input, grad_weight, grad_bias, None
+        grad_residual = grad_output if ctx.needs_input_grad[3] else None
+        return grad_input, grad_weight, grad_bias, grad_residual, None
 
 
 def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:

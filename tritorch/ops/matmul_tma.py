@@ -70,6 +70,7 @@ class Plan(NamedTuple):
     a: View
     b: View
     y: View
+    residual: View | None
     # the kernel's integers but the last
     numbers: tuple[int, ...]
     splits: int
@@ -120,17 +121,22 @@ def _device_processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def plan_matmul(a: Tensor, b: Tensor, y: Tensor) -> Plan | None:
+def plan_matmul(a: Tensor, b: Tensor, y: Tensor, residual: Tensor | None = None) -> Plan | None:
     """For a @ b of matrices, or of equally long batches; None leaves it to the portable kernel."""
-    count = processors(a, b, y)
+    count = processors(a, b, y) if residual is None else processors(a, b, y, residual)
     if not count:
         return None
-    return _plan_matmul(*map(Layout.of, (a, b, y)), count)
+    added = None if residual is None else Layout.of(residual)
+    return _plan_matmul(*map(Layout.of, (a, b, y)), count, added)
 
 
 @launch.planned
-def _plan_matmul(a: Layout, b: Layout, y: Layout, count: int) -> Plan | None:
-    return plan(_entries(a), _entries(b).transposed, _entries(y), y.itemsize, count)
+def _plan_matmul(
+    a: Layout, b: Layout, y: Layout, count: int, residual: Layout | None
+) -> Plan | None:
+    added = None if residual is None else _entries(residual)
+    given = _entries(a), _entries(b).transposed, _entries(y)
+    return plan(*given, y.itemsize, count, residual=added)
 
 
 def _entries(matrix: Layout) -> Entries:
@@ -148,6 +154,7 @@ def plan(
     sums_batch: bool = False,
     fill: Fill = _DENSE,
     moments: bool = False,
+    residual: Entries | None = None,
 ) -> Plan | None:
     """How to multiply on `count` multiprocessors, or None if the kernel does not take it.
 
@@ -165,6 +172,8 @@ def plan(
     config = launch.config(kernels.matmul_tma_config, m, n, k, batch, b.shape[0] == 1, itemsize)
     if moments and not swapped:
         config = kernels.for_moments(config)
+    if residual is not None:
+        config = kernels.for_residual(config)
     block_m, block_n, block_k, form = (
         config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "FORM")
     )
@@ -177,12 +186,13 @@ def plan(
         splits = kernels.num_splits(config, m, n, k, batch)
         steps = math.ceil(slices / splits)
         splits = math.ceil(slices / steps)
-    views = _views(config, a, b, y, itemsize, splits, swapped)
+    views = _views(config, a, b, y, itemsize, splits, swapped, residual)
     if views is None:
         return None
     tiles = kernels.num_tiles(config, m, n) * batch * splits
     columns = math.ceil(n / block_n)
-    grid = tiles if form == "tile" else min(tiles, count * kernels.residents(config))
+    residents = kernels.residents(config, residual is not None)
+    grid = tiles if form == "tile" else min(tiles, count * residents)
     if form == "stationary":
         # the same number of programs for every tile of b
         grid = max(grid // columns, 1) * columns
@@ -204,8 +214,15 @@ def plan(
 
 
 def _views(
-    config: Any, a: Entries, b: Entries, y: Entries, itemsize: int, splits: int, swapped: bool
-) -> tuple[View, View, View] | None:
+    config: Any,
+    a: Entries,
+    b: Entries,
+    y: Entries,
+    itemsize: int,
+    splits: int,
+    swapped: bool,
+    residual: Entries | None,
+) -> tuple[View, View, View, View | None] | None:
     block_m, block_n, block_k, halves = (
         config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "HALVES")
     )
@@ -213,16 +230,22 @@ def _views(
         _view(each, rows, block_k, itemsize) or _view(each, rows, block_k, itemsize, True)
         for each, rows in ((a, block_m), (b, block_n))
     )
+    stored = (block_n, block_m // halves) if swapped else (block_m, block_n // halves)
+    residual_view = None
+    # that of a split is added with the sums
+    if residual is not None and splits == 1:
+        residual_view = _view(residual, *stored, itemsize)
+        if residual_view is None:
+            return None
     if splits > 1:
         # one whole result after the other
         batch, rows, columns = y.shape
         y = Entries((splits * batch, rows, columns), (rows * columns, columns, 1))
         itemsize = 4
-    stored = (block_n, block_m // halves) if swapped else (block_m, block_n // halves)
     y_view = _view(y, *stored, itemsize)
     if a_view is None or b_view is None or y_view is None:
         return None
-    return a_view, b_view, y_view
+    return a_view, b_view, y_view, residual_view
 
 
 def _view(
@@ -257,10 +280,11 @@ def run(
     activation: str | None = None,
     before: Tensor | None = None,
     moments: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> None:
-    """Writes activation(a @ b.T + bias) into y, and the values before it into `before`, which has
-    the strides of y; or into `moments` mean, squared deviations and count of the columns of each of
-    the plan's parts of y, (parts, 3, N).
+    """Writes activation(a @ b.T + bias + residual) into y, and the values before it into `before`,
+    which has the strides of y; or into `moments` mean, squared deviations and count of the columns
+    of each of the plan's parts of y, (parts, 3, N).
     """
     if plan.constants["SWAPPED"]:
         a, b = b, a
@@ -274,10 +298,13 @@ def run(
         stride = None if bias is None else bias.stride(0)
         kept = None if before is None else _descriptor(before, plan.y)
         run = plan.with_epilogue(activation, stride, moments is not None)
-        run(y, *operands, bias, result, kept, moments)
+        added = None
+        if residual is not None and plan.residual is not None:
+            added = _descriptor(residual, plan.residual)
+        run(y, *operands, bias, result, kept, moments, added)
         return
-    plan.with_epilogue(None, None)(y, *operands, None, result, None, None)
-    _add_up(plan, target, y, bias, activation, before)
+    plan.with_epilogue(None, None)(y, *operands, None, result, None, None, None)
+    _add_up(plan, target, y, bias, activation, before, residual)
 
 
 def _add_up(
@@ -287,14 +314,18 @@ def _add_up(
     bias: Tensor | None,
     activation: str | None,
     before: Tensor | None,
+    residual: Tensor | None,
 ) -> None:
-    if plan.splits >= _MANY_SPLITS and bias is None and activation is None:
+    if plan.splits >= _MANY_SPLITS and bias is None and activation is None and residual is None:
         _plan_sum(y.numel(), plan.splits)(y, partial, y)
         return
     # as it lies in memory, whatever torch calls its dimensions: a bias runs along the rows
     columns = plan.numbers[0]
     rows = y.as_strided((y.numel() // columns, columns), (columns, 1))
-    split_sum(partial, rows, bias, activation, before)
+    if residual is not None and residual.dim() > 2:
+        # images, which lie as those of y
+        residual = residual.as_strided(rows.shape, rows.stride())
+    split_sum(partial, rows, bias, activation, before, residual)
 
 
 @launch.planned

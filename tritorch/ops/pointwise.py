@@ -9,7 +9,7 @@ from __future__ import annotations
 from tritorch.ops import matmul_tma
 from tritorch.ops.geometry import Geometry
 from tritorch.ops.matmul_tma import Entries, Fill, Plan
-from tritorch.ops.strided import Layout
+from tritorch.ops.strided import Layout, are_alike
 
 
 def plan_convolve(
@@ -21,9 +21,12 @@ def plan_convolve(
     has_bias: bool,
     count: int,
     moments: bool = False,
+    residual: Layout | None = None,
 ) -> Plan | None:
     """x @ weight.T, or the transposed convolution, on so many multiprocessors; None if not here."""
     if not _is_pointwise(weight, geometry):
+        return None
+    if residual is not None and not are_alike(residual, y):
         return None
     w = _filter(weight)
     image, pixels = (y, x) if transposed else (x, y)
@@ -32,7 +35,10 @@ def plan_convolve(
         return None
     image_entries, entries, fill = seen
     if not transposed:
-        return matmul_tma.plan(image_entries, w, entries, x.itemsize, count, moments=moments)
+        added = None if residual is None else entries
+        return matmul_tma.plan(
+            image_entries, w, entries, x.itemsize, count, moments=moments, residual=added
+        )
     # zeros are what the other pixels get
     if has_bias and fill is not None:
         return None

@@ -27,26 +27,39 @@ def split_sum(
     bias: Tensor | None = None,
     activation: str | None = None,
     before: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> None:
     """Adds `partial` (splits, elements) over its first dimension into the dense `output`, in order.
 
-    A bias runs along the last dimension of a contiguous output.  `before`, like the output, takes
-    the values before the activation.
+    A bias runs along the last dimension of a contiguous output.  A residual has the output's shape
+    and any strides.  `before`, like the output, takes the values before the activation.
     """
     row = (1, 1) if bias is None else (output.shape[-1], bias.stride(0))
     sizes = output.numel(), partial.shape[0], *row
-    run = _plan_split_sum(sizes, bias is not None, before is not None, activation)
-    run(output, partial, bias, output, before)
+    along = None
+    if residual is not None and residual.stride() != output.stride():
+        # in the order of the output, which is dense
+        along = output.shape, residual.stride(), output.stride()
+    run = _plan_split_sum(sizes, bias is not None, before is not None, activation, along)
+    run(output, partial, bias, output, before, residual)
 
 
 @launch.planned
 def _plan_split_sum(
-    sizes: tuple[int, ...], has_bias: bool, keeps_before: bool, activation: str | None
+    sizes: tuple[int, ...],
+    has_bias: bool,
+    keeps_before: bool,
+    activation: str | None,
+    residual: tuple[tuple[int, ...], ...] | None,
 ) -> launch.Prepared:
+    along = None
+    if residual is not None:
+        nest = strided.nest_of("split_sum", *residual)
+        along = *nest.sizes[1:], *nest.strides[0]
     return launch.Prepared(
         kernels.split_sum_kernel,
         (math.ceil(sizes[0] / kernels.BLOCK),),
-        sizes,
+        (*sizes, along),
         ACTIVATION=activation,
         HAS_BIAS=has_bias,
         KEEPS_BEFORE=keeps_before,

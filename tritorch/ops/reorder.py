@@ -70,11 +70,14 @@ def results(
     activation: str | None = None,
     before: Tensor | None = None,
     moments: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> None:
-    """`run` into channels_last memory, and from there into y and `before`."""
+    """`run` into channels_last memory, where a residual is too, and from there into y and `before`.
+    """
     into = _like(y)
     kept = None if before is None else _like(before)
-    run(x, weight, into, bias, activation, kept, moments)
+    added = None if residual is None else _copied(residual)
+    run(x, weight, into, bias, activation, kept, moments, added)
     for target, written in ((y, into), (before, kept)):
         if target is not None and written is not None and target is not written:
             _copy(written, target)

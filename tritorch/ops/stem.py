@@ -71,7 +71,13 @@ def _takes(weight: Layout, geometry: Geometry) -> bool:
 
 
 def plan_convolve(
-    x: Layout, weight: Layout, y: Layout, geometry: Geometry, count: int
+    x: Layout,
+    weight: Layout,
+    y: Layout,
+    geometry: Geometry,
+    count: int,
+    residual: Layout | None = None,
+    activation: str | None = None,
 ) -> Plan | None:
     """How to write the convolution of x into y, 16-bit numbers on 16 bytes, on so many
     multiprocessors; None if not here.  x is gathered and may lie anywhere.
@@ -80,7 +86,7 @@ def plan_convolve(
         return None
     packed = _packed(y.shape[2:], weight.shape[2:], geometry)
     view, filters = packed.view(x.shape[0], y.shape[3]), packed.filters(y.shape[1])
-    return conv_tma.plan_convolve(view, filters, y, _UNIT, False, count)
+    return conv_tma.plan_convolve(view, filters, y, _UNIT, False, count, residual, activation)
 
 
 def convolve(
@@ -93,13 +99,14 @@ def convolve(
     activation: str | None = None,
     before: Tensor | None = None,
     moments: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> None:
     """Writes the activation of the convolution into y, and the values before it into `before`; or
     the moments of its parts.
     """
     packed = _packed(y.shape[2:], weight.shape[2:], geometry)
     images, filters = _pack_images(x, packed), _pack_filters(weight, packed, geometry)
-    conv_tma.convolve(plan, images, filters, y, bias, activation, before, moments)
+    conv_tma.convolve(plan, images, filters, y, bias, activation, before, moments, residual)
 
 
 def _pack_images(x: Tensor, packed: _Packed) -> Tensor:

@@ -34,6 +34,20 @@ class Layout(NamedTuple):
         return self.strides[dim]
 
 
+def dense(tensor: Layout) -> Layout:
+    """The layout of a contiguous tensor of this shape."""
+    strides = [math.prod(tensor.shape[dim + 1 :]) for dim in range(len(tensor.shape))]
+    return Layout(tensor.shape, tuple(strides), tensor.itemsize)
+
+
+def are_alike(one: Layout, other: Layout) -> bool:
+    """Whether every element lies as far from the first one in both; of one shape."""
+    return all(
+        size == 1 or stride == expected
+        for size, stride, expected in zip(one.shape, one.strides, other.strides, strict=True)
+    )
+
+
 class Nest(NamedTuple):
     """Sizes and strides (elements) of tensors of one shape, outermost first; padded with size 1 at
     the end.
