@@ -2,7 +2,7 @@
 
 A layer takes torch's arguments, holds torch's parameters and loads torch's checkpoints; its shapes,
 dtypes and errors are those of its op in `tritorch.ops`.  `forward` of a linear layer, a 2d
-convolution and a batch norm takes the op's `activation` too, and that of a batch norm `residual`.
+convolution and a batch norm takes the op's `activation` and `residual` too.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ def __dir__() -> list[str]:
 
 
 class Linear(torch.nn.Linear):
-    def forward(self, input: Tensor, activation: str | None = None) -> Tensor:
-        return ops.linear(input, self.weight, self.bias, activation)
+    def forward(
+        self, input: Tensor, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        return ops.linear(input, self.weight, self.bias, activation, residual=residual)
 
 
 def _padded(layer: conv._ConvNd, input: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
@@ -52,17 +54,24 @@ class Conv1d(torch.nn.Conv1d):
 
 class Conv2d(torch.nn.Conv2d):
     def _conv_forward(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         input, padding = _padded(self, input)
         geometry = self.stride, padding, self.dilation, self.groups
-        return ops.conv2d(input, weight, bias, *geometry, activation)
+        return ops.conv2d(input, weight, bias, *geometry, activation, residual=residual)
 
-    def forward(self, input: Tensor, activation: str | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         # a subclass may have a _conv_forward of torch's arguments alone
-        if activation is None:
+        if activation is None and residual is None:
             return super().forward(input)
-        return self._conv_forward(input, self.weight, self.bias, activation)
+        return self._conv_forward(input, self.weight, self.bias, activation, residual)
 
 
 class Conv3d(torch.nn.Conv3d):
