@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tritorch import backend, launch, ops
+from tritorch.bench import machine_code
 from tritorch.ops import conv_tma, matmul_tma
 from tritorch.ops.geometry import Geometry
 from tritorch.ops.strided import Layout
@@ -120,6 +121,83 @@ def test_values_and_gradients(name, monkeypatch):
         # sums are kept in float32: what is lost is the rounding of the result
         error = (one.double() - other).abs().max()
         assert error <= torch.finfo(case.dtype).eps * other.abs().max()
+
+
+# sums in one piece, whose tiles end past every axis but that of the channels read
+ENDS = CASES["3x3"]._replace(input=(4, 16, 3, 5), weight=(24, 16, 3, 3))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("name", ["ends", "bfloat16", "pairs", "groups", "split", "persistent"])
+def test_a_residual(name, activation):
+    """What is persistent takes it too, where its tiles are stored whole."""
+    case = {"ends": ENDS, **CASES}[name]
+    *operands, grad = case.make()
+    # of the size of the sums, which an activation that computes would not let differ by more
+    operands[1] /= case.weight[1] ** 0.5 * 3
+    residual = grad.flip(0).contiguous(memory_format=last)
+
+    def ours(x, w, bias, residual):
+        return ops.conv2d(x, w, bias, *case.geometry(), activation, residual=residual)
+
+    def exact(x, w, bias, residual):
+        y = F.conv2d(x, w, bias, *case.geometry()) + residual
+        return y if activation is None else getattr(F, activation)(y)
+
+    with tiles(case) as names, detecting() as detector:
+        found = gradients(ours, [*operands, residual], grad)
+    assert detector.findings == []
+    assert names[0] == FORWARD
+    assert (names[1] == "split_sum_kernel") == (name == "split")
+    assert PORTABLE not in names
+    expected = gradients(exact, [o.double() for o in (*operands, residual)], grad.double())
+    for one, other in zip(found, expected, strict=True):
+        error = (one.double() - other).abs().max()
+        # what is kept for the gradient is rounded too
+        assert error <= 3 * torch.finfo(case.dtype).eps * other.abs().max()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda residual: residual.contiguous(), ["reorder_kernel", FORWARD]),
+        (lambda residual: torch.cat((residual, residual), 3)[..., ::2], [FORWARD]),
+        (lambda residual: residual[:, :, :1, :1].expand_as(residual), [PORTABLE]),
+        (lambda residual: torch.cat((residual, residual[:, :1]), 1)[:, :-1], [PORTABLE]),
+    ],
+    ids=["contiguous", "gaps", "expanded", "off-16-bytes"],
+)
+def test_residuals_in_other_orders(change, expected):
+    """Copied where products outweigh it, described as it lies, or left to the portable kernel."""
+    case = ENDS
+    x, w, bias, residual = case.make()
+    residual = change(residual)
+    with tiles(case) as names, detecting() as detector:
+        found = ops.conv2d(x, w, bias, *case.geometry(), "relu", residual=residual)
+    assert detector.findings == []
+    assert names == expected
+    exact = (F.conv2d(x.double(), w.double(), bias.double(), padding=1) + residual.double()).relu()
+    error = (found.double() - exact).abs().max()
+    assert error <= torch.finfo(case.dtype).eps * exact.abs().max()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("order", [last, torch.contiguous_format])
+def test_few_channels_with_a_residual(order):
+    case = STEMS["7x7"]
+    x, w, bias, residual = case.make()
+    x, w, residual = (t.contiguous(memory_format=order) for t in (x, w, residual))
+    with tiles(case) as names, detecting() as detector:
+        found = ops.conv2d(x, w, bias, *case.geometry(), "relu", residual=residual)
+    assert detector.findings == []
+    # the residual, and the result
+    assert names.count("reorder_kernel") == (2 if order == torch.contiguous_format else 0)
+    assert {"pack_pixels_kernel", FORWARD} <= set(names)
+    exact = F.conv2d(x.double(), w.double(), bias.double(), *case.geometry()) + residual.double()
+    error = (found.double() - exact.relu()).abs().max()
+    assert error <= torch.finfo(case.dtype).eps * exact.abs().max()
 
 
 @pytest.mark.interpret
@@ -269,6 +347,41 @@ def test_configurations_overlap_their_products(entry, variant):
     with launch.override("conv2d_tma_config", config):
         kernels = compiled("sm_90", x, empty(256, 256, 3, 3), (True, False), **options)
     check([kernel for kernel in kernels if kernel.kernel == FORWARD], 2)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+@pytest.mark.parametrize("entry", range(6))
+def test_configurations_have_room_for_a_residual(entry, activation):
+    """Or another takes their place; the loop over the taps is what it is without."""
+    config = conv_tma.kernels.CONV2D_TMA_CONFIGS[2][entry]
+    k = 256 if config.kwargs["BLOCK_K"] == 128 else 64
+    x, w, residual = (
+        empty(*size).contiguous(memory_format=last)
+        for size in ((256, 256, 14, 14), (k, 256, 3, 3), (256, k, 14, 14))
+    )
+    bias, found = empty(k), []
+    for keeps in (False, True):
+        with (
+            launch.override("conv2d_tma_config", config),
+            backend.use("triton"),
+            backend.strict(),
+            dry.compiling_for("sm_90") as recorder,
+        ):
+            ops.conv2d(x.requires_grad_(keeps), w, bias, 1, 1, 1, 1, activation, residual=residual)
+        found += recorder.kernels
+    for kernel in found:
+        assert dry.problems(kernel, "sm_90") == []
+        # few filters beside erf are left to the portable kernel
+        if k == 64 and activation == "gelu":
+            assert kernel.kernel == PORTABLE
+            continue
+        assert kernel.kernel == FORWARD
+        used = dry.resources(kernel)
+        assert not used.serialized
+        code = machine_code.read(used.code)
+        turn = [code[n] for n in machine_code.hot_loop(code).path]
+        assert {"shared load", "matrix load", "global load"}.isdisjoint(machine_code.kinds(turn))
 
 
 @pytest.mark.compile

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tritorch import backend, launch, ops
+from tritorch.bench import machine_code
 from tritorch.ops import matmul_tma
 from tritorch.testing import dry
 from tritorch.testing.detectors import detecting
@@ -91,7 +92,7 @@ def test_one_program_of_many_tiles(halves, device):
     """Of three slices each, of which a tile keeps its own place while the next one is loaded."""
     a, b = made(device, 104, 80, dtype=torch.bfloat16), made(device, 80, 56, dtype=torch.bfloat16)
     with tiles("persistent", 16, 16, 32, halves=halves) as names, pytest.MonkeyPatch.context() as m:
-        m.setattr(kernels, "residents", lambda config: 2)
+        m.setattr(kernels, "residents", lambda *_: 2)
         y = ops.matmul(a, b)
     assert names == [KERNEL]
     assert_close(y, a.double() @ b.double())
@@ -102,7 +103,7 @@ def test_one_program_of_many_tiles(halves, device):
 def test_one_tile_of_b_for_all_of_a(k, device):
     a, b = made(device, 104, k), made(device, k, 24)
     with tiles("stationary", 16, 16, 32) as names, pytest.MonkeyPatch.context() as patched:
-        patched.setattr(kernels, "residents", lambda config: 3)
+        patched.setattr(kernels, "residents", lambda *_: 3)
         y = ops.matmul(a, b)
     assert names == [KERNEL]
     assert_close(y, a.double() @ b.double())
@@ -138,6 +139,98 @@ def test_linear_and_its_gradients(activation, size, device):
     exact = gradients(lambda *o: function(F.linear(*o)), [o.double() for o in operands])
     for one, other in zip(found, exact, strict=True):
         assert_close(one, other, terms=4)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize(
+    ("form", "halves", "size"),
+    [
+        ("tile", 1, (40, 24, 40)),
+        ("tile", 2, (40, 24, 40)),
+        ("persistent", 2, (40, 24, 40)),
+        ("stationary", 1, (40, 24, 24)),
+        ("tile", 2, (8, 48, 40)),
+        ("tile", 2, (8, 48, 528)),
+    ],
+    ids=["tile", "halves", "persistent", "stationary", "few-rows", "split"],
+)
+def test_linear_with_a_residual(form, halves, size, activation, device):
+    m, n, k = size
+    operands = made(device, m, k), made(device, n, k) / k**0.5, made(device, n), made(device, m, n)
+    with tiles(form, 32, 16, 32, halves=halves) as names, watched(device):
+        found = gradients(with_residual(ops.linear, activation=activation), operands)
+    # a gradient has longer sums than the one slice that is stationary
+    assert names[0] == KERNEL
+    assert names.count(KERNEL) == 3 or form == "stationary"
+    assert ("split_sum_kernel" in names) == (k == 528)
+    exact = gradients(with_residual(F.linear, activation), [o.double() for o in operands])
+    for one, other in zip(found, exact, strict=True):
+        assert_close(one, other, terms=4)
+
+
+def with_residual(op, activation=None, **options):
+    """Ours, or torch's with the rest of it behind."""
+    function = getattr(F, activation or "", lambda y: y)
+
+    def run(*operands):
+        *given, residual = operands
+        if op.__module__.startswith("tritorch"):
+            return op(*given, activation=activation, residual=residual, **options)
+        return function(op(*given, **options) + residual)
+
+    return run
+
+
+@pytest.mark.interpret
+def test_residuals_that_a_descriptor_takes_and_others(device):
+    """Rows on 16 bytes, whatever their distance; others are added by the portable kernel."""
+    operands = made(device, 40, 32), made(device, 24, 32) / 6, made(device, 24)
+    exact = F.linear(*(o.double() for o in operands))
+    wide = made(device, 40, 64)
+    for residual, kernel in (
+        (wide[:, 8:32], KERNEL),
+        (wide[:, 1:25], "matmul_kernel"),
+        (wide.T.contiguous().T[:, :24], "matmul_kernel"),
+        (wide[:1, :24].expand(40, 24), "matmul_kernel"),
+        (made(device, 40, 28)[:, :24], "matmul_kernel"),
+    ):
+        with tiles("tile", 32, 16, 32) as names, watched(device):
+            found = ops.linear(*operands, residual=residual)
+        assert names == [kernel]
+        assert_close(found, exact + residual.double())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("form", ["tile", "persistent"])
+@pytest.mark.parametrize(("size", "stride"), [((4, 5), 1), ((6, 4), 2)], ids=["1", "2"])
+def test_pointwise_convolution_with_a_residual(form, size, stride, device):
+    x, w, bias = made(device, 3, 24, *size), made(device, 40, 24, 1, 1) / 5, made(device, 40)
+    residual = made(device, *F.conv2d(x.double(), w.double(), None, stride).shape)
+    operands = x, w, bias, residual
+    with tiles(form, 32, 16, 16) as names, watched(device):
+        found = gradients(with_residual(ops.conv2d, "relu", stride=stride), operands)
+    assert names.count(KERNEL) == 3
+    exact = gradients(
+        with_residual(F.conv2d, "relu", stride=stride), [o.double() for o in operands]
+    )
+    for one, other in zip(found, exact, strict=True):
+        assert_close(one, other, terms=2)
+    assert found[0].is_contiguous(memory_format=last)
+
+
+@pytest.mark.interpret
+def test_a_split_pointwise_convolution_with_a_residual(device):
+    x, w, residual = (
+        made(device, 2, 528, 2, 2),
+        made(device, 24, 528, 1, 1),
+        made(device, 2, 24, 2, 2),
+    )
+    with tiles("tile", 32, 16, 32) as names, watched(device):
+        found = ops.conv2d(x, w / 23, activation="relu", residual=residual)
+    assert names == [KERNEL, "split_sum_kernel"]
+    exact = (F.conv2d(x.double(), (w / 23).double()) + residual.double()).relu()
+    assert_close(found, exact)
 
 
 def gradients(run, operands):
@@ -218,7 +311,7 @@ def empty(*shape, dtype=torch.bfloat16):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("entry", range(20))
+@pytest.mark.parametrize("entry", range(22))
 def test_configurations_overlap_their_products(entry):
     """From shared memory to the tensor cores without a stop: nothing is loaded by the threads, and
     no product is waited for before the next.
@@ -247,10 +340,40 @@ def test_configurations_overlap_their_products(entry):
         assert used.registers * 32 * kernel.num_warps * kernels.residents(config) <= 65536
 
 
-def compiled(op, *operands):
+@pytest.mark.compile
+@pytest.mark.parametrize("entry", range(22))
+def test_configurations_have_room_for_a_residual(entry):
+    """Or another takes their place; the loop over the slices is what it is without."""
+    config = kernels.MATMUL_TMA_CONFIGS[2][entry]
+    taken = kernels.for_residual(config)
+    stationary = config.kwargs["FORM"] == "stationary"
+    k = 64 if stationary else 512
+    a, b, residual = empty(9000, k), empty(512, k), empty(9000, 512)
+    with launch.override("matmul_tma_config", config):
+        for activation in ("relu", "gelu"):
+            found = compiled(ops.linear, a, b, empty(512), activation, residual=residual)
+            # with the values before the activation
+            a = a.detach().requires_grad_()
+            found += compiled(ops.linear, a, b, empty(512), activation, residual=residual)
+            for kernel in found:
+                assert dry.problems(kernel, "sm_90") == []
+                assert (kernel.num_stages, kernel.num_warps) == (taken.num_stages, taken.num_warps)
+                used = dry.resources(kernel)
+                assert (used.shared + 1024) * kernels.residents(taken, True) <= 228 * 1024
+                # one slice has nothing to overlap with, and its loop is over whole tiles
+                if not stationary:
+                    assert not used.serialized
+                    code = machine_code.read(used.code)
+                    turn = [code[n] for n in machine_code.hot_loop(code).path]
+                    assert {"shared load", "matrix load", "global load"}.isdisjoint(
+                        machine_code.kinds(turn)
+                    )
+
+
+def compiled(op, *operands, **options):
     """The matrix products that the op launches."""
     with backend.use("triton"), backend.strict(), dry.compiling_for("sm_90") as recorder:
-        op(*operands)
+        op(*operands, **options)
     return [kernel for kernel in recorder.kernels if kernel.kernel == KERNEL]
 
 
