@@ -80,7 +80,7 @@ def conv2d_full_config(npq, k, groups, itemsize):
 
 
 def conv2d_full_epilogue_config(npq, k, groups, itemsize):
-    """The same where the epilogue computes, of volumes too."""
+    """The same where the epilogue computes, of volumes too, or gathers a residual."""
     return _largest(CONV2D_FULL_EPILOGUE_CONFIGS[itemsize], npq, k, groups)
 
 

@@ -246,10 +246,14 @@ def _plan_convolve(
     pixels = y.shape[0] * _ceil_product(y.shape[2:], steps_each)
     unit = vector_unit(x, y, w.read, w.written, *(s for s in w.strides if s != 1))
     volume, full = len(w.taps) == 3, x.itemsize == 4 and precision == "ieee"
+    own, residual = None, epilogue.residual
+    if residual is not None and not are_alike(residual, y):
+        own = strides(residual)
     if unit > 1:
         tiles = groups * residues
         choose = kernels.conv2d_config
-        if full and computes(epilogue.activation):
+        # a residual that is not laid out as y has addresses, which take registers too
+        if x.itemsize == 4 and (own or (full and computes(epilogue.activation))):
             choose = kernels.conv2d_full_epilogue_config
         elif full:
             choose = kernels.conv3d_full_config if volume else kernels.conv2d_full_config
@@ -269,9 +273,6 @@ def _plan_convolve(
     splits, steps = split(2 * tiles * groups, num_steps, _MIN_SLICES)
     w_strides = tuple(s if s == 1 else s // unit for s in w.strides)
     channels, images = (w.read // unit, w.written // unit), (*x.shape[-2:], *y.shape[-2:])
-    own, residual = None, epilogue.residual
-    if residual is not None and not are_alike(residual, y):
-        own = strides(residual)
     depth = None
     if volume:
         depth = (
