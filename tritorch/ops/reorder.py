@@ -72,7 +72,7 @@ def results(
     moments: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """`run` into channels_last memory, where a residual is too, and from there into y and `before`."""
+    """`run` of a residual in channels_last into such memory, and from there into y and `before`."""
     into = _like(y)
     kept = None if before is None else _like(before)
     added = None if residual is None else _copied(residual)
