@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -37,7 +38,11 @@ def run(out: Path, limit: float) -> None:
     start = time.time()
     # a process group of its own, whose members hear of the end at once
     with subprocess.Popen(
-        [*command, "--json", str(results)], cwd=_ROOT, start_new_session=True
+        [*command, "--json", str(results)],
+        cwd=_ROOT,
+        start_new_session=True,
+        # who was started with `&` ignores the interrupt that is to stop it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as tests:
         try:
             status = tests.wait(limit)
@@ -63,6 +68,9 @@ def _stop(tests: subprocess.Popen[bytes]) -> None:
     # pytest alone: it writes what it has, and ends its workers
     tests.send_signal(signal.SIGINT)
     try:
-        tests.wait(_GRACE)
-    except subprocess.TimeoutExpired:
-        os.killpg(tests.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            tests.wait(_GRACE)
+    finally:
+        # and whatever it has left, at a second interrupt too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(tests.pid, signal.SIGKILL)

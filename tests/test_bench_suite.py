@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,9 @@ def outcome_of(file, *options):
         capture_output=True,
         text=True,
         check=False,
-        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST")},
+        # of a checkout that nobody edits
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+        | {"GIT_DIR": os.devnull, "TRITORCH_COMMIT": "1" * 40},
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -50,11 +53,13 @@ def test_a_run_goes_on_with_what_has_not_passed(options, tmp_path):
     stopped = json.loads(file.read_text())
     del stopped["rows"][0]
     stopped["rows"][0]["outcome"] = "failed"
+    # and the teardown of a third, which is a row of its own
+    stopped["rows"].append({**stopped["rows"][1], "outcome": "failed"})
     stopped["exit_status"] = None
     file.write_text(json.dumps(stopped))
     status, said = outcome_of(file, "--go-on", *options)
     # xdist does not count what its workers left out
-    left_out = "2 passed in" if options else f"2 passed, {count - 2} deselected"
+    left_out = "3 passed in" if options else f"3 passed, {count - 3} deselected"
     assert (status, left_out in said) == (0, True), said
     again = json.loads(file.read_text())
     assert {row["test"] for row in again["rows"]} == names
@@ -62,7 +67,12 @@ def test_a_run_goes_on_with_what_has_not_passed(options, tmp_path):
     assert again["counts"] == {"passed": count, "failed": 0, "skipped": 0}
     assert again["exit_status"] == 0
     # what had passed is as it was
-    assert stopped["rows"][1] in again["rows"]
+    assert stopped["rows"][2] in again["rows"]
+    # and a run that finds nothing left is whole
+    again["exit_status"] = None
+    file.write_text(json.dumps(again))
+    assert outcome_of(file, "--go-on", *options)[0] == 0
+    assert suite.is_whole(file)
 
 
 def test_a_run_does_not_go_on_with_that_of_another_commit(tmp_path):
@@ -75,6 +85,14 @@ def test_a_run_does_not_go_on_with_that_of_another_commit(tmp_path):
     assert status == pytest.ExitCode.USAGE_ERROR
     assert f"is of commit {'0' * 40}, this is" in said
     assert json.loads(file.read_text()) == other
+    for content in ("", "{}", "[]"):
+        file.write_text(content)
+        status, said = outcome_of(file, "--go-on")
+        assert (status, "holds no result" in said) == (pytest.ExitCode.USAGE_ERROR, True)
+    edited = {**other, "environment": {**other["environment"], "commit": "1" * 40, "dirty": True}}
+    file.write_text(json.dumps(edited))
+    assert "nobody knows" in outcome_of(file, "--go-on")[1]
+    file.write_text(json.dumps(other))
     # and without it a result is never replaced
     assert outcome_of(file)[0] != 0
     assert json.loads(file.read_text()) == other
@@ -105,7 +123,18 @@ def test_what_does_not_stop_is_killed(monkeypatch, tmp_path):
     suite.run(tmp_path, 1.0)
     # with what it had started
     child = Path(f"/proc/{(tmp_path / 'here').read_text().strip()}/status")
-    assert not child.exists() or "zombie" in child.read_text()
+    for _ in range(50):
+        if not lives(child):
+            break
+        time.sleep(0.1)
+    assert not lives(child)
+
+
+def lives(status):
+    try:
+        return "zombie" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_whole_run_is_not_repeated(monkeypatch, tmp_path, capsys):
