@@ -32,35 +32,25 @@ SPATIAL_MEAN_CONFIGS = (
     _tile(16, 64, 4, 4),
     _tile(32, 64, 4, 3),
 )
+# programs of wide tiles, of fewer of which most of a GPU would be idle
+MANY = 256
 
 
-def spatial_mean_config(channels_last, pixels, channels, itemsize):
+def spatial_mean_config(channels_last, pixels, channels, images, itemsize):
     """Tile of the mean of whole images, along memory."""
     along_channels, large, small, many = SPATIAL_MEAN_CONFIGS[:4]
     if channels_last:
-        return many if itemsize == 2 and channels % 512 == 0 else along_channels
+        is_many = channels % 512 == 0 and images * channels >= 512 * MANY
+        return many if itemsize == 2 and is_many else along_channels
     return small if pixels <= 64 else large
 
 
 @triton.jit
 def spatial_mean_kernel(
-    x_ptr,
-    y_ptr,
-    N,
-    C,
-    R,
-    STEPS,
-    size_1,
-    size_2,
-    x_stride_n,
-    x_stride_c,
-    x_stride_0,
-    x_stride_1,
-    x_stride_2,
-    INDEX_64: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
+    x_ptr, y_ptr,
+    N, C, R, STEPS, size_1, size_2,
+    x_stride_n, x_stride_c, x_stride_0, x_stride_1, x_stride_2,
+    INDEX_64: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):
     """One program adds STEPS tiles of BLOCK_R of the R pixels of BLOCK_C channels of one image into
     row `split` of y, divided by R.
@@ -80,9 +70,8 @@ def spatial_mean_kernel(
     x_ptrs = x_ptr + n * x_stride_n + (offs_c * x_stride_c)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=ACC)
     for _ in tl.range(0, STEPS, num_stages=STAGES):
-        offsets = strided_offsets(
-            offs_r, size_1, size_2, 1, 1, x_stride_0, x_stride_1, x_stride_2, 0, 0
-        )
+        offsets = strided_offsets(offs_r, size_1, size_2, 1, 1,
+                                  x_stride_0, x_stride_1, x_stride_2, 0, 0)
         mask = (offs_r < R)[:, None] & mask_c[None, :]
         acc += tl.load(x_ptrs + offsets[:, None], mask=mask, other=0.0).to(ACC)
         offs_r += BLOCK_R
@@ -122,15 +111,10 @@ SPREAD_R, SPREAD_C, SPREAD_ROW = 32, 128, 2048
 
 @triton.jit
 def spread_mean_kernel(
-    x_ptr,
-    y_ptr,
-    NUMEL,
-    C,
-    R,
-    CHANNELS_LAST: tl.constexpr,
-    INDEX_64: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x_ptr, y_ptr,
+    NUMEL, C, R,
+    CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Writes x, divided by R, into the R pixels of each of C channels of dense images, of NUMEL
     numbers in all: the gradient of their means.
@@ -169,33 +153,13 @@ def window_pixels(z, p, q, D, H, W, Z, P, Q):
 
 @triton.jit
 def adaptive_avg_pool_kernel(
-    x_ptr,
-    y_ptr,
-    C,
-    D,
-    H,
-    W,
-    Z,
-    P,
-    Q,
-    NZPQ,
-    x_stride_n,
-    x_stride_c,
-    x_stride_d,
-    x_stride_h,
-    x_stride_w,
-    y_stride_n,
-    y_stride_c,
-    y_stride_z,
-    y_stride_p,
-    y_stride_q,
-    T,
-    R,
-    S,
+    x_ptr, y_ptr,
+    C, D, H, W, Z, P, Q, NZPQ,
+    x_stride_n, x_stride_c, x_stride_d, x_stride_h, x_stride_w,
+    y_stride_n, y_stride_c, y_stride_z, y_stride_p, y_stride_q,
+    T, R, S,
     GRADIENT: tl.constexpr,
-    INDEX_64: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    INDEX_64: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One program computes BLOCK_PIXELS outputs of BLOCK_C channels.
 

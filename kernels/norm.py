@@ -52,7 +52,9 @@ MAX_SLICES = 512
 
 def batch_norm_config(channels_last, channels, vector, itemsize, computes=False):
     """A tile along channels that are contiguous, no wider than they; else one along the pixels."""
-    kind = 2 if computes else vector * itemsize < 16
+    has_vectors = vector * itemsize >= 16
+    # of 16 bits the tile that has none serves what computes too
+    kind = (1 if itemsize == 2 and has_vectors else 2) if computes else 1 - has_vectors
     configs = BATCH_NORM_CONFIGS[itemsize][4 * kind:]
     if not channels_last:
         return configs[3]

@@ -47,7 +47,7 @@ def _plan(input: Layout, contiguous: bool) -> tuple[int, launch.Prepared]:
         # the images are one of more channels, which is read in larger tiles
         n, c = 1, n * c
     nest = strided.nest_of("adaptive_avg_pool", tuple(size), input.strides[2:])
-    sizes = channels_last, pixels, c, input.itemsize
+    sizes = channels_last, pixels, c, n, input.itemsize
     config = launch.config(kernels.spatial_mean_config, *sizes)
     programs = n * math.ceil(c / config.kwargs["BLOCK_C"])
     steps = math.ceil(pixels / config.kwargs["BLOCK_R"])
