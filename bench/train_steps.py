@@ -37,8 +37,7 @@ _ROUNDING = 2.0**-6
 # them fifty layers make a chaos, in which two ways to round give gradients that share little
 _BRANCH = 0.1
 # how much of a first update is to be in torch's direction, and by what factor it may be longer or
-# shorter: of all parameters together, and of each; of float32's a bfloat16 step on a CPU had 0.994
-# of all, and 0.94 of the worst
+# shorter: of all parameters together, and of each
 _ALL, _EACH = (0.95, 1.1), (0.75, 1.5)
 _WARM_UP = 3
 

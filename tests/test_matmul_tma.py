@@ -355,6 +355,8 @@ def test_configurations_have_room_for_a_residual(entry):
             # with the values before the activation
             a = a.detach().requires_grad_()
             found += compiled(ops.linear, a, b, empty(512), activation, residual=residual)
+            assert len(found) > 1
+            assert kernels.residents(taken, True) >= 1
             for kernel in found:
                 assert dry.problems(kernel, "sm_90") == []
                 assert (kernel.num_stages, kernel.num_warps) == (taken.num_stages, taken.num_warps)

@@ -65,9 +65,13 @@ def checked_residual(op: str, input: Tensor, residual: Tensor, shape: tuple[int,
             result=torch.Size(shape),
             residual=residual.shape,
         )
-    x, residual = binding.autocast_to_lower(input, residual)
-    checks.same_dtype_and_device(op, x, residual=residual)
-    return residual
+    (lowered,) = binding.autocast_to_lower(residual)
+    if residual.dtype != input.dtype or residual.device != input.device:
+        # equal ones autocast makes equal: the product casts its input itself
+        (x,) = binding.autocast_to_lower(input)
+        checks.same_dtype_and_device(op, x, residual=lowered)
+    added: Tensor = lowered
+    return added
 
 
 def with_residual(cost: dict[str, Cost], residual: Tensor) -> dict[str, Cost]:

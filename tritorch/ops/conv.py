@@ -44,7 +44,7 @@ def conv2d(
     *,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """activation(cross-correlation of images with filters + bias + residual), in one kernel.
+    """activation(cross-correlation of images with filters + bias + residual).
 
     One number stands for both axes of the image in `stride`, `padding` and `dilation`.
 
