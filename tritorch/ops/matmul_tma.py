@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tritorch import launch
 from tritorch.ops.reduce import accumulator_dtype, split_sum
-from tritorch.ops.strided import Layout
+from tritorch.ops.strided import Layout, are_alike
 
 kernels = launch.kernels("matmul_tma")
 
@@ -323,7 +323,8 @@ def _add_up(
     columns = plan.numbers[0]
     rows = y.as_strided((y.numel() // columns, columns), (columns, 1))
     if residual is not None and residual.dim() > 2:
-        # images, which lie as those of y
+        if not are_alike(Layout.of(residual), Layout.of(y)):
+            raise RuntimeError("matmul: a residual of several matrices must lie as their product")
         residual = residual.as_strided(rows.shape, rows.stride())
     split_sum(partial, rows, bias, activation, before, residual)
 
