@@ -94,13 +94,20 @@ def _launch(
     y: Tensor,
     before: Tensor | None = None,
 ) -> None:
-    if (tma := matmul_tma.plan_matmul(a, b, y, residual)) is not None:
-        return matmul_tma.run(tma, a, b, y, bias, activation, before, None, residual)
-    precision = launch.input_precision(a.dtype, "matmul")
-    stride = None if bias is None else bias.stride(0)
-    layouts = map(Layout.of, (a, b))
-    added = None if residual is None else Layout.of(residual)
-    splits, run = _plan(*layouts, stride, activation, before is not None, precision, added)
+    operands = (a, b, y) if residual is None else (a, b, y, residual)
+    way = _way(
+        Layout.of(a),
+        Layout.of(b),
+        matmul_tma.processors(*operands),
+        None if bias is None else bias.stride(0),
+        activation,
+        before is not None,
+        launch.input_precision(a.dtype, "matmul"),
+        None if residual is None else Layout.of(residual),
+    )
+    if isinstance(way, matmul_tma.Plan):
+        return matmul_tma.run(way, a, b, y, bias, activation, before, None, residual)
+    splits, run = way
     if splits == 1:
         return run(y, a, b, bias, y, before, residual)
     partial = y.new_empty((splits, y.numel()), dtype=accumulator_dtype(y.dtype))
@@ -109,6 +116,24 @@ def _launch(
 
 
 @launch.planned
+def _way(
+    a: Layout,
+    b: Layout,
+    processors: int,
+    bias_stride: int | None,
+    activation: str | None,
+    keeps_before: bool,
+    precision: str,
+    residual: Layout | None,
+) -> matmul_tma.Plan | tuple[int, launch.Prepared]:
+    """The first kernel that takes operands of these layouts."""
+    if processors:
+        hopper = matmul_tma.plan_matmul(a, b, processors, residual)
+        if hopper is not None:
+            return hopper
+    return _plan(a, b, bias_stride, activation, keeps_before, precision, residual)
+
+
 def _plan(
     a: Layout,
     b: Layout,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tritorch import launch
 from tritorch.ops.reduce import accumulator_dtype, split_sum
-from tritorch.ops.strided import Layout, are_alike
+from tritorch.ops.strided import Layout, are_alike, dense
 
 kernels = launch.kernels("matmul_tma")
 
@@ -121,19 +121,11 @@ def _device_processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def plan_matmul(a: Tensor, b: Tensor, y: Tensor, residual: Tensor | None = None) -> Plan | None:
-    """For a @ b of matrices, or of equally long batches; None leaves it to the portable kernel."""
-    count = processors(a, b, y) if residual is None else processors(a, b, y, residual)
-    if not count:
-        return None
-    added = None if residual is None else Layout.of(residual)
-    return _plan_matmul(*map(Layout.of, (a, b, y)), count, added)
-
-
-@launch.planned
-def _plan_matmul(
-    a: Layout, b: Layout, y: Layout, count: int, residual: Layout | None
-) -> Plan | None:
+def plan_matmul(a: Layout, b: Layout, count: int, residual: Layout | None) -> Plan | None:
+    """For a @ b of matrices, or of equally long batches, to a contiguous result on `count`
+    multiprocessors; None leaves it to the portable kernel.
+    """
+    y = dense(Layout((*a.shape[:-1], b.shape[-1]), (), a.itemsize))
     added = None if residual is None else _entries(residual)
     given = _entries(a), _entries(b).transposed, _entries(y)
     return plan(*given, y.itemsize, count, residual=added)
