@@ -18,7 +18,7 @@ GRADIENT = cases.random_gradient("gradient")
 
 def linear_arguments():
     generator = torch.Generator().manual_seed(0)
-    shapes = {"input": (7, 5), "weight": (6, 5), "bias": (6,)}
+    shapes = {"input": (7, 5), "weight": (6, 5), "bias": (6,), "residual": (7, 6)}
     made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return made | {"activation": None}
 
@@ -48,7 +48,7 @@ def test_a_wrong_output_is_refused():
     assert not found["output 0"]
 
 
-@pytest.mark.parametrize("wrong", ["input", "weight", "bias"])
+@pytest.mark.parametrize("wrong", ["input", "weight", "bias", "residual"])
 def test_a_wrong_gradient_is_refused_alone(wrong):
     found = accepted(
         lambda **given: LINEAR.reference(**given | {wrong: ScaledGradient.apply(given[wrong])})
