@@ -80,7 +80,7 @@ def test_unwritten_memory_is_nan():
 def test_only_wanted_gradients_come_back():
     arguments = linear_arguments()
     run = cases.run(LINEAR.reference, LINEAR, arguments, grad_outputs=GRADIENT)
-    assert list(run.grads) == ["input", "weight", "bias"]
+    assert list(run.grads) == ["input", "weight", "bias", "residual"]
     alone = cases.run(LINEAR.reference, LINEAR, arguments, grad_outputs=GRADIENT, wanted=["weight"])
     assert list(alone.grads) == ["weight"]
     assert torch.equal(alone.grads["weight"], run.grads["weight"])
