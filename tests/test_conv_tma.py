@@ -385,6 +385,24 @@ def test_configurations_have_room_for_a_residual(entry, activation):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("entry", range(6))
+def test_configurations_have_room_for_a_bias_beside_gelu(entry):
+    config = conv_tma.kernels.CONV2D_TMA_CONFIGS[2][entry]
+    k = 256 if config.kwargs["BLOCK_K"] == 128 else 64
+    x, w = (
+        empty(*size).contiguous(memory_format=last) for size in ((64, 256, 14, 14), (k, 256, 3, 3))
+    )
+    with (
+        launch.override("conv2d_tma_config", config),
+        backend.use("triton"),
+        dry.compiling_for("sm_90") as recorder,
+    ):
+        ops.conv2d(x, w, empty(k), padding=1, activation="gelu")
+    assert recorder.kernels
+    assert [dry.problems(kernel, "sm_90") for kernel in recorder.kernels] == [[]]
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize("entry", range(8))
 def test_configurations_of_the_gradient_overlap_their_products(entry):
     config = conv_tma.weight_kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]

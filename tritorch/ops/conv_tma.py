@@ -81,6 +81,7 @@ def plan_convolve(
     count: int,
     residual: Layout | None = None,
     activation: str | None = None,
+    has_bias: bool = False,
 ) -> Plan | None:
     """How to write the convolution of x, or the transposed one, into y on so many multiprocessors:
     16-bit numbers on 16 bytes; None if not here.
@@ -105,7 +106,8 @@ def plan_convolve(
     )
     if config is None:
         return None
-    if residual is not None:
+    # erf leaves the largest tile no registers for a bias either
+    if residual is not None or (has_bias and activation == "gelu"):
         config = kernels.for_residual(config, computes(activation))
     block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
     # a tile may not reach into the channels of the next group, or of the next pixel of a pair

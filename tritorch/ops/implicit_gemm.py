@@ -187,7 +187,8 @@ def _way(
         if hopper is not None:
             return _Way(partial(matmul_tma.run, hopper), hopper.parts)
         if not crowded:
-            hopper = conv_tma.plan_convolve(*given, count, residual, epilogue.activation)
+            asked = count, residual, epilogue.activation, has_bias
+            hopper = conv_tma.plan_convolve(*given, *asked)
             if hopper is not None:
                 return _Way(partial(conv_tma.convolve, hopper), hopper.parts)
     plan = _plan_convolve(x, weight, y, geometry, transposed, precision, epilogue)
