@@ -113,7 +113,7 @@ def linear(
     *,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """activation(input @ weight.T + bias + residual) in one kernel.
+    """activation(input @ weight.T + bias + residual).
 
     Args:
         input: (..., in_features), any strides.
