@@ -50,7 +50,8 @@ ROOMS = (
         "tritorch/ops/*.py",
         "an op imports torch, the core and its siblings; binding alone registers ops with torch",
         may="__future__ collections dataclasses functools math typing torch tritorch.backend"
-        " tritorch.binding tritorch.checks tritorch.launch tritorch.ops tritorch.registry",
+        " tritorch.binding tritorch.checks tritorch.launch tritorch.ops tritorch.registry"
+        " tritorch.repeats",
         never="torch.library",
         unused="torch.library",
     ),
@@ -89,7 +90,13 @@ ROOMS = (
     Room(
         "tritorch/binding.py",
         "binding ties any op to torch and knows none",
-        may="stdlib torch tritorch.launch",
+        may="stdlib torch tritorch.launch tritorch.repeats",
+    ),
+    Room(
+        "tritorch/repeats.py tritorch/watched.py",
+        "what is repeated knows no op, and nothing of autograd",
+        may="stdlib torch tritorch.checks tritorch.launch tritorch.watched",
+        unused="torch.library torch.autograd.Function",
     ),
     Room(
         "pytest_tritorch.py",

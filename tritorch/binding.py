@@ -8,7 +8,6 @@ and the FLOP counter see one opaque node with known shapes.  Ops wrap those in a
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,12 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.utils.flop_counter import register_flop_formula
+
+from tritorch import launch as launching
+from tritorch import repeats
+
+# what is plain no class need be asked
+_PLAIN = frozenset((type(None), bool, int, float, str, tuple, torch.Size))
 
 _LIBRARY = torch.library.Library("tritorch", "DEF")
 
@@ -50,65 +55,21 @@ def library_op(
         if flops is not None:
             register_flop_formula(getattr(torch.ops.tritorch, name))(flops)
 
+        again = repeats.Repeats(launch)
+
         @functools.wraps(launch)
         def call(*arguments: Any, **named: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return op(*arguments, **named)
+            if launching.thread.watcher is not None:
+                return launch(*arguments, **named)
             # the dispatcher takes longer than a launch
-            return (op if named or _is_heard(arguments) else launch)(*arguments, **named)
+            key = None if named or repeats.listens() else repeats.key_of(arguments)
+            return op(*arguments, **named) if key is None else again(key, arguments)
 
         return call
 
     return bind
-
-
-def _keys_of(device: str) -> set[int]:
-    """The dispatch keys of an ordinary tensor, and of one that was made in inference mode."""
-    named = torch._C.DispatchKey
-    ordinary = torch._C.DispatchKeySet(getattr(named, device))
-    ordinary |= torch._C.DispatchKeySet(getattr(named, f"Autocast{device}"))
-    counted = torch._C.DispatchKeySet(named.ADInplaceOrView)
-    counted |= torch._C.DispatchKeySet(getattr(named, f"Autograd{device}"))
-    return {ordinary.raw_repr(), (ordinary | counted).raw_repr()}
-
-
-# the dispatcher hears of other classes, and of tensors that are no memory to read as it is: on
-# other devices, batched, negated, zeros without storage; lists hold tensors of any kind
-_TENSORS = frozenset((Tensor, torch.nn.Parameter))
-_KEYS_OF_TENSORS = frozenset(_keys_of("CPU") | _keys_of("CUDA"))
-_PLAIN = frozenset((type(None), bool, int, float, str, tuple, torch.Size))
-
-# to look each of them up takes as long as to call it
-_keys_of_tensor = torch._C._dispatch_keys
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_has_profiler = torch._C._autograd._profiler_enabled
-_has_transform = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
-_profilers = torch.autograd.profiler
-
-
-def _is_heard(arguments: tuple[Any, ...]) -> bool:
-    """Whether anything in torch would hear of a library op: a compiler, a tracer, a mode, a
-    transform, a profiler, or what is special about a tensor.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    for argument in arguments:
-        kind = type(argument)
-        if kind in _TENSORS:
-            if _keys_of_tensor(argument).raw_repr() not in _KEYS_OF_TENSORS:
-                return True
-        elif kind not in _PLAIN:
-            return True
-    return bool(
-        _dispatch_modes()
-        or _function_modes()
-        or _has_profiler()
-        # of all threads
-        or _profilers._is_profiler_enabled
-        or _has_transform()
-        or _tracing_state() is not None
-        or _is_compiler_at_work()
-    )
 
 
 def _untraced(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,18 +80,9 @@ def _untraced(launch: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any, **named: Any) -> Any:
         # what keeps the compiler out takes as long as a launch, and mostly none is at work
-        return (disabled if _is_compiler_at_work() else launch)(*arguments, **named)
+        return (disabled if repeats.is_compiler_at_work() else launch)(*arguments, **named)
 
     return run
-
-
-def _is_compiler_at_work() -> bool:
-    """Whether torch.compile looks at the frames that this thread runs."""
-    # to ask a compiler that nobody has loaded would load it, which takes a second
-    if "torch._dynamo" not in sys.modules:
-        return False
-    evaluation: Any = torch._C._dynamo.eval_frame
-    return evaluation.get_eval_frame_callback() is not None
 
 
 class NoContext:
@@ -173,14 +125,23 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         return function.apply(*arguments)
     if torch.is_grad_enabled():
         for argument in arguments:
-            # of what is plain no class need be asked
             if (
                 type(argument) not in _PLAIN
                 and isinstance(argument, Tensor)
                 and argument.requires_grad
             ):
                 return function.apply(*arguments)
+    if launching.thread.watcher is None and not repeats.listens():
+        key = repeats.key_of(arguments)
+        if key is not None:
+            return _forward_of(function)(key, arguments)
     return function.forward(NoContext(len(arguments)), *arguments)
+
+
+@functools.cache
+def _forward_of(function: type[torch.autograd.Function]) -> repeats.Repeats:
+    """The forward pass of a Function of which nothing is kept."""
+    return repeats.Repeats(lambda *given: function.forward(NoContext(len(given)), *given))
 
 
 def autocast_to_lower(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import numbers
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -55,8 +56,20 @@ def fail(exception: type[Exception], op: str, rule: str, **received: object) -> 
     raise exception(f"{op}: {rule} ({shown})" if shown else f"{op}: {rule}")
 
 
-def warn(message: str, depth: int = 3) -> None:
-    """UserWarning at the line that called the op, which is `depth` frames above this one."""
+# how many warnings the ops have given
+warned = 0
+
+_OURS = ("tritorch.checks", "tritorch.ops.", "tritorch.repeats", "tritorch.watched")
+
+
+def warn(message: str) -> None:
+    """UserWarning at the line that called the op."""
+    depth = 2
+    if not torch.compiler.is_compiling():
+        global warned
+        warned += 1
+        while sys._getframe(depth - 1).f_globals["__name__"].startswith(_OURS):
+            depth += 1
     warnings.warn(message, UserWarning, stacklevel=depth)
 
 

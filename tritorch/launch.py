@@ -10,8 +10,9 @@ import contextlib
 import functools
 import importlib
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,14 @@ _recorders: list[list[str]] = []
 _choices: list[list[tuple[str, Any]]] = []
 _questions: list[list[tuple[str, tuple[int, ...]]]] = []
 _pretended = 80
+
+
+class _Thread(threading.local):
+    # takes over each launch: called with a `Prepared` and what that was called with
+    watcher: Callable[[Prepared, Tensor, tuple[Any, ...], tuple[float, ...]], None] | None = None
+
+
+thread = _Thread()
 
 
 class Family:
@@ -121,10 +130,23 @@ def planned(plan: Callable[..., _Plan]) -> Callable[..., _Plan]:
 
     @functools.wraps(plan)
     def planned(*arguments: Any) -> _Plan:
-        asks = _overrides or _choices or _questions or tuned.forced is not None
-        return (plan if asks else remembered)(*arguments)
+        return (plan if _asks_again() else remembered)(*arguments)
 
     return planned
+
+
+def _asks_again() -> bool:
+    return bool(_overrides or _choices or _questions or tuned.forced is not None)
+
+
+def circumstances() -> tuple[Any, ...] | None:
+    """The choices in force on which launches depend, besides what they are given; None where plans
+    are asked again, or somebody wants to hear of each launch.
+    """
+    if _asks_again() or _recorders or _is_watched():
+        return None
+    target = dry.active()
+    return backend.current(), _pretended, target and target.name
 
 
 @contextlib.contextmanager
@@ -243,6 +265,9 @@ class Prepared:
         """Launches on the device of `on`."""
         if 0 in self._grid:
             return
+        if thread.watcher is not None:
+            thread.watcher(self, on, tensors, floats)
+            return
         device = _gpu(on)
         if device < 0 or backend.INTERPRETING:
             self._by_triton(on, (*tensors, *self.numbers, *floats))
@@ -255,15 +280,7 @@ class Prepared:
             # what is compiled for a profiler must not outlive it
             self._by_triton(on, (*tensors, *self.numbers, *floats))
             return
-        seen: list[Any] = [device]
-        for tensor in tensors:
-            if tensor is None:
-                seen.append(None)
-            elif isinstance(tensor, Tensor):
-                seen += tensor.dtype, tensor.data_ptr() % 16
-            else:
-                seen += tensor.base.dtype, tensor.block_shape
-        key = tuple(seen)
+        key = _key(device, tensors)
         found = self._bound.get(key)
         if found is None:
             arguments = (*tensors, *self.numbers, *floats)
@@ -281,6 +298,15 @@ class Prepared:
             *floats,
             *constants,
         )
+
+    def ready(self, on: Tensor, tensors: Sequence[Any], floats: tuple[float, ...]) -> Ready:
+        """The launch that was made of these, for tensors that Triton compiles alike."""
+        device = _gpu(on)
+        found = None if device < 0 else self._bound.get(_key(device, tensors))
+        if found is None:
+            return Ready(-1, functools.partial(self, floats=floats), (), (), None, ())
+        run, head, maps, constants = found
+        return Ready(device, run, self._grid, head, maps, (*self.numbers, *floats, *constants))
 
     def _by_triton(self, on: Tensor, arguments: tuple[Any, ...]) -> Any:
         """Launches as Triton does it, which takes ten times as long, and returns what it compiled.
@@ -308,6 +334,32 @@ class Prepared:
                 f"before Python starts, received a tensor on {on.device}"
             )
         return launch(*arguments, **options)
+
+
+class Ready(NamedTuple):
+    """A launch on the device, called as run(*grid, stream, *head, *tensors, *rest) with the tensors
+    as `maps` makes them; or, of device -1, as run(tensor on the device, *tensors).
+    """
+
+    device: int
+    run: Callable[..., None]
+    grid: tuple[int, ...]
+    head: tuple[Any, ...]
+    maps: bound.Maps | None
+    rest: tuple[Any, ...]
+
+
+def _key(device: int, tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """What Triton compiles a kernel for, of the tensors, descriptors and Nones it is given."""
+    seen: list[Any] = [device]
+    for tensor in tensors:
+        if tensor is None:
+            seen.append(None)
+        elif isinstance(tensor, Tensor):
+            seen += tensor.dtype, tensor.data_ptr() % 16
+        else:
+            seen += tensor.base.dtype, tensor.block_shape
+    return tuple(seen)
 
 
 def _gpu(tensor: Tensor) -> int:
@@ -358,7 +410,15 @@ def input_precision(dtype: torch.dtype, family: Literal["matmul", "conv"]) -> st
     """Triton's `input_precision` of a product: TF32 for float32 where torch's own flag of the
     family allows it.
     """
-    # the newer flags also answer for `allow_tf32`, which raises once a program has set one of them
-    backends: Any = torch.backends
-    flags = backends.cuda.matmul if family == "matmul" else backends.cudnn.conv
-    return "tf32" if dtype == torch.float32 and flags.fp32_precision == "tf32" else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    of_matmul, of_conv = precisions()
+    return "tf32" if (of_matmul if family == "matmul" else of_conv) == "tf32" else "ieee"
+
+
+def precisions() -> tuple[str, str]:
+    """torch's flags for products of float32, of matrices and of convolutions."""
+    # `torch.backends` asks the same and takes six times as long.  The older `allow_tf32` raises
+    # once a program has set one of these.
+    flag: Any = torch._C._get_fp32_precision_getter
+    return flag("cuda", "matmul"), flag("cuda", "conv")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, checks
+from tritorch import backend, checks, repeats
 from tritorch.ops import pool_function, windows
 from tritorch.ops.pool import widened_reference
 from tritorch.ops.windows import Counts
@@ -24,6 +24,7 @@ def adaptive_max_pool2d_reference(
     return widened_reference(F.adaptive_max_pool2d, input, (output_size,), return_indices)
 
 
+@repeats.repeated
 def adaptive_max_pool2d(
     input: Tensor, output_size: Counts, return_indices: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

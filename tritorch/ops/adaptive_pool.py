@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, launch
+from tritorch import backend, binding, checks, launch, repeats
 from tritorch.ops import avg_pool_function, windows
 from tritorch.ops.geometry import is_channels_last
 from tritorch.ops.pool3d import in_format_of
@@ -127,6 +127,7 @@ def _declined(input: Tensor, size: Sequence[int]) -> str | None:
     return None
 
 
+@repeats.repeated
 def adaptive_avg_pool1d(input: Tensor, output_size: Ints) -> Tensor:
     """The mean of each of `output_size` windows: `adaptive_avg_pool2d` along one axis.
 
@@ -153,6 +154,7 @@ def adaptive_avg_pool1d(input: Tensor, output_size: Ints) -> Tensor:
     return _mean(input.unsqueeze(-2), (1, *size)).squeeze(-2)
 
 
+@repeats.repeated
 def adaptive_avg_pool2d(input: Tensor, output_size: Counts) -> Tensor:
     """The mean of each of P x Q windows that cover the image.
 
@@ -186,6 +188,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Counts) -> Tensor:
     return _mean(input, size)
 
 
+@repeats.repeated
 def adaptive_avg_pool3d(input: Tensor, output_size: Counts) -> Tensor:
     """The mean of each of Z x P x Q windows that cover the volume: as `adaptive_avg_pool2d`.
 

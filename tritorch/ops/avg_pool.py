@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, checks
+from tritorch import backend, checks, repeats
 from tritorch.ops import avg_pool_function, windows
 from tritorch.ops.windows import Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
@@ -31,6 +31,7 @@ def avg_pool2d_reference(
     return output
 
 
+@repeats.repeated
 def avg_pool2d(
     input: Tensor,
     kernel_size: Ints,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks
+from tritorch import backend, binding, checks, repeats
 from tritorch.ops import loss
 from tritorch.ops.loss_function import ElementwiseLoss
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
@@ -36,6 +36,7 @@ def binary_cross_entropy_with_logits_reference(
     )
 
 
+@repeats.repeated
 def binary_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
@@ -81,6 +82,7 @@ def binary_cross_entropy(
     return result
 
 
+@repeats.repeated
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritorch import repeats
 from tritorch.ops import conv_call, conv_cost
 from tritorch.ops.activation import with_residual
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
@@ -32,6 +33,7 @@ def conv2d_reference(
     return conv_call.reference(2, input, weight, bias, *given)
 
 
+@repeats.repeated
 def conv2d(
     input: Tensor,
     weight: Tensor,

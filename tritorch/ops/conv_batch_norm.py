@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritorch import backend, binding, checks
+from tritorch import backend, binding, checks, repeats
 from tritorch.ops import conv_call
 from tritorch.ops.conv import Pair, conv2d, conv2d_reference
 from tritorch.ops.conv_batch_norm_function import ConvolutionStatistics
@@ -45,6 +45,7 @@ def conv2d_batch_norm_reference(
     return batch_norm_reference(y, *given, activation=activation, residual=residual)
 
 
+@repeats.repeated
 def conv2d_batch_norm(
     input: Tensor,
     weight: Tensor,

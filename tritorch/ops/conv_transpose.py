@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritorch import repeats
 from tritorch.ops import conv_call
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -66,6 +67,7 @@ def conv_transpose3d_reference(
     )
 
 
+@repeats.repeated
 def conv_transpose1d(
     input: Tensor,
     weight: Tensor,
@@ -97,6 +99,7 @@ def conv_transpose1d(
     )
 
 
+@repeats.repeated
 def conv_transpose2d(
     input: Tensor,
     weight: Tensor,
@@ -153,6 +156,7 @@ def conv_transpose2d(
     )
 
 
+@repeats.repeated
 def conv_transpose3d(
     input: Tensor,
     weight: Tensor,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks
+from tritorch import backend, binding, checks, repeats
 from tritorch.ops import classes, cross_entropy_function, loss
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -33,6 +33,7 @@ def cross_entropy_reference(
     )
 
 
+@repeats.repeated
 def cross_entropy(
     input: Tensor,
     target: Tensor,

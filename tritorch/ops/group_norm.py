@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks
+from tritorch import backend, binding, checks, repeats
 from tritorch.ops import strided
 from tritorch.ops.norm_of_one import Norm
 from tritorch.ops.reduce import accumulator_dtype
@@ -28,6 +28,7 @@ def group_norm_reference(
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 
+@repeats.repeated
 def group_norm(
     input: Tensor,
     num_groups: int,

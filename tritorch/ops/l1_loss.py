@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks
+from tritorch import backend, binding, checks, repeats
 from tritorch.ops import loss
 from tritorch.ops.loss_function import ElementwiseLoss
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
@@ -45,6 +45,7 @@ def huber_loss_reference(
     )
 
 
+@repeats.repeated
 def l1_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None
 ) -> Tensor:
@@ -81,6 +82,7 @@ def l1_loss(
     return result
 
 
+@repeats.repeated
 def smooth_l1_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", beta: float = 1.0
 ) -> Tensor:
@@ -121,6 +123,7 @@ def smooth_l1_loss(
     return result
 
 
+@repeats.repeated
 def huber_loss(
     input: Tensor,
     target: Tensor,

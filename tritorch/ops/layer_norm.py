@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks
+from tritorch import backend, binding, checks, repeats
 from tritorch.ops import strided
 from tritorch.ops.norm_of_one import Norm
 from tritorch.ops.reduce import accumulator_dtype
@@ -27,6 +27,7 @@ def layer_norm_reference(
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+@repeats.repeated
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],

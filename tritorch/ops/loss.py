@@ -286,8 +286,7 @@ def expanded(input: Tensor, target: Tensor, shape: torch.Size) -> tuple[Tensor, 
         checks.warn(
             f"Using a target size ({target.shape}) that is different to the input size "
             f"({input.shape}). This will likely lead to incorrect results due to broadcasting. "
-            "Please ensure they have the same size.",
-            depth=4,
+            "Please ensure they have the same size."
         )
     return input.expand(shape), target.expand(shape)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks
+from tritorch import backend, binding, checks, repeats
 from tritorch.ops.activation import (
     check_epilogue,
     checked_residual,
@@ -36,6 +36,7 @@ def linear_reference(
     return epilogue_reference(F.linear(input, weight, bias), activation, residual)
 
 
+@repeats.repeated
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """input @ other, with torch.matmul's rules for vectors, matrices and broadcast batches.
 
@@ -105,6 +106,7 @@ def _declined(input: Tensor, other: Tensor) -> str | None:
     return "batches that broadcast" if broadcast and differentiated else None
 
 
+@repeats.repeated
 def linear(
     input: Tensor,
     weight: Tensor,

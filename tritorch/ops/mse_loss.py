@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks
+from tritorch import backend, binding, checks, repeats
 from tritorch.ops import loss
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -104,6 +104,7 @@ class MseLossBackward(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
+@repeats.repeated
 def mse_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None
 ) -> Tensor:

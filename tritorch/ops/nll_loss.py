@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, launch
+from tritorch import backend, binding, checks, launch, repeats
 from tritorch.ops import classes, loss, strided
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
@@ -218,6 +218,7 @@ class NllLossRows(torch.autograd.Function):
         return (of_input, None, None, None, None)
 
 
+@repeats.repeated
 def nll_loss(
     input: Tensor,
     target: Tensor,

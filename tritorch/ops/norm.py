@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks
+from tritorch import backend, binding, checks, repeats
 from tritorch.ops import strided
 from tritorch.ops.activation import check_epilogue, epilogue_reference
 from tritorch.ops.norm_gradient import BatchNorm
@@ -39,6 +39,7 @@ def batch_norm_reference(
     return epilogue_reference(y, activation)
 
 
+@repeats.repeated
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, checks
+from tritorch import backend, checks, repeats
 from tritorch.ops import pool_function, windows
 from tritorch.ops.windows import Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
@@ -46,6 +46,7 @@ def widened_reference(
     return output.to(input.dtype)
 
 
+@repeats.repeated
 def max_pool2d(
     input: Tensor,
     kernel_size: Ints,

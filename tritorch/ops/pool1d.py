@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, checks
+from tritorch import backend, checks, repeats
 from tritorch.ops import avg_pool_function, pool_function, windows
 from tritorch.ops.pool import widened_reference
 from tritorch.ops.windows import Ints, Window
@@ -50,6 +50,7 @@ def _of_a_row(window: Window) -> Window:
     return 1, k, 1, stride, 0, padding, 1, dilation
 
 
+@repeats.repeated
 def max_pool1d(
     input: Tensor,
     kernel_size: Ints,
@@ -98,6 +99,7 @@ def max_pool1d(
     return values.squeeze(-2), indices.squeeze(-2)
 
 
+@repeats.repeated
 def avg_pool1d(
     input: Tensor,
     kernel_size: Ints,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritorch import backend, binding, checks, launch
+from tritorch import backend, binding, checks, launch, repeats
 from tritorch.ops import strided
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
@@ -135,6 +135,7 @@ class ChannelSum(torch.autograd.Function):
         return grad_output.reshape(view).expand(ctx.shape), None
 
 
+@repeats.repeated
 def channel_sum(input: Tensor, dim: int = 1) -> Tensor:
     """Sums `input` over every dimension but `dim`: the gradient of a bias.
 

@@ -1,0 +1,393 @@
+"""Calls that are repeated: they give what a call gives that goes its way, and what differs in
+anything that decides the way is no repeat.
+"""
+
+import itertools
+import threading
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+
+from tritorch import backend, launch, ops, repeats, watched
+from tritorch.registry import Maker, specs
+from tritorch.testing import calls
+
+pytestmark = pytest.mark.interpret
+
+# lists of tensors have no key
+NEVER = {"sgd_step", "adam_step"}
+# on the CPU each call looks at classes and probabilities before a kernel does
+LOOKS_FIRST = {"nll_loss", "binary_cross_entropy"}
+# the whole op, the forward pass of its Function and its library ops: each is tried on its own
+LEVELS = 3
+# of an op
+MOST_SAMPLES = 4
+
+
+@pytest.fixture(autouse=True)
+def kernels_only():
+    with backend.use("triton"), backend.strict():
+        yield
+
+
+@pytest.fixture
+def repeated():
+    """Results of the calls that were repeated."""
+    found = []
+    original = watched.Repeat.__call__
+
+    def repeat(self, arguments):
+        found.append(original(self, arguments))
+        return found[-1]
+
+    with mock.patch.object(watched.Repeat, "__call__", repeat):
+        yield found
+
+
+def made(sample, device):
+    """The sample's arguments, in tensors of their own."""
+    return {
+        name: calls.map_tensors(value, lambda one: one.clone().to(device))
+        for name, value in sample.arguments.items()
+    }
+
+
+def called(spec, given, forget=False):
+    """What a call gives and leaves in the tensors that it writes.  `forget`: it goes its way."""
+    with torch.no_grad():
+        if forget:
+            with launch.recorded():
+                result = calls.call(spec.op, given)
+        else:
+            result = calls.call(spec.op, given)
+    written = [one for name in spec.mutates for one in calls.tensors_of(given[name])]
+    return [*calls.outputs_of(result), *written]
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        assert torch.equal(one, other) or bool((one.isnan() & other.isnan() | (one == other)).all())
+
+
+SPECS = [pytest.param(spec, id=spec.name) for spec in specs()]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_is_repeated_has_its_own_tensors(spec, repeated, device):
+    """Samples of every op, with other numbers in the last call."""
+    names = set()
+    of_seeds = [spec.samples(Maker(device=device, seed=seed)) for seed in (1, 2)]
+    for sample, other in itertools.islice(zip(*of_seeds, strict=True), MOST_SAMPLES):
+        for _ in range(2 * LEVELS):
+            called(spec, made(sample, device))
+        repeated.clear()
+        given = made(other, device)
+        versions = [t._version for value in given.values() for t in calls.tensors_of(value)]
+        found = called(spec, given)
+        if repeated:
+            names.add(sample.name)
+        moved = [t._version for value in given.values() for t in calls.tensors_of(value)]
+        alone = made(other, device)
+        assert_same(found, called(spec, alone, forget=True))
+        steps = [after - before for after, before in zip(moved, versions, strict=True)]
+        expected = [t._version for value in alone.values() for t in calls.tensors_of(value)]
+        assert steps == expected
+    assert bool(names) == (spec.name not in NEVER | (LOOKS_FIRST if device == "cpu" else set()))
+
+
+@pytest.mark.parametrize("spec", [p for p in SPECS if p.values[0].gradients])
+def test_gradients_are_those_of_the_first_call(spec, device):
+    """The forward and the backward pass of what keeps tensors for autograd."""
+    sample = next(sample for sample in spec.samples(Maker(device=device)) if sample.layouts)
+
+    def gradients():
+        given = made(sample, device)
+        leaves = [
+            given[name].requires_grad_()
+            for name in spec.gradients
+            if given.get(name) is not None and given[name].is_floating_point()
+        ]
+        torch.manual_seed(0)
+        outputs = calls.outputs_of(calls.call(spec.op, given))
+        torch.manual_seed(1)
+        grads = [torch.randn_like(output) for output in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, grads, allow_unused=True)]
+
+    first, *_, last = [gradients() for _ in range(2 * LEVELS + 1)]
+    assert [one is None for one in last] == [one is None for one in first]
+    present = [one is not None for one in first]
+    assert_same(
+        [one.detach() for one in itertools.compress(last, present)],
+        [one.detach() for one in itertools.compress(first, present)],
+    )
+
+
+def often(call, times=2 * LEVELS):
+    """The result of the last of that many calls."""
+    with torch.no_grad():
+        for _ in range(times):
+            result = call()
+    return result
+
+
+_widths = itertools.count(4)
+
+
+@pytest.fixture
+def images(device):
+    """Images of a size that no test before has seen."""
+    return torch.randn(2, 3, 4, next(_widths), device=device)
+
+
+def test_a_call_is_repeated_from_the_third_on(images, repeated):
+    counts = []
+    for _ in range(4):
+        often(lambda: ops.relu(images), 1)
+        counts.append(len(repeated))
+    assert counts == [0, 0, 1, 2]
+
+
+def test_what_is_repeated_is_new_memory(images, repeated):
+    results = [often(lambda: ops.relu(images), 1) for _ in range(4)]
+    assert len({result.data_ptr() for result in results}) == 4
+    before = results[2].clone()
+    images.neg_()
+    assert torch.equal(often(lambda: ops.relu(images), 1), images.relu())
+    assert torch.equal(results[2], before)
+    assert len(repeated) == 3
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: x[:1],
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x.double(),
+        lambda x: torch.cat((x, x)).flatten()[1 : 1 + x.numel()].view(x.shape),
+        lambda x: torch.nn.Parameter(x, requires_grad=False).transpose(2, 3),
+    ],
+    ids=["shape", "order", "dtype", "alignment", "strides"],
+)
+def test_another_tensor_is_no_repeat(other, images, repeated):
+    often(lambda: ops.silu(images))
+    repeated.clear()
+    x = other(images)
+    assert torch.allclose(often(lambda: ops.silu(x), 1), torch.nn.functional.silu(x))
+    assert not repeated
+
+
+def test_equal_numbers_of_other_kinds_are_no_repeat(images, repeated):
+    """-0.0 is equal to 0.0, and True to 1: torch tells them apart."""
+    often(lambda: ops.leaky_relu(images, 0.0))
+    repeated.clear()
+    found = often(lambda: ops.leaky_relu(images, -0.0), 1)
+    negative = images < 0
+    # -0.0 times what is negative
+    assert not torch.signbit(found[negative]).any()
+    assert torch.signbit(often(lambda: ops.leaky_relu(images, 0.0), 1)[negative]).all()
+    often(lambda: ops.max_pool2d(images, 2, 1))
+    with pytest.raises(TypeError, match="must be integers"):
+        ops.max_pool2d(images, 2, True)
+    often(lambda: ops.max_pool2d(images, 2, (1, 1)))
+    with pytest.raises(TypeError, match="must be integers"):
+        ops.max_pool2d(images, 2, (True, True))
+
+
+@pytest.mark.parametrize("family", ["matmul", "conv"])
+def test_flags_of_torch_are_part_of_the_key(family, device):
+    """Of float32 alone, whose products they round."""
+    flags = {"matmul": torch.backends.cuda.matmul, "conv": torch.backends.cudnn.conv}[family]
+    single, half = torch.randn(2, 3, device=device), torch.randn(2, 3, device=device).half()
+    exact = [repeats.key_of((tensor,)) for tensor in (single, half)]
+    flags.fp32_precision = "tf32"
+    rounded = [repeats.key_of((tensor,)) for tensor in (single, half)]
+    assert rounded[0] != exact[0]
+    assert rounded[1] == exact[1]
+    assert launch.input_precision(torch.float32, family) == "tf32"
+
+
+def test_circumstances_are_asked_for_each_time(images, repeated):
+    often(lambda: ops.max_pool2d(images, 2))
+    repeated.clear()
+    with launch.recorded() as names:
+        often(lambda: ops.max_pool2d(images, 2))
+    assert len(names) == 2 * LEVELS
+    assert not repeated
+    with backend.use("reference"):
+        assert torch.equal(
+            often(lambda: ops.max_pool2d(images, 2), 1), torch.nn.functional.max_pool2d(images, 2)
+        )
+    assert not repeated
+    with launch.choices() as chosen:
+        often(lambda: ops.max_pool2d(images, 2), 1)
+    assert chosen
+    assert not repeated
+    often(lambda: ops.max_pool2d(images, 2), 1)
+    assert len(repeated) == 1
+
+
+def test_what_needs_a_gradient_is_no_repeat_of_what_needs_none(images):
+    often(lambda: ops.relu(images))
+    leaf = images.clone().requires_grad_()
+    ops.relu(leaf).sum().backward()
+    assert torch.equal(leaf.grad, (images > 0).float())
+
+
+def test_autocast_casts_before_a_repeat(images, device):
+    weight = torch.randn(5, 3, 1, 1, device=device)
+    often(lambda: ops.conv2d(images, weight))
+    with torch.autocast(device, torch.bfloat16):
+        assert often(lambda: ops.conv2d(images, weight), 1).dtype == torch.bfloat16
+    assert often(lambda: ops.conv2d(images, weight), 1).dtype == torch.float32
+
+
+def test_one_tensor_twice_is_never_repeated(repeated, device):
+    """Which of two arguments a launch was given could not be told."""
+    a, b = torch.randn(2, 8, 8, device=device)
+    assert torch.allclose(often(lambda: ops.matmul(a, a)), a @ a, atol=1e-5)
+    assert not repeated
+    assert torch.allclose(often(lambda: ops.matmul(a, b)), a @ b, atol=1e-5)
+    # the other way round that is no question
+    assert torch.allclose(often(lambda: ops.matmul(b, b), 1), b @ b, atol=1e-5)
+
+
+def test_running_statistics_move_and_count_each_time(images, repeated, device):
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    theirs = mean.clone(), var.clone()
+    for _ in range(5):
+        often(lambda: ops.batch_norm(images, mean, var, training=True), 1)
+        torch.nn.functional.batch_norm(images, *theirs, training=True)
+    assert len(repeated) == 3
+    assert mean._version == 5
+    assert torch.allclose(mean, theirs[0])
+    assert torch.allclose(var, theirs[1])
+
+
+def test_statistics_of_inference_mode_are_refused_after_repeats(images, device):
+    def statistics():
+        return torch.zeros(3, device=device), torch.ones(3, device=device)
+
+    ordinary = statistics()
+    often(lambda: ops.batch_norm(images, *ordinary, training=True))
+    with torch.inference_mode():
+        made_there = statistics()
+        often(lambda: ops.batch_norm(images, *made_there, training=True))
+    with pytest.raises(RuntimeError, match="inference mode"):
+        ops.batch_norm(images, *made_there, training=True)
+
+
+def test_every_call_warns(images):
+    target = torch.randn(4, 1, device=images.device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        often(lambda: ops.mse_loss(images, target))
+    assert len(caught) == 2 * LEVELS
+    assert {one.filename for one in caught} == {__file__}
+
+
+def test_an_error_is_raised_each_time(images):
+    for _ in range(4):
+        with pytest.raises(RuntimeError, match="kernel"):
+            ops.max_pool2d(images, 9)
+
+
+def test_what_listens_hears_of_every_call(images):
+    often(lambda: ops.relu(images))
+
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names = []
+    with Names():
+        often(lambda: ops.relu(images), 2)
+    assert names == ["tritorch::activation_forward"] * 2
+
+
+def test_a_thread_watches_its_own_calls(images):
+    """What others launch meanwhile is no part of what is repeated."""
+    alone = [watched.watch(ops.relu, (images,), {}) for _ in range(2)][1][1]
+
+    def beside_another(x):
+        other = threading.Thread(target=lambda: found.append(ops.silu(images)))
+        other.start()
+        other.join()
+        return ops.relu(x)
+
+    found = []
+    result, repeat = watched.watch(beside_another, (images,), {})
+    assert torch.allclose(found[0], torch.nn.functional.silu(images))
+    assert torch.equal(result, images.relu())
+    assert len(repeat.steps) == len(alone.steps) == 1
+
+
+def test_keys_are_forgotten_when_there_are_too_many(images):
+    again = repeats.Repeats(lambda x: x)
+    with mock.patch.object(repeats, "_MOST_KEYS", 3):
+        for key in range(10):
+            again((key,), (images,))
+            assert len(again._known) <= 3
+
+
+def twice(x):
+    y = x.new_empty(x.shape)
+    return y, y
+
+
+def test_what_is_returned_twice_is_not_repeated(images):
+    _, repeat = watched.watch(twice, (images,), {})
+    assert repeat is False
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        lambda x: x + 1,
+        lambda x: x.clone(),
+        lambda x: torch.zeros(3),
+        lambda x: x.flatten(),
+        lambda x: x.new_empty(3).fill_(1.0),
+        lambda x: [x],
+        lambda x: KEPT,
+        lambda x: x.sum().item(),
+    ],
+    ids=["computes", "copies", "fills", "views", "writes", "list", "elsewhere", "number"],
+)
+def test_what_does_more_than_launch_is_not_repeated(does, images):
+    _, repeat = watched.watch(does, (images,), {})
+    assert repeat is False
+
+
+KEPT = torch.ones(3)
+
+
+def special(device):
+    """Tensors that no kernel can read as they are."""
+    yield "negated", torch.randn(3, 2, dtype=torch.complex64, device=device).conj().imag
+    yield "nowhere", torch._efficientzerotensor((3, 4), device=device)
+    yield "empty", torch.empty(0, 3, device=device)
+    yield "sparse", torch.eye(3, device=device).to_sparse()
+    yield "nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], device=device)
+    yield "meta", torch.ones(3, device="meta")
+    yield "subclass", torch.ones(3, device=device).as_subclass(Tagged)
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_special_tensors_have_no_key(device):
+    keys = {name: repeats.key_of((tensor,)) for name, tensor in special(device)}
+    assert len(keys) == 7
+    assert set(keys.values()) == {None}
+    assert repeats.key_of(([torch.ones(3)],)) is None
+    assert repeats.key_of(((1, 2.0),)) is None
+    inside = []
+    torch.vmap(lambda x: (inside.append(repeats.key_of((x,))), x)[1])(torch.ones(3, 4))
+    assert inside == [None]
