@@ -237,11 +237,17 @@ def test_what_needs_a_gradient_is_no_repeat_of_what_needs_none(images):
     assert torch.equal(leaf.grad, (images > 0).float())
 
 
-def test_autocast_casts_before_a_repeat(images, device):
+def test_autocast_is_part_of_the_key(images, device, repeated):
+    """What it casts is never repeated, what it leaves is."""
     weight = torch.randn(5, 3, 1, 1, device=device)
     often(lambda: ops.conv2d(images, weight))
+    often(lambda: ops.relu(images))
+    repeated.clear()
     with torch.autocast(device, torch.bfloat16):
-        assert often(lambda: ops.conv2d(images, weight), 1).dtype == torch.bfloat16
+        assert often(lambda: ops.conv2d(images, weight)).dtype == torch.bfloat16
+        often(lambda: ops.relu(images))
+    assert [one.shape for one in repeated if one.shape == images.shape] == [images.shape] * 4
+    assert all(one.dtype == torch.bfloat16 for one in repeated if one.shape != images.shape)
     assert often(lambda: ops.conv2d(images, weight), 1).dtype == torch.float32
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -33,6 +34,7 @@ _PLAIN = frozenset((type(None), bool, int, str, torch.dtype))
 _TUPLES = frozenset((tuple, torch.Size))
 _INTEGERS = frozenset((int,))
 _FLAGS = frozenset((bool,))
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 # to look each of them up takes as long as to call it
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -116,7 +118,7 @@ class Repeats:
         self._known: dict[tuple[Any, ...], bool | watched.Repeat] = {}
 
     def __call__(
-        self, key: tuple[Any, ...], arguments: tuple[Any, ...], named: Mapping[str, Any] = {}
+        self, key: tuple[Any, ...], arguments: tuple[Any, ...], named: Mapping[str, Any] = _NONE
     ) -> Any:
         """`function(*arguments, **named)`, of which the key says everything that decides its way
         besides the `launch.circumstances`.
@@ -149,15 +151,15 @@ def repeated(op: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         given = (*arguments, *named.values()) if named else arguments
         if (
             _needs_gradient(given)
-            or _has_autocast()
             or forward_ad._current_level >= 0
             or listens()
             or (key := key_of(given)) is None
         ):
             return op(*arguments, **named)
-        result: _Result = repeats(
-            (*key, torch.is_inference_mode_enabled(), *named), arguments, named
-        )
+        key = (*key, torch.is_inference_mode_enabled(), *named)
+        if _has_autocast():
+            key += _autocast()
+        result: _Result = repeats(key, arguments, named)
         return result
 
     return call
@@ -169,3 +171,10 @@ def _needs_gradient(arguments: Iterable[Any]) -> bool:
             if type(argument) in _TENSORS and argument.requires_grad:
                 return True
     return False
+
+
+def _autocast() -> tuple[Any, ...]:
+    return tuple(
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        for device in ("cuda", "cpu")
+    )
