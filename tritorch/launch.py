@@ -141,9 +141,9 @@ def _asks_again() -> bool:
 
 def circumstances() -> tuple[Any, ...] | None:
     """The choices in force on which launches depend, besides what they are given; None where plans
-    are asked again, or somebody wants to hear of each launch.
+    are asked again, somebody wants to hear of each launch, or torch fills what is allocated.
     """
-    if _asks_again() or _recorders or _is_watched():
+    if _asks_again() or _recorders or _is_watched() or torch.are_deterministic_algorithms_enabled():
         return None
     target = dry.active()
     return backend.current(), _pretended, target and target.name

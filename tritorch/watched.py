@@ -5,6 +5,7 @@ Values of a call have places: None, the call's arguments, then what it allocates
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ class Part(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A launch, and the tensors that are allocated before it: size, strides, dtype, device of each.
+    """A launch, and the tensors that are allocated before it: a function, and what it is given.
 
     `places`: of its arguments.  `on`: of the tensor on whose device it is.  `dropped`: of values
     that nothing uses later.
@@ -86,8 +87,8 @@ class Repeat(NamedTuple):
         stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else None
         values: list[Any] = [None, *arguments]
         for allocations, (_, run, grid, head, maps, rest), on, places, dropped in self.steps:
-            for size, strides, dtype, where in allocations:
-                values.append(torch.empty_strided(size, strides, dtype=dtype, device=where))
+            for allocate, size, strides, dtype in allocations:
+                values.append(allocate(size, strides, dtype))
             tensors = [
                 values[at] if isinstance(at, int) else launch.descriptor(values[at.place], *at[1:])
                 for at in places
@@ -203,10 +204,11 @@ class _Watch(TorchDispatchMode):
     def repeat(self, result: Any) -> Repeat | None:
         """What repeats a call with this result, if anything does."""
         results = result if type(result) is tuple else (result,)
-        allocations = [_geometry(value) for value in self._values[self._arguments :]]
+        allocations = [_allocation(value) for value in self._values[self._arguments :]]
         where = [self._result(one, allocations) for one in results]
         found = [at for at in where if at is not None]
         devices = {ready.device for _, ready, _ in self._launches} or {-1}
+        of_tensors = {value.device for value in self._values if isinstance(value, Tensor)}
         known = all(None not in places for _, _, places in self._launches)
         # what is returned twice may have two shapes
         made = [at for at in found if isinstance(at, int) and at >= self._arguments]
@@ -215,6 +217,7 @@ class _Watch(TorchDispatchMode):
             or len(found) < len(where)
             or len(set(made)) < len(made)
             or len(devices) > 1
+            or len(of_tensors) > 1
         ):
             return None
         of_results = [at.place if isinstance(at, Part) else at for at in found]
@@ -252,7 +255,7 @@ class _Watch(TorchDispatchMode):
         if _extent(one) != _extent(value):
             return Part(place, one.shape, one.stride(), 0)
         # no view where torch returns none
-        allocations[place - self._arguments] = _geometry(one)
+        allocations[place - self._arguments] = _allocation(one)
         return place
 
 
@@ -261,8 +264,23 @@ def _version(value: Any) -> int | None:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
-def _geometry(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def _allocation(tensor: Tensor) -> tuple[Any, ...]:
+    """The function that allocates one like it, and what that is given."""
+    return _allocator(tensor.device), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+@functools.cache
+def _allocator(device: torch.device) -> Callable[..., Tensor]:
+    # those of the programs that torch.compile writes take half as long, and allocate on the current
+    # device, which is the one of the launches
+    if device.type in ("cpu", "cuda"):
+        allocate: Callable[..., Tensor] = getattr(
+            torch._C._dynamo.guards, f"_empty_strided_{device.type}"
+        )
+        return allocate
+    return lambda size, strides, dtype: torch.empty_strided(
+        size, strides, dtype=dtype, device=device
+    )
 
 
 def _extent(tensor: Tensor) -> int:
