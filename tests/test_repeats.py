@@ -76,6 +76,12 @@ def assert_same(found, expected):
 SPECS = [pytest.param(spec, id=spec.name) for spec in specs()]
 
 
+def test_every_op_is_repeated():
+    undecorated = {spec.name for spec in specs() if not hasattr(spec.op, "__wrapped__")}
+    # its seeds are drawn
+    assert undecorated == NEVER | {"dropout"}
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_is_repeated_has_its_own_tensors(spec, repeated, device):
     """Samples of every op, with other numbers in the last call."""
