@@ -6,7 +6,7 @@ As in `battery.py`, each is a function from a subject and a case to findings, an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +18,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritorch.registry import Argument, Subject
-from tritorch.testing import calls, cases, interpreter
+from tritorch.testing import calls, cases, interpreter, products
 from tritorch.testing.findings import Finding
 from tritorch.testing.trials import Case, different, judged, outcome, raised, same_bits
 
 # namespaces of torch's own ops
 _TORCHS = frozenset(("aten", "prim", "prims", "profiler", "inductor", "debugprims", "triton"))
-_backends: Any = torch.backends
-_PRODUCTS = (_backends.cuda.matmul, _backends.cudnn.conv)
 
 
 def layout_of_results(
@@ -378,7 +376,7 @@ def tf32_is_used(subject: Subject, case: Case) -> list[Finding]:
     within float32's: it was asked for and happened.
     """
     arguments = case.arguments(subject)
-    with _allowing_tf32(), _rounding_to_tf32(case):
+    with products.allowing_tf32(), _rounding_to_tf32(case):
         actual, findings = outcome(subject, case, arguments)
         if actual is None:
             return findings
@@ -405,18 +403,6 @@ def tf32_is_not_used(subject: Subject, case: Case) -> list[Finding]:
         for finding in wrong
         if finding.argument not in known
     ]
-
-
-@contextlib.contextmanager
-def _allowing_tf32() -> Iterator[None]:
-    before = [flags.fp32_precision for flags in _PRODUCTS]
-    try:
-        for flags in _PRODUCTS:
-            flags.fp32_precision = "tf32"
-        yield
-    finally:
-        for flags, precision in zip(_PRODUCTS, before, strict=True):
-            flags.fp32_precision = precision
 
 
 def _rounding_to_tf32(case: Case) -> contextlib.AbstractContextManager[None]:
