@@ -2,7 +2,8 @@
 
 Operands and results are descriptors of three dimensions, the first of which is a batch: of
 matrices, of partial sums, or of the columns of an image.  A tile of one entry goes from global to
-shared memory and into wgmma as it is, whichever of its two axes is contiguous.
+shared memory and into wgmma as it is, whichever of its two axes is contiguous: 16-bit numbers are,
+float32 as TF32 only along the inner axis.
 """
 
 import triton
@@ -23,7 +24,8 @@ def _tile(form, m, n, k, num_warps, num_stages, halves=None):
     return Config({**blocks, "FORM": form}, num_warps=num_warps, num_stages=num_stages)
 
 
-# by bytes per element
+# by bytes per element: 16-bit operands, or float32 as TF32, of which as many bytes are half as many
+# numbers
 MATMUL_TMA_CONFIGS = {
     2: (
         # in the order of preference; long sums over few tiles
@@ -53,7 +55,27 @@ MATMUL_TMA_CONFIGS = {
         # only with a residual
         _tile("persistent", 128, 256, 64, 8, 3),
         _tile("persistent", 256, 128, 64, 8, 3),
-    )
+    ),
+    4: (
+        # the same, but that results take as many bytes as partial sums
+        _tile("tile", 128, 128, 64, 8, 3),
+        _tile("tile", 128, 128, 32, 8, 3),
+        _tile("persistent", 128, 128, 32, 8, 4, halves=2),
+        _tile("tile", 128, 64, 32, 4, 3),
+        _tile("persistent", 128, 256, 32, 8, 3),
+        _tile("persistent", 256, 128, 32, 8, 3),
+        _tile("tile", 128, 256, 32, 8, 4),
+        _tile("tile", 256, 128, 32, 8, 4),
+        _tile("tile", 64, 256, 32, 4, 4),
+        _tile("tile", 256, 64, 32, 8, 4),
+        _tile("tile", 64, 128, 32, 4, 4),
+        _tile("tile", 64, 64, 64, 4, 4),
+        _tile("tile", 64, 32, 64, 4, 4),
+        _tile("tile", 64, 16, 64, 4, 4),
+        _tile("stationary", 64, 128, 64, 4, 3, halves=2),
+        _tile("stationary", 128, 64, 32, 4, 4),
+        _tile("stationary", 128, 128, 32, 8, 3, halves=2),
+    ),
 }
 
 # of an H100 SXM and an H200: one constant, so that sums are split alike on every GPU
@@ -64,17 +86,17 @@ MIN_SLICES = 8
 
 def matmul_tma_config(m, n, k, batch, shared, itemsize):
     """The configuration that takes fewest cycles by `_cycles`; `shared` where all entries of the
-    batch have one b.
+    batch have one b.  An itemsize of 4 is TF32.
     """
     configs = [
         config
         for config in MATMUL_TMA_CONFIGS[itemsize]
         if config.kwargs["FORM"] != "stationary" or (shared and k <= config.kwargs["BLOCK_K"])
     ]
-    return min(configs, key=lambda config: _cycles(config, m, n, k, batch))
+    return min(configs, key=lambda config: _cycles(config, m, n, k, batch, itemsize))
 
 
-def for_moments(config):
+def for_moments(config, itemsize):
     """What takes the place of a configuration where each column of a tile is summed up: as large a
     tile of fewer columns, or one whose multiprocessor has room for the sums of its warps.
     """
@@ -84,24 +106,32 @@ def for_moments(config):
         tile = sizes["FORM"], 256, 128
     elif tile != ("persistent", 128, 128) or sizes["HALVES"] == 1:
         return config
-    for entry in MATMUL_TMA_CONFIGS[2]:
+    for entry in MATMUL_TMA_CONFIGS[itemsize]:
         if tile == tuple(entry.kwargs[name] for name in ("FORM", "BLOCK_M", "BLOCK_N")):
             return entry
     return config
 
 
-def for_residual(config):
+def for_residual(config, itemsize):
     """What takes the place of a configuration where a residual is added: of what is persistent, the
-    same tile that has room for one beside the operands of the next.
+    same tile with most stages that has room for one beside the operands of the next, or where none
+    has, the same tile of one program.
     """
-    sizes = config.kwargs
-    tile = sizes["FORM"], sizes["BLOCK_M"], sizes["BLOCK_N"]
-    stages = 4 if tile[1] == tile[2] else 3
-    for entry in MATMUL_TMA_CONFIGS[2]:
-        found = tuple(entry.kwargs[name] for name in ("FORM", "BLOCK_M", "BLOCK_N"))
-        if found == tile and found[0] == "persistent" and entry.num_stages == stages:
-            return entry
-    return config
+    if config.kwargs["FORM"] != "persistent":
+        return config
+    tile = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
+    fitting = [
+        entry
+        for entry in MATMUL_TMA_CONFIGS[itemsize]
+        if (entry.kwargs["BLOCK_M"], entry.kwargs["BLOCK_N"]) == tile
+        and entry.kwargs["FORM"] != "stationary"
+        and residents(entry, itemsize, True) > 0
+    ]
+    return min(
+        fitting,
+        key=lambda entry: (entry.kwargs["FORM"] != "persistent", -entry.num_stages),
+        default=config,
+    )
 
 
 def num_splits(config, m, n, k, batch):
@@ -118,7 +148,7 @@ def num_tiles(config, m, n):
     return triton.cdiv(m, config.kwargs["BLOCK_M"]) * triton.cdiv(n, config.kwargs["BLOCK_N"])
 
 
-def residents(config, residual=False):
+def residents(config, itemsize, residual=False):
     """Programs that share a multiprocessor: as its registers and its shared memory allow."""
     form = config.kwargs["FORM"]
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
@@ -130,11 +160,13 @@ def residents(config, residual=False):
     threads = 32 * config.num_warps
     # of the accumulator, and of everything else
     registers = block_m * block_n // threads + 40
-    return min(232448 // (2 * (columns * block_k + stored) + 1024), 65536 // (registers * threads))
+    shared = itemsize * (columns * block_k + stored) + 1024
+    return min(232448 // shared, 65536 // (registers * threads))
 
 
 # what a multiprocessor of compute capability 9 does in a cycle: pairs of 16-bit numbers that it
-# multiplies, bytes that it receives from L2, that it sends there, and of partial sums that it adds
+# multiplies (of TF32 half as many), bytes that it receives from L2, that it sends there, and of
+# partial sums that it adds
 PAIRS = 1800
 LOADED = 50
 STORED = 40
@@ -147,7 +179,7 @@ ALONE = 2000
 SUMS = 8000
 
 
-def _cycles(config, m, n, k, batch):
+def _cycles(config, m, n, k, batch, itemsize):
     """A rough count for the busiest multiprocessor, whose constants are those that choose best
     among what an H100 measured.
     """
@@ -156,21 +188,21 @@ def _cycles(config, m, n, k, batch):
     splits = num_splits(config, m, n, k, batch)
     slices = triton.cdiv(triton.cdiv(k, block_k), splits)
     tiles = triton.cdiv(num_tiles(config, m, n) * batch * splits, MULTIPROCESSORS)
-    together = min(tiles, residents(config))
+    together = min(tiles, residents(config, itemsize))
     # of few columns the rows are read from shared memory too often
-    multiplied = block_m * max(block_n, 96) * block_k / PAIRS
+    multiplied = itemsize * block_m * max(block_n, 96) * block_k / (2 * PAIRS)
     loaded = block_m + (0 if form == "stationary" else block_n)
     # a stage is loaded while the others of all programs are multiplied
     waits = LATENCY / (together * (config.num_stages - 1))
-    loop = slices * max(multiplied, 2 * loaded * block_k / LOADED, waits)
-    stored = block_m * block_n * (4 if splits > 1 else 2) / STORED
+    loop = slices * max(multiplied, itemsize * loaded * block_k / LOADED, waits)
+    stored = block_m * block_n * (4 if splits > 1 else itemsize) / STORED
     ends = START
-    if form == "tile" and residents(config) == 1:
+    if form == "tile" and residents(config, itemsize) == 1:
         ends = tiles * ALONE
     elif form == "tile":
         # most of it while others multiply
         stored /= 4
-        ends *= triton.cdiv(tiles, residents(config))
+        ends *= triton.cdiv(tiles, residents(config, itemsize))
     sums = 0
     if splits > 1:
         # every partial sum is read once more, by all multiprocessors
@@ -204,6 +236,8 @@ def matmul_tma_kernel(
     which is described as the result.  SWAPPED: the result is stored transposed, N being its columns
     still.  FILLS: zeros go to the entries after z, after z + y_row and to that one itself.
 
+    Products of float32 are TF32's, which wgmma truncates its operands to.
+
     With moments_ptr, for results that are neither split nor SWAPPED nor filled, it writes mean,
     squared deviations and count of each column of each tile as it is stored, of the M rows alone.
     """
@@ -220,7 +254,7 @@ def matmul_tma_kernel(
         for step in range(STEPS):
             a, b = _operands(a_desc, b_desc, m, n, z, step, STEPS, BATCH, ENTRIES, a_step, b_step,
                              A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH, BLOCK_M, BLOCK_N, BLOCK_K)
-            acc = tl.dot(a, b.T, acc)
+            acc = tl.dot(a, b.T, acc, input_precision="tf32")
         _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
     elif FORM == "persistent":
         t = pid - programs
@@ -236,7 +270,7 @@ def matmul_tma_kernel(
                 m, n, z = _place(t, num_m, num_n, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, GROUP_M)
             a, b = _operands(a_desc, b_desc, m, n, z, step, STEPS, BATCH, ENTRIES, a_step, b_step,
                              A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH, BLOCK_M, BLOCK_N, BLOCK_K)
-            acc = tl.dot(a, b.T, acc)
+            acc = tl.dot(a, b.T, acc, input_precision="tf32")
             if step == STEPS - 1:
                 _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
                 acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -247,7 +281,7 @@ def matmul_tma_kernel(
         for t in range(pid // num_n, TILES // num_n, programs // num_n):
             m, _, z = _place(t, num_m, 1, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, 1)
             a = _load(a_desc, z * a_step, m, 0, A_TRANSPOSED, BLOCK_M, BLOCK_K)
-            acc = tl.dot(a, b.T)
+            acc = tl.dot(a, b.T, input_precision="tf32")
             _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
 
 

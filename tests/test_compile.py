@@ -9,7 +9,7 @@ from tests import narrow
 from tritorch import backend, launch
 from tritorch.ops import norm_stages
 from tritorch.registry import Maker, specs
-from tritorch.testing import configurations, dry
+from tritorch.testing import configurations, dry, products
 
 pytestmark = pytest.mark.compile
 
@@ -136,6 +136,22 @@ def test_full_float32_compiles_without_spills(target):
                         check(compiled(spec, target, torch.float32, arguments), target)
     finally:
         flags.fp32_precision = before
+
+
+@pytest.mark.parametrize("target", sorted(dry.TARGETS))
+def test_tf32_of_matrices_compiles_without_spills(target):
+    """What torch's default, full float32 in products of matrices, would not choose."""
+    with products.allowing_tf32():
+        for spec in specs():
+            if "matmul.matmul_kernel" not in spec.kernels:
+                continue
+            for sample in spec.workloads(Maker(torch.float32)):
+                check(compiled(spec, target, torch.float32, sample.arguments), target)
+            forced = overridden(spec, torch.float32)
+            assert {"matmul_config", "matmul_tma_config"} <= {name for name, *_ in forced}
+            for name, entry, arguments in forced:
+                with launch.override(name, entry):
+                    check(compiled(spec, target, torch.float32, arguments), target)
 
 
 @pytest.fixture

@@ -323,9 +323,9 @@ def test_products_write_moments_beside_the_next(entry, stride):
     with launch.override("matmul_tma_config", config):
         kernel = compiled(empty(256, k, 14, 14), empty(512, k, 1, 1), stride=stride)
     assert kernel.kernel == MULTIPLY
-    own = matmul_tma.kernels.for_moments(config)
+    own = matmul_tma.kernels.for_moments(config, 2)
     assert kernel.constexprs["FORM"] == config.kwargs["FORM"]
     assert kernel.constexprs["BLOCK_M"] == own.kwargs["BLOCK_M"]
-    used = check(kernel, matmul_tma.kernels.residents(own))
+    used = check(kernel, matmul_tma.kernels.residents(own, 2))
     # one slice has nothing to overlap with
     assert stationary or not used.serialized

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from tritorch import backend, launch, ops
 from tritorch.bench import machine_code
 from tritorch.ops import matmul_tma
-from tritorch.testing import dry
+from tritorch.registry import Maker, specs
+from tritorch.testing import cases, dry, interpreter, products
 from tritorch.testing.detectors import detecting
 
 kernels = matmul_tma.kernels
@@ -19,7 +20,7 @@ KERNEL, SUM = "matmul_tma_kernel", "matmul_tma_sum_kernel"
 
 @contextlib.contextmanager
 def tiles(form, *blocks, halves=2):
-    """Everything of 16 bits through this tile, in strict mode; the kernels launched."""
+    """Everything on descriptors through this tile, in strict mode; the kernels launched."""
     config = kernels._tile(form, *blocks, 4, 2, halves)
     with (
         launch.pretend(90),
@@ -32,7 +33,7 @@ def tiles(form, *blocks, halves=2):
         patched.setattr(matmul_tma, "_MIN_PRODUCTS", 0)
         # few programs, so that one has several tiles
         chosen = matmul_tma.processors
-        patched.setattr(matmul_tma, "processors", lambda *operands: min(1, chosen(*operands)))
+        patched.setattr(matmul_tma, "processors", lambda *given: min(1, chosen(*given)))
         yield names
 
 
@@ -233,6 +234,63 @@ def test_a_split_pointwise_convolution_with_a_residual(device):
     assert_close(found, exact)
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("form", "size", "epilogue"),
+    [
+        ("tile", (40, 24, 40), "plain"),
+        ("persistent", (40, 24, 40), "plain"),
+        ("stationary", (40, 24, 24), "plain"),
+        ("tile", (8, 48, 40), "plain"),
+        ("tile", (8, 48, 528), "all"),
+        ("persistent", (40, 24, 40), "all"),
+    ],
+    ids=["tile", "persistent", "stationary", "few-rows", "split", "epilogue"],
+)
+def test_float32_as_tf32(form, size, epilogue, device):
+    """Right within TF32's rounding and not within float32's; the gradients of a product whose
+    factors lie along the inner axis are products of factors that do not.
+    """
+    m, n, k = size
+    make = Maker(torch.float32, device, "tf32")
+    given = {"input": make(m, k), "weight": make(n, k)}
+    if epilogue == "all":
+        given |= {"bias": make(n), "residual": make(m, n)}
+    # the interpreter drops the bits that a tensor core does not read
+    short = interpreter.corrected(tf32=True) if device == "cpu" else contextlib.nullcontext()
+    grad = cases.random_gradient("tf32")
+    blocks = 32, 16, 32 if form == "stationary" else 16
+    with products.allowing_tf32(), short, tiles(form, *blocks) as names, watched(device):
+        within, beyond = (
+            dict(cases.verdicts(LINEAR, given, grad, unit_in=unit)) for unit in (2**-11, 0.0)
+        )
+    assert names.count(KERNEL) == 2
+    assert names.count("matmul_kernel") == 4
+    assert ("split_sum_kernel" in names) == (k == 528)
+    assert [what for what, verdict in within.items() if not verdict.accepted] == []
+    assert not beyond["output 0"].accepted
+
+
+LINEAR = next(spec for spec in specs() if spec.name == "linear")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("layouts", ["NN", "NT", "TN", "TT"])
+def test_tf32_of_factors_along_the_inner_axis_alone(layouts, device):
+    """wgmma does not transpose float32; and without TF32 there is no wgmma of it at all."""
+    a, b = made(device, 2, 40, 40, dtype=torch.float32), made(device, 2, 40, 24).float()
+    a, b = (along(x, order == "T") for x, order in zip((a, b), layouts, strict=True))
+    with tiles("tile", 32, 16, 16) as names:
+        y = ops.matmul(a, b)
+        with products.allowing_tf32():
+            short = ops.matmul(a, b)
+    assert names == ["matmul_kernel", KERNEL if layouts == "NT" else "matmul_kernel"]
+    for found in (y, short):
+        # the interpreter keeps all bits unless asked
+        limit = 40 * (2**-10 if device == "cuda" and found is short else 2**-22)
+        assert (found.double() - a.double() @ b.double()).abs().max() <= limit
+
+
 def gradients(run, operands):
     leaves = [o.detach().clone().requires_grad_() for o in operands]
     y = run(*leaves)
@@ -310,58 +368,73 @@ def empty(*shape, dtype=torch.bfloat16):
     return values.contiguous(memory_format=last) if len(shape) == 4 else values
 
 
+# bytes per element, and which of the entries of that size
+ENTRIES = [*((2, entry) for entry in range(22)), *((4, entry) for entry in range(17))]
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize("entry", range(22))
-def test_configurations_overlap_their_products(entry):
+@pytest.mark.parametrize(("itemsize", "entry"), ENTRIES)
+def test_configurations_overlap_their_products(itemsize, entry):
     """From shared memory to the tensor cores without a stop: nothing is loaded by the threads, and
     no product is waited for before the next.
     """
-    config = kernels.MATMUL_TMA_CONFIGS[2][entry]
+    config, dtype = kernels.MATMUL_TMA_CONFIGS[itemsize][entry], DTYPES[itemsize]
     stationary = config.kwargs["FORM"] == "stationary"
-    k = 64 if stationary else 512
-    a, b = empty(9000, k), empty(k, 512)
-    with launch.override("matmul_tma_config", config):
-        found = compiled(ops.matmul, a, along(b, True)) + compiled(ops.matmul, along(a, True), b)
+    k = config.kwargs["BLOCK_K"] if stationary else 512
+    a, b = empty(9000, k, dtype=dtype), empty(k, 512, dtype=dtype)
+    with launch.override("matmul_tma_config", config), products.allowing_tf32():
+        found = compiled(ops.matmul, a, along(b, True))
+        if itemsize == 2:
+            found += compiled(ops.matmul, along(a, True), b)
         # the epilogue that takes most registers
-        bias = empty(512)
+        bias = empty(512, dtype=dtype)
         found += compiled(ops.linear, a.requires_grad_(), along(b, True).mT, bias, "gelu")
-    assert len(found) == 3
+    assert len(found) == (3 if itemsize == 2 else 2)
     for kernel in found:
+        assert PRODUCT[itemsize] in kernel.compiled.asm["ptx"]
         assert kernel.kernel == KERNEL
         assert dry.problems(kernel, "sm_90") == []
         used = dry.resources(kernel)
         # one slice has nothing to overlap with
         assert stationary or not used.serialized
         assert min(used.count("HGMMA"), used.count("UTMALDG"), used.count("UTMASTG")) > 0
-        assert (used.shared + 1024) * kernels.residents(config) <= 228 * 1024
-    for kernel in found[:2]:
+        assert (used.shared + 1024) * kernels.residents(config, itemsize) <= 228 * 1024
+    for kernel in found[:-1]:
         used = dry.resources(kernel)
         assert used.count("LDS", "LDSM", "LDG") == 0
-        assert used.registers * 32 * kernel.num_warps * kernels.residents(config) <= 65536
+        together = kernels.residents(config, itemsize)
+        assert used.registers * 32 * kernel.num_warps * together <= 65536
+
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+PRODUCT = {2: ".f32.bf16.bf16", 4: ".f32.tf32.tf32"}
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("entry", range(22))
-def test_configurations_have_room_for_a_residual(entry):
+@pytest.mark.parametrize(("itemsize", "entry"), ENTRIES)
+def test_configurations_have_room_for_a_residual(itemsize, entry):
     """Or another takes their place; the loop over the slices is what it is without."""
-    config = kernels.MATMUL_TMA_CONFIGS[2][entry]
-    taken = kernels.for_residual(config)
+    config, dtype = kernels.MATMUL_TMA_CONFIGS[itemsize][entry], DTYPES[itemsize]
+    taken = kernels.for_residual(config, itemsize)
     stationary = config.kwargs["FORM"] == "stationary"
-    k = 64 if stationary else 512
-    a, b, residual = empty(9000, k), empty(512, k), empty(9000, 512)
-    with launch.override("matmul_tma_config", config):
+    k = config.kwargs["BLOCK_K"] if stationary else 512
+    a, b, bias, residual = (
+        empty(*shape, dtype=dtype) for shape in ((9000, k), (512, k), (512,), (9000, 512))
+    )
+    with launch.override("matmul_tma_config", config), products.allowing_tf32():
         for activation in ("relu", "gelu"):
-            found = compiled(ops.linear, a, b, empty(512), activation, residual=residual)
+            found = compiled(ops.linear, a, b, bias, activation, residual=residual)
             # with the values before the activation
             a = a.detach().requires_grad_()
-            found += compiled(ops.linear, a, b, empty(512), activation, residual=residual)
+            found += compiled(ops.linear, a, b, bias, activation, residual=residual)
             assert len(found) > 1
-            assert kernels.residents(taken, True) >= 1
+            assert kernels.residents(taken, itemsize, True) >= 1
             for kernel in found:
                 assert dry.problems(kernel, "sm_90") == []
                 assert (kernel.num_stages, kernel.num_warps) == (taken.num_stages, taken.num_warps)
                 used = dry.resources(kernel)
-                assert (used.shared + 1024) * kernels.residents(taken, True) <= 228 * 1024
+                together = kernels.residents(taken, itemsize, True)
+                assert (used.shared + 1024) * together <= 228 * 1024
                 # one slice has nothing to overlap with, and its loop is over whole tiles
                 if not stationary:
                     assert not used.serialized
@@ -416,8 +489,23 @@ def test_what_descriptors_do_not_take(monkeypatch):
         assert takes(ops.matmul, a.to(dtype), b.to(dtype))
     for target in ("sm_80", "sm_100", "gfx942"):
         assert not takes(ops.matmul, a, b, target=target), target
-    assert not takes(ops.matmul, a.float(), b.float())
     assert not takes(ops.matmul, empty(64, 64), empty(64, 64))
+    # float32 as TF32 alone, along the inner axis alone
+    single, weight = empty(256, 512, dtype=torch.float32), empty(384, 512, dtype=torch.float32)
+    assert not takes(ops.linear, single, weight)
+    with products.allowing_tf32():
+        assert takes(ops.linear, single, weight)
+        assert takes(ops.matmul, single, weight.mT)
+        assert not takes(ops.matmul, single, weight.view(512, 384))
+        assert not takes(ops.matmul, single.view(512, 256).mT, weight.mT)
+        assert not takes(ops.linear, single.view(-1)[: 250 * 510].view(250, 510), weight[:, :510])
+        assert not takes(ops.matmul, single.double(), weight.double().mT)
+        for target in ("sm_80", "sm_100", "gfx942"):
+            assert not takes(ops.linear, single, weight, target=target), target
+    # nor is a column by a row, of which either axis lies along memory
+    column = empty(8192, 1, dtype=torch.float32)
+    with products.allowing_tf32():
+        assert not takes(ops.matmul, column, column.mT)
     # rows that do not begin on 16 bytes, an address that does not, no axis along memory, one row
     # that is all rows
     assert not takes(ops.matmul, empty(256, 500), empty(500, 384))

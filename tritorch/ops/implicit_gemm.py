@@ -139,8 +139,8 @@ def _processors(
     written = (y,) if residual is None else (y, residual)
     if channels <= stem.MAX_CHANNELS:
         # what is packed first may lie anywhere
-        return matmul_tma.processors(*written)
-    return matmul_tma.processors(first, second, *written)
+        return matmul_tma.processors("ieee", *written)
+    return matmul_tma.processors("ieee", first, second, *written)
 
 
 @launch.planned

@@ -95,14 +95,15 @@ def _launch(
     before: Tensor | None = None,
 ) -> None:
     operands = (a, b, y) if residual is None else (a, b, y, residual)
+    precision = launch.input_precision(a.dtype, "matmul")
     way = _way(
         Layout.of(a),
         Layout.of(b),
-        matmul_tma.processors(*operands),
+        matmul_tma.processors(precision, *operands),
         None if bias is None else bias.stride(0),
         activation,
         before is not None,
-        launch.input_precision(a.dtype, "matmul"),
+        precision,
         None if residual is None else Layout.of(residual),
     )
     if isinstance(way, matmul_tma.Plan):

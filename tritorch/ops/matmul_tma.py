@@ -101,13 +101,16 @@ class Plan(NamedTuple):
         return prepared
 
 
-def processors(*operands: Tensor) -> int:
+def processors(precision: str, *operands: Tensor) -> int:
     """Multiprocessors of the GPU that multiplies these, or 0 where they are not for these kernels:
-    on another GPU, no 16-bit numbers of one dtype, or not on 16 bytes.
+    on another GPU, not of one dtype, of another than 16-bit numbers and float32 whose products have
+    the precision "tf32", or not on 16 bytes.
     """
     first = operands[0]
     dtype = first.dtype
-    if dtype not in _DTYPES or not 90 <= launch.capability(first) < 100:
+    if dtype not in _DTYPES and not (dtype == torch.float32 and precision == "tf32"):
+        return 0
+    if not 90 <= launch.capability(first) < 100:
         return 0
     for operand in operands:
         if operand.dtype != dtype or operand.data_ptr() % 16:
@@ -150,9 +153,14 @@ def plan(
 ) -> Plan | None:
     """How to multiply on `count` multiprocessors, or None if the kernel does not take it.
 
-    b may have one entry for all of a.  `sums_batch`: the products of all entries are added.
+    Of 4 bytes, numbers are float32 and their products TF32's.  b may have one entry for all of a.
+    `sums_batch`: the products of all entries are added.
     `moments`: those of the columns are wanted, where the kernel can write them.
     """
+    # wgmma transposes 16-bit numbers alone: a slice of others would pass through registers and back
+    # into shared memory, which the tensor cores wait for
+    if itemsize > 2 and not (_runs_inside(a) and _runs_inside(b)):
+        return None
     entries, m, inner = a.shape
     n = b.shape[1]
     if entries * m * n * inner < _MIN_PRODUCTS:
@@ -163,9 +171,9 @@ def plan(
     batch, k = (1, entries * inner) if sums_batch else (entries, inner)
     config = launch.config(kernels.matmul_tma_config, m, n, k, batch, b.shape[0] == 1, itemsize)
     if moments and not swapped:
-        config = kernels.for_moments(config)
+        config = kernels.for_moments(config, itemsize)
     if residual is not None:
-        config = kernels.for_residual(config)
+        config = kernels.for_residual(config, itemsize)
     block_m, block_n, block_k, form = (
         config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "FORM")
     )
@@ -183,7 +191,7 @@ def plan(
         return None
     tiles = kernels.num_tiles(config, m, n) * batch * splits
     columns = math.ceil(n / block_n)
-    residents = kernels.residents(config, residual is not None)
+    residents = kernels.residents(config, itemsize, residual is not None)
     grid = tiles if form == "tile" else min(tiles, count * residents)
     if form == "stationary":
         # the same number of programs for every tile of b
@@ -203,6 +211,11 @@ def plan(
     numbers = (width, *counts, *entry_steps, *fill)
     parts = counts[0] * batch if moments and not swapped and splits == 1 else 0
     return Plan((grid,), *views, numbers, splits, parts, config, constants, {})
+
+
+def _runs_inside(operand: Entries) -> bool:
+    """Whether the inner axis of the product is the one along memory."""
+    return operand.shape[2] > 1 and operand.strides[2] == 1
 
 
 def _views(
