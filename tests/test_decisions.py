@@ -44,6 +44,16 @@ def test_other_gpus_run_the_portable_kernels():
     assert not forward.answers[0].measured
 
 
+def test_products_in_tf32_are_said():
+    """A factor that does not lie along the inner axis has the portable kernel, as float32 has."""
+    command = "inspect", "--why", "linear", "2048,2048,64", "--dtypes", "float32"
+    for flags, kernel in ((), "matmul_kernel"), (("--tf32",), "matmul_tma_kernel"):
+        result = CliRunner().invoke(main, [*command, *flags])
+        assert result.exit_code == 0
+        assert f"forward: {kernel}\n" in result.output
+        assert "backward: matmul_kernel" in result.output
+
+
 @pytest.mark.parametrize(
     ("op", "shape"),
     [("relu", "1,2,3"), ("conv2d", "1,2,3"), ("matmul", "a,b,c"), ("matmul", "0,1,2")],

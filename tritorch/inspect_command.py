@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -42,6 +43,9 @@ def _names(context: click.Context, option: click.Parameter, value: str) -> tuple
 )
 @click.option(
     "--dtypes", callback=_names, default="", metavar="A,B", help="float32, bfloat16, ...  [float16]"
+)
+@click.option(
+    "--tf32", is_flag=True, help="Products of float32 may be TF32's, as torch's flags can say."
 )
 @click.option(
     "--inputs",
@@ -122,6 +126,21 @@ def inspect(target: str | None, json_file: Path | None, force: bool, **options: 
     if not console.is_terminal:
         console.width = _WIDTH
     _check(target, json_file, force, options)
+    with contextlib.ExitStack() as stack:
+        if options["tf32"]:
+            from tritorch.testing import products
+
+            stack.enter_context(products.allowing_tf32())
+        _answer(target, json_file, force, options, console)
+
+
+def _answer(
+    target: str | None,
+    json_file: Path | None,
+    force: bool,
+    options: dict[str, Any],
+    console: Console,
+) -> None:
     diff = options["diff"]
     if diff and all(Path(one).is_file() for one in diff):
         _diff_of_files(diff, console)
