@@ -21,7 +21,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from tritorch.bench import differences, inspection
 from tritorch.bench.differences import Change, Row, key, name_of
 from tritorch.bench.environment import SCHEMA
 from tritorch.registry import OpSpec
-from tritorch.testing import dry
+from tritorch.testing import dry, products
 
 BASELINES = Path(__file__).resolve().parent / "gated"
 TARGETS = ("sm_80", "sm_90")
@@ -92,7 +92,7 @@ def rows(spec: OpSpec, target: str, known: Iterable[Row] = ()) -> list[dict[str,
         if dtype not in spec.dtypes or spec.configurations_of:
             continue
         seen: set[str] = set()
-        for label, launches in _launches(spec, target, dtype):
+        for label, launches in _of_dtype(spec, target, dtype):
             numbers: dict[tuple[str, str], int] = {}
             for which, launch in launches:
                 if launch.compiled.hash in seen:
@@ -108,6 +108,19 @@ def rows(spec: OpSpec, target: str, known: Iterable[Row] = ()) -> list[dict[str,
                     row = _kept(inspection.inspected(launch, one)) | {"code": code}
                 found[one.key] = dict(row)
     return list(found.values())
+
+
+def _of_dtype(
+    spec: OpSpec, target: str, dtype: torch.dtype
+) -> Iterator[tuple[inspection.Label, list[tuple[str, dry.Launch]]]]:
+    """What is launched as torch's flags are, then with products in TF32, which is then the dtype of
+    the label.
+    """
+    yield from _launches(spec, target, dtype)
+    if dtype == torch.float32 and spec.autocast == "lower":
+        with products.allowing_tf32():
+            for label, launches in _launches(spec, target, dtype):
+                yield replace(label, dtype="tf32"), launches
 
 
 def _launches(
