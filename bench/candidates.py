@@ -69,7 +69,7 @@ def _shipped() -> dict[str, list[Any]]:
 def _with_pixels(function: str, config: Any, sizes: tuple[int, ...]) -> Iterator[Any]:
     if function != _TILED:
         return
-    n, p, q, *_, stride, _ = sizes
+    n, p, q, _, _, _, stride, *_ = sizes
     # with a stride a tile is the kernel's own, which depends on more than the sizes
     if stride == 1:
         for tile in _pixels(n, p, q, config.kwargs["BLOCK_NPQ"]):

@@ -20,8 +20,8 @@ def _tile(k, npq, c, num_warps, num_stages, persistent=False):
     return Config(blocks, num_warps=num_warps, num_stages=num_stages)
 
 
-# by bytes per element; wide filters, of which two programs share a multiprocessor or one has it,
-# then 64 channels
+# by bytes per element, 4 being float32 as TF32; wide filters, of which two programs share a
+# multiprocessor or one has it, then 64 channels
 CONV2D_TMA_CONFIGS = {
     2: (
         _tile(128, 128, 64, 8, 3),
@@ -30,6 +30,14 @@ CONV2D_TMA_CONFIGS = {
         _tile(64, 256, 64, 4, 2),
         _tile(64, 256, 64, 4, 2, persistent=True),
         _tile(64, 128, 64, 4, 3),
+    ),
+    4: (
+        _tile(128, 128, 32, 8, 3),
+        _tile(128, 256, 32, 8, 4),
+        # results take twice the room
+        _tile(128, 256, 32, 8, 3, persistent=True),
+        _tile(64, 256, 32, 4, 2),
+        _tile(64, 128, 32, 4, 3),
     ),
 }
 
@@ -43,18 +51,22 @@ SHARED_MEMORY = 227 * 1024
 SINGLE_PIXELS = 3500
 
 
-def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed):
+def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed, itemsize=2):
     """What the estimate takes for the fastest; None where most of a tile or of the GPU would be
-    idle.
+    idle.  Of 16-bit numbers, of which the measured tables are, nobody says the itemsize.
     """
     if min(c, k) < MIN_CHANNELS or n * p * q < MIN_PIXELS:
         return None
     narrow = k <= 64
-    configs = [each for each in CONV2D_TMA_CONFIGS[2] if narrow == (each.kwargs["BLOCK_K"] == 64)]
-    return min(configs, key=lambda config: cycles(config, n, p, q, k, c, taps))
+    configs = [
+        each
+        for each in CONV2D_TMA_CONFIGS[itemsize]
+        if narrow == (each.kwargs["BLOCK_K"] == 64)
+    ]
+    return min(configs, key=lambda config: cycles(config, n, p, q, k, c, taps, itemsize))
 
 
-def for_residual(config, computes):
+def for_residual(config, computes, itemsize):
     """What takes the place of a configuration where a residual is added: what is persistent has no
     room for one beside the operands of the next tile, and where the activation computes the largest
     tile has no registers.
@@ -64,7 +76,7 @@ def for_residual(config, computes):
         block_npq = 128
     elif not config.kwargs["PERSISTENT"]:
         return config
-    for entry in CONV2D_TMA_CONFIGS[2]:
+    for entry in CONV2D_TMA_CONFIGS[itemsize]:
         sizes = entry.kwargs
         if (sizes["BLOCK_K"], sizes["BLOCK_NPQ"]) == (block_k, block_npq):
             # of equal tiles the one that is not persistent comes first
@@ -72,19 +84,20 @@ def for_residual(config, computes):
     return config
 
 
-def cycles(config, n, p, q, k, c, taps):
-    """An estimate of the cycles that one multiprocessor is busy: products of 16-bit numbers, or
-    traffic of shared memory, whichever takes longer, and what is not overlapped at a tile's ends.
+def cycles(config, n, p, q, k, c, taps, itemsize):
+    """An estimate of the cycles that one multiprocessor is busy: products of 16-bit numbers (half
+    as many of TF32), or traffic of shared memory, whichever takes longer, and what is not
+    overlapped at a tile's ends.
     """
     block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
     block_n, block_p, block_q = tile_of_pixels(n, p, q, block_npq)
     pixel_tiles = triton.cdiv(n, block_n) * triton.cdiv(p, block_p) * triton.cdiv(q, block_q)
     tiles = triton.cdiv(pixel_tiles * triton.cdiv(k, block_k), MULTIPROCESSORS)
-    products = block_k * block_npq * block_c / 2048
+    products = itemsize * block_k * block_npq * block_c / 4096
     # a warp group reads 64 channels and all pixels of the tile
     reads = triton.cdiv(block_k, 64) * (64 + block_npq)
-    step = max(products, 2 * block_c * (block_k + block_npq + reads) / 128)
-    together = residents(config)
+    step = max(products, itemsize * block_c * (block_k + block_npq + reads) / 128)
+    together = residents(config, itemsize)
     if block_n == block_npq:
         # neighbours share nothing, and a stage is loaded while the others of all are multiplied
         step = max(step, SINGLE_PIXELS / ((config.num_stages - 1) * together))
@@ -97,28 +110,28 @@ def cycles(config, n, p, q, k, c, taps):
     return tiles * triton.cdiv(c, block_c) * taps * step + triton.cdiv(tiles, together) * ends
 
 
-def residents(config):
+def residents(config, itemsize):
     """Programs that share a multiprocessor."""
-    return max(1, min(SHARED_MEMORY // _shared_memory(config), 16 // config.num_warps))
+    return max(1, min(SHARED_MEMORY // _shared_memory(config, itemsize), 16 // config.num_warps))
 
 
-def stored_pixels(config, block_n, block_p, block_q):
+def stored_pixels(config, itemsize, block_n, block_p, block_q):
     """The tile of pixels that is stored at once: half of it, along its first axis that has halves,
     where what is persistent has no room for the whole beside the operands of the next.
     """
-    if _shared_memory(config) <= SHARED_MEMORY:
+    if _shared_memory(config, itemsize) <= SHARED_MEMORY:
         return block_n, block_p, block_q
     if block_n > 1:
         return block_n // 2, block_p, block_q
     return (1, block_p // 2, block_q) if block_p > 1 else (1, 1, block_q // 2)
 
 
-def _shared_memory(config):
+def _shared_memory(config, itemsize):
     sizes = config.kwargs
     block_k, block_npq = sizes["BLOCK_K"], sizes["BLOCK_NPQ"]
     operands = config.num_stages * sizes["BLOCK_C"] * (block_k + block_npq)
     # elements, and barriers
-    return 2 * (operands + block_k * block_npq * sizes["PERSISTENT"]) + 256
+    return itemsize * (operands + block_k * block_npq * sizes["PERSISTENT"]) + 256
 
 
 @functools.lru_cache(maxsize=1024)
@@ -170,6 +183,9 @@ def conv2d_tma_kernel(
     stride walks over, x or transposed y, is described as (N, H / 2, 2, W / 2, 2 * channels), whose
     tiles are pixels of one parity.  Transposed, the pixels of a program share their residue modulo
     the stride, as in `conv2d_kernel`.  The sums of a split are images of their own in y.
+
+    Products of float32 are TF32's, of filters whose channels read lie along memory: transposed,
+    they are described as (taps, K, C) and not as (taps, C, K).
 
     PERSISTENT: a program goes on to others of the TILES in the same loop, so that loads never
     pause; for one split.
@@ -225,7 +241,7 @@ def conv2d_tma_kernel(
             filters, x = _operands(
                 x_desc, w_desc, channels, walk, k, n, h, w, first_tap, c, i, j,
                 TRANSPOSED, PAIRS, BLOCK_K, BLOCK_NPQ, BLOCK_C)
-            acc = tl.dot(filters, x.T, acc)
+            acc = tl.dot(filters, x.T, acc, input_precision="tf32")
             c, i, j = _next(c, i, j, C, num_s, BLOCK_C)
             if i == num_r:
                 i = 0
@@ -243,7 +259,7 @@ def conv2d_tma_kernel(
             filters, x = _operands(
                 x_desc, w_desc, channels, walk, k, n, h, w, first_tap, c, i, j,
                 TRANSPOSED, PAIRS, BLOCK_K, BLOCK_NPQ, BLOCK_C)
-            acc = tl.dot(filters, x.T, acc)
+            acc = tl.dot(filters, x.T, acc, input_precision="tf32")
             c, i, j = _next(c, i, j, C, num_s, BLOCK_C)
         _finish(acc, outputs, channels, sizes, pid, split, k, n + split * N, p, q,
                 parity_h, parity_w, TRANSPOSED and PAIRS, ACTIVATION,
@@ -320,7 +336,10 @@ def _operands(
         x = x_desc.load([n, h >> 1, h & 1, w >> 1, (w & 1) * (C * groups) + group * C + c])
     else:
         x = x_desc.load([n, h, w, group * C + c])
-    if TRANSPOSED:
+    if TRANSPOSED and w_desc.dtype == tl.float32:
+        # wgmma transposes 16-bit numbers alone
+        filters = tl.reshape(w_desc.load([tap, k, group * C + c]), (BLOCK_K, BLOCK_C))
+    elif TRANSPOSED:
         filters = tl.reshape(w_desc.load([tap, group * C + c, k]), (BLOCK_C, BLOCK_K)).T
     else:
         filters = tl.reshape(w_desc.load([tap, group * K + k, c]), (BLOCK_K, BLOCK_C))

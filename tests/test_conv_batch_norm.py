@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tritorch import backend, launch, ops
 from tritorch.ops import conv_tma, implicit_gemm, matmul_tma, norm_stages
 from tritorch.ops.geometry import Geometry
-from tritorch.testing import dry
+from tritorch.testing import dry, products
 from tritorch.testing.detectors import detecting
 
 last = torch.channels_last
@@ -95,6 +95,13 @@ CASES = {
     "1x1-stride-2": Case(
         (5, 24, 4, 6), (24, 24, 1, 1), stride=2, tile=(16, 16, 16), form="persistent"
     ),
+    "float32": Case((7, 24, 3, 5), (24, 24, 3, 3), padding=1, dtype=torch.float32),
+    "float32-persistent": Case(
+        (5, 32, 4, 3), (40, 32, 3, 1), padding=(1, 0), persistent=True, dtype=torch.float32
+    ),
+    "float32-1x1": Case(
+        (3, 24, 3, 5), (40, 24, 1, 1), tile=(16, 16, 16), form="persistent", dtype=torch.float32
+    ),
 }
 
 
@@ -130,7 +137,7 @@ def test_moments_are_those_of_the_stored_values(name):
     """Of every pixel once and of nothing past the image, to float32's accuracy."""
     case = CASES[name]
     x, w = case.make()
-    with case.running() as names, detecting() as detector:
+    with products.allowing_tf32(), case.running() as names, detecting() as detector:
         expected = ops.conv2d(x, w, None, **case.given())
         y = torch.full_like(expected, torch.nan)
         moments = implicit_gemm.convolve_with_moments(x, w, y, geometry(case))
@@ -296,36 +303,47 @@ VARIANTS = {
 }
 
 
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("entry", range(6))
-def test_convolutions_write_moments_beside_their_products(entry, variant):
+@pytest.mark.parametrize(
+    ("itemsize", "entry"),
+    [*((2, entry) for entry in range(6)), *((4, entry) for entry in range(5))],
+)
+def test_convolutions_write_moments_beside_their_products(itemsize, entry, variant):
     """Without a spill, without a product that is waited for before the next, and with as many
     programs on a multiprocessor as without moments.
     """
     x, given = VARIANTS[variant]
-    config = conv_tma.kernels.CONV2D_TMA_CONFIGS[2][entry]
-    with launch.override("conv2d_tma_config", config):
-        kernel = compiled(x, empty(256, 256, 3, 3), **given)
+    config = conv_tma.kernels.CONV2D_TMA_CONFIGS[itemsize][entry]
+    x, w = (t.to(DTYPES[itemsize]) for t in (x, empty(256, 256, 3, 3)))
+    with launch.override("conv2d_tma_config", config), products.allowing_tf32():
+        kernel = compiled(x, w, **given)
     assert kernel.kernel == CONVOLVE
     assert kernel.constexprs["PERSISTENT"] == config.kwargs["PERSISTENT"]
-    assert not check(kernel, conv_tma.kernels.residents(config)).serialized
+    assert not check(kernel, conv_tma.kernels.residents(config, itemsize)).serialized
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("entry", range(20))
-def test_products_write_moments_beside_the_next(entry, stride):
+@pytest.mark.parametrize(
+    ("itemsize", "entry"),
+    [*((2, entry) for entry in range(20)), *((4, entry) for entry in range(17))],
+)
+def test_products_write_moments_beside_the_next(itemsize, entry, stride):
     """The same; instead of an entry that has no room for them the kernel runs another one."""
-    config = matmul_tma.kernels.MATMUL_TMA_CONFIGS[2][entry]
+    config = matmul_tma.kernels.MATMUL_TMA_CONFIGS[itemsize][entry]
     stationary = config.kwargs["FORM"] == "stationary"
     k = config.kwargs["BLOCK_K"] if stationary else 512
-    with launch.override("matmul_tma_config", config):
-        kernel = compiled(empty(256, k, 14, 14), empty(512, k, 1, 1), stride=stride)
+    x, w = (t.to(DTYPES[itemsize]) for t in (empty(256, k, 14, 14), empty(512, k, 1, 1)))
+    with launch.override("matmul_tma_config", config), products.allowing_tf32():
+        kernel = compiled(x, w, stride=stride)
     assert kernel.kernel == MULTIPLY
-    own = matmul_tma.kernels.for_moments(config, 2)
+    own = matmul_tma.kernels.for_moments(config, itemsize)
     assert kernel.constexprs["FORM"] == config.kwargs["FORM"]
     assert kernel.constexprs["BLOCK_M"] == own.kwargs["BLOCK_M"]
-    used = check(kernel, matmul_tma.kernels.residents(own, 2))
+    used = check(kernel, matmul_tma.kernels.residents(own, itemsize))
     # one slice has nothing to overlap with
     assert stationary or not used.serialized

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 from tritorch import backend, launch, ops
 from tritorch.bench import machine_code
-from tritorch.ops import conv_tma, matmul_tma
+from tritorch.ops import conv_tma, implicit_gemm, matmul_tma
 from tritorch.ops.geometry import Geometry
 from tritorch.ops.strided import Layout
-from tritorch.testing import dry
+from tritorch.registry import specs
+from tritorch.testing import cases, dry, interpreter, products
 from tritorch.testing.detectors import detecting
 
 last = torch.channels_last
@@ -121,6 +122,65 @@ def test_values_and_gradients(name, monkeypatch):
         # sums are kept in float32: what is lost is the rounding of the result
         error = (one.double() - other).abs().max()
         assert error <= torch.finfo(case.dtype).eps * other.abs().max()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    "name",
+    [
+        "3x3",
+        "pairs",
+        "odd-stride-2",
+        "dilation",
+        "groups-pairs",
+        "split",
+        "persistent",
+        "persistent-pairs",
+    ],
+)
+def test_float32_as_tf32(name, monkeypatch):
+    """Right within TF32's rounding and not within float32's.  The gradient of the image reads
+    another axis of the filters than the result does: of a copy.  That of the filters is a sum over
+    pixels, which do not lie along memory, and portable.
+    """
+    case = CASES[name]._replace(dtype=torch.float32)
+    monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", 0)
+    if case.persistent:
+        monkeypatch.setattr(matmul_tma.kernels, "MULTIPROCESSORS", 1)
+        monkeypatch.setattr("tritorch.kernels.conv_tma.SHARED_MEMORY", 0)
+    x, w, bias, grad = case.make()
+    given = {"input": x, "weight": w, "bias": bias}
+    given |= dict(zip(("stride", "padding", "dilation", "groups"), case.geometry(), strict=True))
+    spec = next(spec for spec in specs() if spec.name == "conv2d")
+    with (
+        products.allowing_tf32(),
+        tiles(case) as names,
+        interpreter.corrected(tf32=True),
+        detecting() as detector,
+    ):
+        within, beyond = (
+            dict(cases.verdicts(spec, given, grad.to, unit_in=unit)) for unit in (2**-11, 0.0)
+        )
+    assert detector.findings == []
+    assert [names.count(kernel) for kernel in (FORWARD, PORTABLE, WEIGHT)] == [4, 0, 0]
+    assert names.count("conv2d_grad_weight_kernel") == 2
+    assert [what for what, verdict in within.items() if not verdict.accepted] == []
+    wrong = {what for what, verdict in beyond.items() if not verdict.accepted}
+    assert {"output 0", "gradient of input"} <= wrong
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("fewest", "kernel"), [(60, FORWARD), (61, PORTABLE)])
+def test_filters_of_float32_are_copied_for_many_pixels_alone(fewest, kernel, monkeypatch):
+    case = CASES["3x3"]._replace(dtype=torch.float32)
+    _, w, _, grad = case.make()
+    monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", fewest)
+    with products.allowing_tf32(), tiles(case) as names:
+        y = ops.conv_transpose2d(grad, w, padding=1)
+    assert names[0] == kernel
+    exact = F.conv_transpose2d(grad.double(), w.double(), padding=1)
+    # the interpreter keeps all bits unless asked
+    assert (y.double() - exact).abs().max() <= 2**-20 * exact.abs().max()
 
 
 # sums in one piece, whose tiles end past every axis but that of the channels read
@@ -335,35 +395,51 @@ VARIANTS = {
 }
 
 
+# bytes per element, and which of the entries of that size
+ENTRIES = [*((2, entry) for entry in range(6)), *((4, entry) for entry in range(5))]
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+PRODUCT = {2: ".f32.bf16.bf16", 4: ".f32.tf32.tf32"}
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("entry", range(6))
-def test_configurations_overlap_their_products(entry, variant):
+@pytest.mark.parametrize(("itemsize", "entry"), ENTRIES)
+def test_configurations_overlap_their_products(itemsize, entry, variant, monkeypatch):
     """From shared memory to the tensor cores without a stop: nothing is loaded by the threads, and
     no product is waited for before the next.
     """
+    monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", 0)
     x, options = VARIANTS[variant]
-    config = conv_tma.kernels.CONV2D_TMA_CONFIGS[2][entry]
-    with launch.override("conv2d_tma_config", config):
-        kernels = compiled("sm_90", x, empty(256, 256, 3, 3), (True, False), **options)
-    check([kernel for kernel in kernels if kernel.kernel == FORWARD], 2)
+    config, dtype = conv_tma.kernels.CONV2D_TMA_CONFIGS[itemsize][entry], DTYPES[itemsize]
+    w = empty(256, 256, 3, 3, dtype=dtype)
+    with launch.override("conv2d_tma_config", config), products.allowing_tf32():
+        kernels = compiled("sm_90", x.to(dtype), w, (True, False), **options)
+    kernels = [kernel for kernel in kernels if kernel.kernel == FORWARD]
+    check(kernels, 2)
+    together = conv_tma.kernels.residents(config, itemsize)
+    for kernel in kernels:
+        assert PRODUCT[itemsize] in kernel.compiled.asm["ptx"]
+        used = dry.resources(kernel)
+        assert (used.shared + 1024) * together <= 228 * 1024
+        assert used.registers * 32 * kernel.num_warps * together <= 65536
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
-@pytest.mark.parametrize("entry", range(6))
-def test_configurations_have_room_for_a_residual(entry, activation):
+@pytest.mark.parametrize(("itemsize", "entry"), ENTRIES)
+def test_configurations_have_room_for_a_residual(itemsize, entry, activation):
     """Or another takes their place; the loop over the taps is what it is without."""
-    config = conv_tma.kernels.CONV2D_TMA_CONFIGS[2][entry]
+    config, dtype = conv_tma.kernels.CONV2D_TMA_CONFIGS[itemsize][entry], DTYPES[itemsize]
     k = 256 if config.kwargs["BLOCK_K"] == 128 else 64
     x, w, residual = (
-        empty(*size).contiguous(memory_format=last)
+        empty(*size, dtype=dtype).contiguous(memory_format=last)
         for size in ((256, 256, 14, 14), (k, 256, 3, 3), (256, k, 14, 14))
     )
-    bias, found = empty(k), []
+    bias, found = empty(k, dtype=dtype), []
     for keeps in (False, True):
         with (
             launch.override("conv2d_tma_config", config),
+            products.allowing_tf32(),
             backend.use("triton"),
             backend.strict(),
             dry.compiling_for("sm_90") as recorder,
@@ -385,19 +461,21 @@ def test_configurations_have_room_for_a_residual(entry, activation):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("entry", range(6))
-def test_configurations_have_room_for_a_bias_beside_gelu(entry):
-    config = conv_tma.kernels.CONV2D_TMA_CONFIGS[2][entry]
+@pytest.mark.parametrize(("itemsize", "entry"), ENTRIES)
+def test_configurations_have_room_for_a_bias_beside_gelu(itemsize, entry):
+    config, dtype = conv_tma.kernels.CONV2D_TMA_CONFIGS[itemsize][entry], DTYPES[itemsize]
     k = 256 if config.kwargs["BLOCK_K"] == 128 else 64
     x, w = (
-        empty(*size).contiguous(memory_format=last) for size in ((64, 256, 14, 14), (k, 256, 3, 3))
+        empty(*size, dtype=dtype).contiguous(memory_format=last)
+        for size in ((64, 256, 14, 14), (k, 256, 3, 3))
     )
     with (
         launch.override("conv2d_tma_config", config),
+        products.allowing_tf32(),
         backend.use("triton"),
         dry.compiling_for("sm_90") as recorder,
     ):
-        ops.conv2d(x, w, empty(k), padding=1, activation="gelu")
+        ops.conv2d(x, w, empty(k, dtype=dtype), padding=1, activation="gelu")
     assert recorder.kernels
     assert [dry.problems(kernel, "sm_90") for kernel in recorder.kernels] == [[]]
 
@@ -475,8 +553,19 @@ def test_other_gpus_and_what_descriptors_do_not_take(monkeypatch):
     assert takes("sm_90", x.half(), w.half(), padding=1) == (True, True)
     for target in ("sm_80", "sm_100", "gfx942"):
         assert takes(target, x, w, padding=1) == (False, False), target
+    # of float32 as TF32 all but the gradient of the filter, and no few channels
+    with products.allowing_tf32():
+        assert takes("sm_90", x.float(), w.float(), padding=1) == (True, False)
+        assert names.count(FORWARD) == 2
+        few = empty(64, 3, 28, 28, dtype=torch.float32)
+        assert takes("sm_90", few, empty(64, 3, 7, 7).float(), stride=2) == (False, False)
+        for target in ("sm_80", "sm_100", "gfx942"):
+            assert takes(target, x.float(), w.float(), padding=1) == (False, False), target
+    full = torch.backends.cudnn.conv
+    before, full.fp32_precision = full.fp32_precision, "ieee"
+    assert takes("sm_90", x.float(), w.float(), padding=1) == (False, False)
+    full.fp32_precision = before
     for images, filters, options in (
-        (x.float(), w.float(), {}),
         (empty(64, 60, 28, 28), empty(64, 60, 3, 3), {}),
         (empty(64, 16, 28, 28), empty(16, 16, 3, 3), {}),
         (empty(2, 64, 8, 8), w, {}),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tritorch import backend, launch, ops
 from tritorch.bench import machine_code
-from tritorch.ops import matmul_tma
+from tritorch.ops import implicit_gemm, matmul_tma
 from tritorch.registry import Maker, specs
 from tritorch.testing import cases, dry, interpreter, products
 from tritorch.testing.detectors import detecting
@@ -316,6 +316,32 @@ def test_pointwise_convolution_and_its_gradients(form, size, stride, device):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("form", ["tile", "persistent"])
+@pytest.mark.parametrize(
+    ("size", "stride"), [((4, 5), 1), ((6, 4), 2), ((4, 5), 2)], ids=["1", "2", "2-odd"]
+)
+def test_pointwise_convolution_as_tf32(form, size, stride, device, monkeypatch):
+    """The gradient of the image is a product with a copy of the filter, that of the filter a sum
+    over pixels, which do not lie along memory.
+    """
+    monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", 0)
+    x, w, bias = (
+        made(device, *shape, dtype=torch.float32)
+        for shape in ((3, 24, *size), (40, 24, 1, 1), (40,))
+    )
+    with products.allowing_tf32(), tiles(form, 32, 16, 16) as names, watched(device):
+        found = gradients(lambda *o: ops.conv2d(*o, stride), (x, w, bias))
+    assert names.count(KERNEL) == 2
+    assert "conv2d_grad_weight_kernel" in names
+    assert "conv2d_kernel" not in names
+    exact = gradients(lambda *o: F.conv2d(*o, stride), [o.double() for o in (x, w, bias)])
+    for one, other in zip(found, exact, strict=True):
+        # the interpreter keeps all bits unless asked
+        limit = 2**-9 if device == "cuda" else 2**-20
+        assert (one.double() - other).abs().max() <= limit * other.abs().max()
+
+
+@pytest.mark.interpret
 def test_many_sums_of_a_filter_are_added_up_in_one_order(device):
     # more slices than all sums of nine have
     x, w = made(device, 5, 16, 16, 20), made(device, 72, 16, 1, 1)
@@ -466,6 +492,31 @@ def test_a_strided_gradient_writes_its_zeros_without_a_spill():
     for kernel in found:
         assert dry.problems(kernel, "sm_90") == []
         assert not dry.resources(kernel).serialized
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("entry", range(14))
+def test_pointwise_gradients_as_tf32_have_room(entry, stride, monkeypatch):
+    """With a copy of the filter, and with a stride zeros beside each pixel."""
+    monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", 0)
+    config = kernels.MATMUL_TMA_CONFIGS[4][entry]
+    x, w = (empty(*s, dtype=torch.float32) for s in ((64, 256, 28, 28), (512, 256, 1, 1)))
+
+    def run():
+        y = ops.conv2d(x.requires_grad_(), w, stride=stride)
+        y.backward(torch.empty_like(y))
+
+    with launch.override("matmul_tma_config", config), products.allowing_tf32():
+        found = compiled(run)
+    # one where nothing tells result and gradient apart
+    assert stride == 1 or [kernel.constexprs["FILLS"] for kernel in found] == [False, True]
+    assert found
+    for kernel in found:
+        assert dry.problems(kernel, "sm_90") == []
+        used = dry.resources(kernel)
+        assert not used.serialized
+        assert used.count("LDS", "LDSM") == 0
 
 
 @pytest.mark.compile

@@ -82,7 +82,7 @@ def test_rows_are_of_kernels_that_exist(file):
     for row in rows:
         family = candidates.family(row["function"])
         choose = getattr(family, row["function"])
-        assert len(row["sizes"]) == len(inspect.signature(choose).parameters)
+        inspect.signature(choose).bind(*row["sizes"])
         if row["kwargs"] is not None:
             names = set(entries(row["function"])[0].kwargs)
             # with a stride a tile of several columns may read others than its own

@@ -84,9 +84,11 @@ def plan_convolve(
     has_bias: bool = False,
 ) -> Plan | None:
     """How to write the convolution of x, or the transposed one, into y on so many multiprocessors:
-    16-bit numbers on 16 bytes; None if not here.
+    16-bit numbers, or float32 as TF32, on 16 bytes; None if not here.
     """
-    if len(x.shape) != 4 or x.stride(1) != 1 or y.stride(1) != 1 or weight.stride(1) != 1:
+    if len(x.shape) != 4 or x.stride(1) != 1 or y.stride(1) != 1:
+        return None
+    if weight.stride(along_memory(weight, transposed)) != 1:
         return None
     groups, (stride_h, stride_w) = geometry.groups, geometry.stride
     w = oriented(weight, groups, transposed)
@@ -100,15 +102,17 @@ def plan_convolve(
     residues = math.prod(steps_each)
     n, _, *image = y.shape
     p, q = (math.ceil(size / step) for size, step in zip(image, steps_each, strict=True))
+    itemsize = x.itemsize
     config = launch.config(
         kernels.conv2d_tma_config,
         *(n * residues, p, q, w.written, w.read, max(r * s // residues, 1), stride_h, transposed),
+        *(() if itemsize == 2 else (itemsize,)),
     )
     if config is None:
         return None
     # erf leaves the largest tile no registers for a bias either
     if residual is not None or (has_bias and activation == "gelu"):
-        config = kernels.for_residual(config, computes(activation))
+        config = kernels.for_residual(config, computes(activation), itemsize)
     block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
     # a tile may not reach into the channels of the next group, or of the next pixel of a pair
     fits = w.read % block_c == 0 and w.written % block_k == 0
@@ -143,22 +147,23 @@ def plan_convolve(
     # the sums of a split are images after the last one, which a tile must not reach into
     if residues == 1 and n % blocks[0] == 0 and not persistent:
         splits, steps = split(2 * tiles * groups, num_steps, _MIN_SLICES)
+    stored = kernels.stored_pixels(config, itemsize, *blocks)
     views = (
         _pixels(x, blocks, block_c, pairs and not transposed),
-        _filters(weight, (block_c, block_k) if transposed else (block_k, block_c)),
-        _pixels(y, kernels.stored_pixels(config, *blocks), block_k, pairs and transposed, splits),
+        _filters(weight, transposed, block_k, block_c),
+        _pixels(y, stored, block_k, pairs and transposed, splits),
     )
-    if not all(view.is_describable(x.itemsize) for view in views):
+    if not all(view.is_describable(itemsize) for view in views):
         return None
     added = None
     # that of a split is added with the sums
     if residual is not None and splits == 1:
         added = _pixels(residual, blocks, block_k, False)
-        if residual.stride(1) != 1 or not added.is_describable(x.itemsize):
+        if residual.stride(1) != 1 or not added.is_describable(itemsize):
             return None
     programs = tiles
     if persistent:
-        programs = min(tiles, max(count * kernels.residents(config) // groups, 1))
+        programs = min(tiles, max(count * kernels.residents(config, itemsize) // groups, 1))
         # residues differ in taps: of a common factor a program would have tiles of some of them
         while math.gcd(programs, num_k * residues) > num_k:
             programs -= 1
@@ -207,15 +212,27 @@ def _strides(tensor: Layout) -> tuple[int, ...]:
     )
 
 
-def _filters(weight: Layout, block: tuple[int, int]) -> _View:
-    """Taps x outputs x inputs: no tile reads into the next tap."""
+def along_memory(weight: Layout, transposed: bool) -> int:
+    """Which axis of the filters must be contiguous: inputs, but outputs where those are read and
+    are float32, whose products have both operands along the sum.
+    """
+    return 0 if transposed and weight.itemsize > 2 else 1
+
+
+def _filters(weight: Layout, transposed: bool, block_k: int, block_c: int) -> _View:
+    """Taps x outputs x inputs, or taps x inputs x outputs where those lie along memory: no tile
+    reads into the next tap.
+    """
     outputs, inputs, r, s = weight.shape
-    along_outputs, _, along_r, along_s = _strides(weight)
+    along_outputs, along_inputs, along_r, along_s = _strides(weight)
     if s == 1:
         along_s = along_r
     elif r > 1 and along_r != s * along_s:
         # taps in two dimensions, which no descriptor takes
         along_s = 0
+    if along_memory(weight, transposed) == 0:
+        return _View((r * s, inputs, outputs), (along_s, along_inputs, 1), (1, block_k, block_c))
+    block = (block_c, block_k) if transposed else (block_k, block_c)
     return _View((r * s, outputs, inputs), (along_s, along_outputs, 1), (1, *block))
 
 

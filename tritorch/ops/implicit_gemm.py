@@ -26,11 +26,13 @@ from tritorch.ops.geometry import (
     vector_unit,
 )
 from tritorch.ops.reduce import accumulator_dtype, split_sum
-from tritorch.ops.strided import Layout, are_alike
+from tritorch.ops.strided import Layout, are_alike, dense
 
 kernels = launch.kernels("conv")
 weight_kernels = launch.kernels("conv_weight")
 
+# pixels from which a copy of the filters costs less than it saves, as estimated
+_MIN_PIXELS = 16384
 # what one program must have before it pays to split a sum: slices of channels, tiles of pixels
 _MIN_SLICES = 8
 _MIN_TILES = 4
@@ -120,6 +122,7 @@ def _way_of(
     epilogue: _Epilogue,
     residual: Tensor | None = None,
 ) -> _Way:
+    precision = launch.input_precision(x.dtype, "conv")
     return _way(
         Layout.of(x),
         Layout.of(weight),
@@ -127,20 +130,25 @@ def _way_of(
         geometry,
         transposed,
         epilogue,
-        _processors(x, weight, y, weight.shape[1], residual),
-        launch.input_precision(x.dtype, "conv"),
+        _processors(precision, x, weight, y, weight.shape[1], residual),
+        precision,
     )
 
 
 def _processors(
-    first: Tensor, second: Tensor, y: Tensor, channels: int, residual: Tensor | None = None
+    precision: str,
+    first: Tensor,
+    second: Tensor,
+    y: Tensor,
+    channels: int,
+    residual: Tensor | None = None,
 ) -> int:
     """Multiprocessors for the kernels of Hopper, 0 if the tensors are not for them."""
     written = (y,) if residual is None else (y, residual)
     if channels <= stem.MAX_CHANNELS:
-        # what is packed first may lie anywhere
+        # what is packed first, 16-bit numbers alone, may lie anywhere
         return matmul_tma.processors("ieee", *written)
-    return matmul_tma.processors("ieee", first, second, *written)
+    return matmul_tma.processors(precision, first, second, *written)
 
 
 @launch.planned
@@ -165,7 +173,6 @@ def _way(
         rest = geometry, transposed, epilogue, count, precision
         way = _way(images[0], weight, images[1], *rest)
         return way._replace(run=partial(reorder.convolve, way.run))
-    hopper: matmul_tma.Plan | conv_tma.Plan | None
     # beside erf the tile of 64 filters has no registers for its sums
     crowded = epilogue.activation == "gelu" and y.shape[1] // geometry.groups <= 64
     if count and weight.shape[1] <= stem.MAX_CHANNELS:
@@ -181,18 +188,60 @@ def _way(
                 run = partial(stem.convolve, hopper, geometry)
                 return _Way(partial(reorder.results, run) if copies else run, hopper.parts)
     elif count:
-        has_bias = epilogue.stride is not None
-        given = x, weight, y, geometry, transposed
-        hopper = pointwise.plan_convolve(*given, has_bias, count, epilogue.moments, residual)
-        if hopper is not None:
-            return _Way(partial(matmul_tma.run, hopper), hopper.parts)
-        if not crowded:
-            asked = count, residual, epilogue.activation, has_bias
-            hopper = conv_tma.plan_convolve(*given, *asked)
-            if hopper is not None:
-                return _Way(partial(conv_tma.convolve, hopper), hopper.parts)
+        asked = y, geometry, transposed, epilogue, count, crowded
+        found = _way_of_descriptors(x, weight, *asked)
+        if found is None and _pays_to_turn(x, weight, transposed):
+            found = _way_of_descriptors(x, _outputs_last(weight), *asked)
+            if found is not None:
+                found = found._replace(run=partial(_turned, found.run))
+        if found is not None:
+            return found
     plan = _plan_convolve(x, weight, y, geometry, transposed, precision, epilogue)
     return _Way(partial(_convolve, plan))
+
+
+def _way_of_descriptors(
+    x: Layout,
+    weight: Layout,
+    y: Layout,
+    geometry: Geometry,
+    transposed: bool,
+    epilogue: _Epilogue,
+    count: int,
+    crowded: bool,
+) -> _Way | None:
+    """As a product of pixels, or of pixels of every tap; None if neither takes it."""
+    has_bias, residual = epilogue.stride is not None, epilogue.residual
+    given = x, weight, y, geometry, transposed
+    product = pointwise.plan_convolve(*given, has_bias, count, epilogue.moments, residual)
+    if product is not None:
+        return _Way(partial(matmul_tma.run, product), product.parts)
+    if crowded:
+        return None
+    asked = count, residual, epilogue.activation, has_bias
+    taps = conv_tma.plan_convolve(*given, *asked)
+    return None if taps is None else _Way(partial(conv_tma.convolve, taps), taps.parts)
+
+
+def _pays_to_turn(x: Layout, weight: Layout, transposed: bool) -> bool:
+    """Whether a copy of the filters with another axis along memory may let descriptors take them,
+    and there are pixels enough to pay for it.
+    """
+    along = conv_tma.along_memory(weight, transposed)
+    return along == 0 and math.prod(x.shape) >= _MIN_PIXELS * x.shape[1]
+
+
+def _outputs_last(weight: Layout) -> Layout:
+    outputs, *rest = weight.shape
+    _, *strides = dense(Layout((1, *rest, outputs), (), weight.itemsize)).strides
+    return Layout(weight.shape, (strides[-1], *strides[:-1]), weight.itemsize)
+
+
+def _turned(
+    run: Callable[..., None], x: Tensor, weight: Tensor, *given: Tensor | str | None
+) -> None:
+    """`run` of filters whose outputs lie along memory."""
+    run(x, weight.movedim(0, -1).contiguous().movedim(-1, 0), *given)
 
 
 def _in_channels_last(epilogue: _Epilogue) -> _Epilogue:
@@ -324,7 +373,8 @@ def grad_weight(
         Layout.of(input),
         Layout.of(output),
         geometry,
-        _processors(input, output, grad_output, output.shape[1]),
+        # the sum runs over pixels, which do not lie along memory: not for float32
+        _processors("ieee", input, output, grad_output, output.shape[1]),
         launch.input_precision(input.dtype, "conv"),
     )
     return run(grad_output, input, output)
