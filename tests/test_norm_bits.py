@@ -1,4 +1,4 @@
-"""Batch norm with a residual and ReLU in 16 bits, which keeps one bit of each output."""
+"""Batch norm with a residual and ReLU in up to 32 bits, which keeps one bit of each output."""
 
 import math
 
@@ -13,7 +13,7 @@ from tritorch.ops import norm_stages as stages
 
 pytestmark = pytest.mark.interpret
 
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPE = (2, 64, 3, 5)
 
 
@@ -54,10 +54,10 @@ def kept(call):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("shape", [SHAPE, (7, 128), (3, 128, 1, 2)], ids=str)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_values_and_gradients(dtype, shape, training, device):
     torch.manual_seed(0)
-    given = vectors(shape[1], device)
+    given = [one.to(torch.promote_types(dtype, one.dtype)) for one in vectors(shape[1], device)]
     x, residual, grad = (
         images(shape, dtype, device) if len(shape) == 4 else torch.randn(shape).to(device, dtype)
         for _ in range(3)
@@ -85,14 +85,16 @@ def test_what_is_kept_is_an_eighth_of_a_byte(dtype, device):
     assert [one.data_ptr() for one in large if one.dtype == dtype] == [x.data_ptr()]
 
 
-@pytest.mark.parametrize("case", ["nothing", "residual", "evaluation", "float32", "contiguous"])
+@pytest.mark.parametrize("case", ["nothing", "residual", "evaluation", "float64", "contiguous"])
 def test_no_bits_are_written_where_no_gradient_takes_them(case, device, monkeypatch):
     def written(*arguments):
         raise AssertionError("bits that nobody reads")
 
     monkeypatch.setattr(norm_gradient, "batch_norm_elemt_bits", written)
-    mean, var, weight, bias = vectors(64, device)
-    dtype = torch.float32 if case == "float32" else torch.float16
+    dtype = torch.float64 if case == "float64" else torch.float16
+    mean, var, weight, bias = (
+        one.to(torch.promote_types(dtype, torch.float32)) for one in vectors(64, device)
+    )
     x, residual = (images(SHAPE, dtype, device) for _ in range(2))
     if case == "contiguous":
         x = x.contiguous()

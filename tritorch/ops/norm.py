@@ -266,7 +266,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     # two slices of rows that end inside a tile, two tiles of channels
     yield sample("slices", 1200 // make.dtype.itemsize, 65)
     yield sample("pixel-slices", 3, 9, 2734 // make.dtype.itemsize)
-    # in 16 bits two panels of the bits that relu's gradient goes by
+    # but in float64 two panels of the bits that relu's gradient goes by
     yield sample("panels", 6, 128, activation="relu", residual=True)
     yield sample("one-channel", 67, 1, activation="relu")
     yield sample("two-values", 2, 4, eps=0.25)

@@ -290,12 +290,12 @@ def batch_norm_elemt(
 def keeps_bits(input: Tensor, residual: Tensor, activation: str | None) -> bool:
     """Whether autograd keeps a bit of each element of the output, and not the output.
 
-    Of relu behind a residual they tell the derivative; they are packed where each thread has whole
-    bytes of them: in 16 bits, and with the channels along memory.
+    Of relu behind a residual they tell the derivative; they are packed where a thread has a whole
+    byte of them, or two threads do: up to 32 bits, and with the channels along memory.
     """
     return (
         activation == "relu"
-        and input.dtype.itemsize == 2
+        and input.dtype.itemsize <= 4
         and input.shape[1] % _PANEL == 0
         and input.stride(1) == 1
         and input.stride() == residual.stride()
