@@ -82,10 +82,17 @@ def _channel_sum_output(input: Tensor, dim: int) -> Tensor:
 @binding.library_op("channel_sum(Tensor input, int dim) -> Tensor", fake=_channel_sum_output)
 def _channel_sum(input: Tensor, dim: int) -> Tensor:
     output = _channel_sum_output(input, dim)
+    sum_channels(input, dim, output)
+    return output
+
+
+def sum_channels(input: Tensor, dim: int, output: Tensor) -> None:
+    """Writes the sums of `input` over every dimension but `dim` into `output`."""
     channels = input.shape[dim]
     count = input.numel() // channels if channels else 0
     if count == 0:
-        return output.zero_()
+        output.zero_()
+        return
     splits, run = _plan_channel_sum(input.shape, input.stride(), dim)
     partial = output
     if splits > 1:
@@ -93,7 +100,6 @@ def _channel_sum(input: Tensor, dim: int) -> Tensor:
     run(input, input, partial)
     if splits > 1:
         split_sum(partial, output)
-    return output
 
 
 @launch.planned
