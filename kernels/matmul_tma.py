@@ -134,6 +134,32 @@ def for_residual(config, itemsize):
     )
 
 
+def for_sums(config):
+    """What takes the place of a configuration where the rows of a are summed up: the same tile, of
+    programs that have one tile each.
+    """
+    sizes = config.kwargs
+    tile = sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"]
+    if sizes["FORM"] == "tile":
+        return config
+    for entry in MATMUL_TMA_CONFIGS[2]:
+        found = tuple(entry.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        if entry.kwargs["FORM"] == "tile" and found == tile:
+            return entry
+    return None
+
+
+def sums_pay(plain, summing, m, n, k):
+    """Whether a product of 16-bit numbers by configuration `summing`, which sums up the rows of a,
+    is expected to take no longer than one by `plain` and two launches that read a once more.
+    """
+    read = 2 * m * k / ADDED / MULTIPROCESSORS
+    # partial sums are added by one launch
+    added = SUMS / 2 if num_splits(summing, m, n, k, 1) > 1 else 0
+    apart = _cycles(plain, m, n, k, 1, 2) + SUMS + read
+    return _cycles(summing, m, n, k, 1, 2, sums=True) + added <= apart
+
+
 def num_splits(config, m, n, k, batch):
     """Into how many sums each of the result is split, so that most multiprocessors have work."""
     tiles = num_tiles(config, m, n) * batch
@@ -177,9 +203,12 @@ LATENCY = 1800
 START = 3000
 ALONE = 2000
 SUMS = 8000
+# columns of b that multiply as long as SUMMED columns of ones: wgmma reads its rows of a in the
+# time of 32 at least; no measurement of these kernels
+SUMMING = 48
 
 
-def _cycles(config, m, n, k, batch, itemsize):
+def _cycles(config, m, n, k, batch, itemsize, sums=False):
     """A rough count for the busiest multiprocessor, whose constants are those that choose best
     among what an H100 measured.
     """
@@ -194,7 +223,8 @@ def _cycles(config, m, n, k, batch, itemsize):
     loaded = block_m + (0 if form == "stationary" else block_n)
     # a stage is loaded while the others of all programs are multiplied
     waits = LATENCY / (together * (config.num_stages - 1))
-    loop = slices * max(multiplied, itemsize * loaded * block_k / LOADED, waits)
+    others = max(itemsize * loaded * block_k / LOADED, waits)
+    loop = slices * max(multiplied, others)
     stored = block_m * block_n * (4 if splits > 1 else itemsize) / STORED
     ends = START
     if form == "tile" and residents(config, itemsize) == 1:
@@ -203,16 +233,25 @@ def _cycles(config, m, n, k, batch, itemsize):
         # most of it while others multiply
         stored /= 4
         ends *= triton.cdiv(tiles, residents(config, itemsize))
-    sums = 0
+    if sums:
+        # only in tiles of the first column
+        summing = slices * max(multiplied + block_m * SUMMING * block_k / PAIRS, others)
+        ends += triton.cdiv(tiles, triton.cdiv(n, block_n)) * (summing - loop)
+    added = 0
     if splits > 1:
         # every partial sum is read once more, by all multiprocessors
-        sums = SUMS + 4 * splits * batch * m * n / ADDED / MULTIPROCESSORS
-    return tiles * (loop + stored) + ends + sums
+        added = SUMS + 4 * splits * batch * m * n / ADDED / MULTIPROCESSORS
+    return tiles * (loop + stored) + ends + added
+
+
+# columns of ones that rows are summed up with: of eight, the fewest of wgmma, Triton 3.6 makes
+# products of single warps, whose operands pass through registers
+SUMMED = tl.constexpr(16)
 
 
 @triton.jit
 def matmul_tma_kernel(
-    a_desc, b_desc, bias_ptr, y_desc, before_desc, moments_ptr, residual_desc,
+    a_desc, b_desc, bias_ptr, y_desc, before_desc, moments_ptr, residual_desc, sums_ptr,
     N, num_m, num_n, TILES, STEPS, BATCH, ENTRIES, a_step, b_step, y_step, y_row, bias_stride, M,
     ACTIVATION: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     SWAPPED: tl.constexpr, SUMS_BATCH: tl.constexpr, BATCH_FIRST: tl.constexpr,
@@ -240,6 +279,10 @@ def matmul_tma_kernel(
 
     With moments_ptr, for results that are neither split nor SWAPPED nor filled, it writes mean,
     squared deviations and count of each column of each tile as it is stored, of the M rows alone.
+
+    With sums_ptr, for results of one entry that are not SWAPPED and for FORM "tile", programs of
+    the first column of tiles write the sums of the M rows of a too, each over its slices: row z of
+    sums_ptr.
     """
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -251,10 +294,24 @@ def matmul_tma_kernel(
         # without it no step at all is one more definition of the accumulator, for which ptxas waits
         # after every wgmma
         tl.assume(STEPS > 0)
-        for step in range(STEPS):
-            a, b = _operands(a_desc, b_desc, m, n, z, step, STEPS, BATCH, ENTRIES, a_step, b_step,
-                             A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH, BLOCK_M, BLOCK_N, BLOCK_K)
-            acc = tl.dot(a, b.T, acc, input_precision="tf32")
+        # two loops, since a product inside of a condition would be waited for
+        if sums_ptr is not None and n == 0:
+            # stays in shared memory
+            ones = tl.full((SUMMED, BLOCK_K), 1.0, dtype=a_desc.dtype)
+            sums = tl.zeros((BLOCK_M, SUMMED), dtype=tl.float32)
+            for step in range(STEPS):
+                a, b = _operands(a_desc, b_desc, m, n, z, step, STEPS, BATCH, ENTRIES, a_step,
+                                 b_step, A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH,
+                                 BLOCK_M, BLOCK_N, BLOCK_K)
+                acc = tl.dot(a, b.T, acc, input_precision="tf32")
+                sums = tl.dot(a, ones.T, sums)
+            _store_sums(sums, m, z, sums_ptr, M)
+        else:
+            for step in range(STEPS):
+                a, b = _operands(a_desc, b_desc, m, n, z, step, STEPS, BATCH, ENTRIES, a_step,
+                                 b_step, A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH,
+                                 BLOCK_M, BLOCK_N, BLOCK_K)
+                acc = tl.dot(a, b.T, acc, input_precision="tf32")
         _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
     elif FORM == "persistent":
         t = pid - programs
@@ -326,6 +383,17 @@ def _load(desc, entry, row, k, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, BLO
     else:
         tile = tl.reshape(desc.load([entry, row, k]), (ROWS, BLOCK_K))
     return tile
+
+
+@triton.jit
+def _store_sums(sums, m, z, sums_ptr, M):
+    """All columns are the same sums."""
+    ROWS: tl.constexpr = sums.shape[0]
+    COLUMNS: tl.constexpr = sums.shape[1]
+    first = tl.arange(0, COLUMNS)[None, :] == 0
+    column = tl.sum(tl.where(first, sums, 0.0), axis=1)
+    offs_m = m + tl.arange(0, ROWS)
+    tl.store(sums_ptr + z * M + offs_m, column.to(sums_ptr.dtype.element_ty), mask=offs_m < M)
 
 
 @triton.jit

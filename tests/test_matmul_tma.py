@@ -34,6 +34,7 @@ def tiles(form, *blocks, halves=2):
         # few programs, so that one has several tiles
         chosen = matmul_tma.processors
         patched.setattr(matmul_tma, "processors", lambda *given: min(1, chosen(*given)))
+        patched.setattr(kernels, "sums_pay", lambda *_: True)
         yield names
 
 
@@ -168,6 +169,67 @@ def test_linear_with_a_residual(form, halves, size, activation, device):
     exact = gradients(with_residual(F.linear, activation), [o.double() for o in operands])
     for one, other in zip(found, exact, strict=True):
         assert_close(one, other, terms=4)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("size", [(40, 48, 72), (528, 40, 48)], ids=["tiles", "split"])
+@pytest.mark.parametrize("columns", [False, True])
+def test_gradients_of_weight_and_bias_in_one_product(size, columns, device):
+    """Tiles past the first column, and rows past the last whole tile, add nothing to the sums."""
+    m, n, k = size
+    x, w, bias = made(device, m, k), made(device, n, k), made(device, n)
+    grad = along(made(device, m, n, seed=1), columns)
+    leaves = [each.requires_grad_() for each in (w, bias)]
+    with tiles("tile", 32, 16, 32) as names, watched(device):
+        y = ops.linear(x, *leaves)
+        del names[:]
+        found = torch.autograd.grad(y, leaves, grad)
+    # partial sums of the weight, and those of the bias
+    assert names == [KERNEL] + (["split_sum_kernel"] * 2 if m == 528 else [])
+    grad = grad.double()
+    for one, exact in zip(found, (grad.mT @ x.double(), grad.sum(0)), strict=True):
+        assert_close(one, exact)
+
+
+@pytest.mark.interpret
+def test_a_gradient_of_few_rows_is_summed_apart(device):
+    """Its product is the transposed one, whose first operand is another."""
+    x, w, bias = made(device, 40, 48), made(device, 24, 48), made(device, 24)
+    with tiles("tile", 32, 16, 32) as names:
+        found = gradients(ops.linear, (x, w, bias))
+    assert "channel_sum_kernel" in names
+    exact = gradients(F.linear, [o.double() for o in (x, w, bias)])
+    for one, other in zip(found, exact, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.interpret
+def test_second_gradients_of_a_linear_layer(device):
+    """Of both gradients at once, and of either alone."""
+    operands = made(device, 40, 56), made(device, 48, 56) / 7, made(device, 48)
+    grad = made(device, 40, 48, seed=1)
+    seeds = [made(device, *each.shape, seed=2) for each in operands]
+
+    def twice(run, wanted, operands, grad, seeds):
+        leaves = [each.detach().clone().requires_grad_() for each in (*operands, grad)]
+        first = torch.autograd.grad(run(*leaves[:3]), leaves[:3], leaves[3], create_graph=True)
+        chosen = [first[index] for index in wanted], [seeds[index] for index in wanted]
+        return torch.autograd.grad(chosen[0], leaves[:1] + leaves[3:], chosen[1], allow_unused=True)
+
+    for wanted in ((1, 2), (1,), (2,)):
+        with tiles("tile", 32, 16, 32):
+            found = twice(ops.linear, wanted, operands, grad, seeds)
+        exact = twice(
+            F.linear,
+            wanted,
+            [each.double() for each in operands],
+            grad.double(),
+            [each.double() for each in seeds],
+        )
+        for one, other in zip(found, exact, strict=True):
+            assert (one is None) == (other is None)
+            if other is not None:
+                assert_close(one, other, terms=2)
 
 
 def with_residual(op, activation=None, **options):
@@ -471,6 +533,40 @@ def test_configurations_have_room_for_a_residual(itemsize, entry):
                     )
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("entry", range(22))
+def test_configurations_sum_up_rows_from_shared_memory(entry, monkeypatch):
+    """Where they do at all: by a second product with the same tile, which nothing waits for."""
+    monkeypatch.setattr(kernels, "sums_pay", lambda *_: True)
+    config = kernels.MATMUL_TMA_CONFIGS[2][entry]
+    taken = kernels.for_sums(config)
+    if taken is None:
+        # short sums alone
+        assert config.kwargs["FORM"] == "stationary"
+        return
+    a, b = empty(9000, 1024), empty(9000, 1024)
+    with launch.override("matmul_tma_config", config):
+        found = compiled(torch.ops.tritorch.matmul_summing, a.T, b)
+        found += compiled(torch.ops.tritorch.matmul_summing, along(a, True).T, b)
+    assert len(found) == 2
+    for kernel in found:
+        assert "sums_ptr" in kernel.pointers
+        assert dry.problems(kernel, "sm_90") == []
+        used = dry.resources(kernel)
+        assert not used.serialized
+        residents = kernels.residents(taken, 2)
+        assert (used.shared + 1024) * residents <= 228 * 1024
+        assert used.registers * 32 * kernel.num_warps * residents <= 65536
+        code = machine_code.read(used.code)
+        products = 0
+        for loop in machine_code.loops(code):
+            kinds = machine_code.kinds([code[n] for n in loop.path])
+            products += kinds.get("tensor core", 0) > 0
+            assert {"shared load", "matrix load", "shared store", "global load"}.isdisjoint(kinds)
+        # of the first column of tiles, and of all others
+        assert products == 2
+
+
 def compiled(op, *operands, **options):
     """The matrix products that the op launches."""
     with backend.use("triton"), backend.strict(), dry.compiling_for("sm_90") as recorder:
@@ -594,3 +690,15 @@ def test_a_chosen_configuration_fits_its_product(k, batch, shared):
             if config.kwargs["FORM"] == "stationary":
                 assert shared
                 assert k <= config.kwargs["BLOCK_K"]
+
+
+@pytest.mark.reference
+def test_sums_of_rows_pay_where_reading_them_again_takes_longer():
+    def pays(rows, outputs, inputs):
+        plain = kernels.matmul_tma_config(outputs, inputs, rows, 1, True, 2)
+        return kernels.sums_pay(plain, kernels.for_sums(plain), outputs, inputs, rows)
+
+    assert pays(4096, 4096, 1024)
+    assert pays(8192, 4096, 4096)
+    # one wave of tiles waits for those of the first column
+    assert not pays(8192, 768, 3072)

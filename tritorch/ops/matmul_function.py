@@ -12,7 +12,7 @@ from torch import Tensor
 from tritorch import binding, launch
 from tritorch.ops import matmul_tma, strided
 from tritorch.ops.activation_function import computes, grad_before, keeps_before, save_product
-from tritorch.ops.reduce import ChannelSum, accumulator_dtype, split_sum
+from tritorch.ops.reduce import ChannelSum, accumulator_dtype, split_sum, sum_channels
 from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("matmul")
@@ -83,6 +83,42 @@ def matmul_keeping(
     y, before = _matmul_outputs(a, b, bias, activation)
     _launch(a, b, bias, activation, residual, y, before)
     return y, before
+
+
+def _matmul_and_sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return _matmul_output(a, b, None, None), a.new_empty(a.shape[:1])
+
+
+def _summing_flops(
+    a: Sequence[int], b: Sequence[int], *, out_shape: Sequence[int] | None = None
+) -> int:
+    return _matmul_flops(a, b, None, None)
+
+
+@binding.library_op(
+    "matmul_summing(Tensor a, Tensor b) -> (Tensor, Tensor)",
+    fake=_matmul_and_sums,
+    flops=_summing_flops,
+)
+def matmul_summing(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a @ b of two matrices, and the sums of the rows of a: the gradients of weight and bias of a
+    linear layer, cuBLASLt's epilogue BGRADA.
+    """
+    y, sums = _matmul_and_sums(a, b)
+    # sums of float32 would be of numbers truncated to TF32
+    processors = matmul_tma.processors("ieee", a, b, y)
+    plan = _plan_summing(Layout.of(a), Layout.of(b), processors)
+    if plan is None:
+        _launch(a, b, None, None, None, y)
+        sum_channels(a, 0, sums)
+    else:
+        matmul_tma.run(plan, a, b, y, sums=sums)
+    return y, sums
+
+
+@launch.planned
+def _plan_summing(a: Layout, b: Layout, processors: int) -> matmul_tma.Plan | None:
+    return matmul_tma.plan_with_sums(a, b, processors) if processors else None
 
 
 def _launch(
@@ -207,6 +243,34 @@ class Matmul(torch.autograd.Function):
         return grad_a, grad_b
 
 
+class MatmulSumming(torch.autograd.Function):
+    """Product of two matrices, and the sums of the rows of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        of_a, of_b = ctx.needs_input_grad
+        ctx.shape = a.shape
+        binding.save_for_backward(ctx, a if of_b else None, b if of_a else None)
+        y, sums = matmul_summing(a, b)
+        return y, sums
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_sums: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        grad_a = grad_b = None
+        of_a, of_b = ctx.needs_input_grad
+        if of_a and grad_sums is not None:
+            grad_a = grad_sums.unsqueeze(1).expand(ctx.shape)
+        if of_a and grad_y is not None:
+            grad_a = binding.apply(Linear, grad_y, b, None, grad_a, None)
+        if of_b and grad_y is not None:
+            grad_b = binding.apply(Matmul, a.mT, grad_y)
+        return grad_a, grad_b
+
+
 class Linear(torch.autograd.Function):
     """activation(input @ weight.T + bias + residual); of an activation its output is kept, and the
     value before it only where the output does not tell the derivative.
@@ -244,9 +308,13 @@ class Linear(torch.autograd.Function):
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = binding.apply(Linear, grad_output, weight.t(), None, None, None)
-        if ctx.needs_input_grad[1]:
+        of_weight, of_bias = ctx.needs_input_grad[1:3]
+        if of_weight and of_bias:
+            products = rows_of(grad_output).t(), rows_of(input)
+            grad_weight, grad_bias = binding.apply(MatmulSumming, *products)
+        elif of_weight:
             grad_weight = binding.apply(Matmul, rows_of(grad_output).t(), rows_of(input))
-        if ctx.needs_input_grad[2]:
+        elif of_bias:
             grad_bias = binding.apply(ChannelSum, rows_of(grad_output), 1)
         grad_residual = grad_output if ctx.needs_input_grad[3] else None
         return grad_input, grad_weight, grad_bias, grad_residual, None

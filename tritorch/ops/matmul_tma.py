@@ -76,19 +76,25 @@ class Plan(NamedTuple):
     splits: int
     # tiles of rows, of whose columns a launch can write the moments
     parts: int
+    # whether a launch is to sum up the rows of a
+    sums: bool
     config: Any
     constants: dict[str, Any]
     # by epilogue, as they are asked for
     launches: dict[tuple[Any, ...], launch.Prepared]
 
     def with_epilogue(
-        self, activation: str | None, bias_stride: int | None, moments: bool = False
+        self,
+        activation: str | None,
+        bias_stride: int | None,
+        moments: bool = False,
+        sums: bool = False,
     ) -> launch.Prepared:
         """The launch with this epilogue."""
-        key = activation, bias_stride, moments
+        key = activation, bias_stride, moments, sums
         prepared = self.launches.get(key)
         if prepared is None:
-            rows = self.y.shape[1] if moments else None
+            rows = self.y.shape[1] if moments or sums else None
             numbers = (*self.numbers, 1 if bias_stride is None else bias_stride, rows)
             prepared = self.launches[key] = launch.Prepared(
                 kernels.matmul_tma_kernel,
@@ -134,6 +140,15 @@ def plan_matmul(a: Layout, b: Layout, count: int, residual: Layout | None) -> Pl
     return plan(*given, y.itemsize, count, residual=added)
 
 
+def plan_with_sums(a: Layout, b: Layout, count: int) -> Plan | None:
+    """For a @ b of matrices and the sums of the rows of a in one launch; None where these are
+    better summed up apart.
+    """
+    y = dense(Layout((a.shape[0], b.shape[1]), (), a.itemsize))
+    given = _entries(a), _entries(b).transposed, _entries(y)
+    return plan(*given, y.itemsize, count, sums=True)
+
+
 def _entries(matrix: Layout) -> Entries:
     batch, over_batch = (1, 0) if len(matrix.shape) == 2 else (matrix.shape[0], matrix.strides[0])
     (rows, columns), (over_rows, over_columns) = matrix.shape[-2:], matrix.strides[-2:]
@@ -150,12 +165,14 @@ def plan(
     fill: Fill = _DENSE,
     moments: bool = False,
     residual: Entries | None = None,
+    sums: bool = False,
 ) -> Plan | None:
     """How to multiply on `count` multiprocessors, or None if the kernel does not take it.
 
     Of 4 bytes, numbers are float32 and their products TF32's.  b may have one entry for all of a.
     `sums_batch`: the products of all entries are added.
-    `moments`: those of the columns are wanted, where the kernel can write them.
+    `moments`: those of the columns are wanted, where the kernel can write them.  `sums`: so are
+    those of the rows of a, of one entry; None too where it does not pay.
     """
     # wgmma transposes 16-bit numbers alone: a slice of others would pass through registers and back
     # into shared memory, which the tensor cores wait for
@@ -174,6 +191,10 @@ def plan(
         config = kernels.for_moments(config, itemsize)
     if residual is not None:
         config = kernels.for_residual(config, itemsize)
+    if sums:
+        plain, config = config, kernels.for_sums(config)
+        if swapped or config is None or not kernels.sums_pay(plain, config, m, n, k):
+            return None
     block_m, block_n, block_k, form = (
         config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "FORM")
     )
@@ -210,7 +231,7 @@ def plan(
     width = m if swapped else n
     numbers = (width, *counts, *entry_steps, *fill)
     parts = counts[0] * batch if moments and not swapped and splits == 1 else 0
-    return Plan((grid,), *views, numbers, splits, parts, config, constants, {})
+    return Plan((grid,), *views, numbers, splits, parts, sums, config, constants, {})
 
 
 def _runs_inside(operand: Entries) -> bool:
@@ -286,10 +307,12 @@ def run(
     before: Tensor | None = None,
     moments: Tensor | None = None,
     residual: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> None:
     """Writes activation(a @ b.T + bias + residual) into y, and the values before it into `before`,
     which has the strides of y; or into `moments` mean, squared deviations and count of the columns
-    of each of the plan's parts of y, (parts, 3, N).
+    of each of the plan's parts of y, (parts, 3, N); or, by a plan for them, into `sums` those of
+    the rows of a.
     """
     if plan.constants["SWAPPED"]:
         a, b = b, a
@@ -302,14 +325,20 @@ def run(
     if single:
         stride = None if bias is None else bias.stride(0)
         kept = None if before is None else _descriptor(before, plan.y)
-        run = plan.with_epilogue(activation, stride, moments is not None)
+        run = plan.with_epilogue(activation, stride, moments is not None, plan.sums)
         added = None
         if residual is not None and plan.residual is not None:
             added = _descriptor(residual, plan.residual)
-        run(y, *operands, bias, result, kept, moments, added)
+        run(y, *operands, bias, result, kept, moments, added, sums)
         return
-    plan.with_epilogue(None, None)(y, *operands, None, result, None, None, None)
+    partial: Tensor | None = None
+    if sums is not None:
+        partial = y.new_empty((plan.splits, sums.numel()), dtype=target.dtype)
+    run = plan.with_epilogue(None, None, sums=plan.sums)
+    run(y, *operands, None, result, None, None, None, partial)
     _add_up(plan, target, y, bias, activation, before, residual)
+    if sums is not None and partial is not None:
+        split_sum(partial, sums)
 
 
 def _add_up(
