@@ -204,6 +204,20 @@ def test_a_gradient_of_few_rows_is_summed_apart(device):
 
 
 @pytest.mark.interpret
+def test_float32_is_summed_apart(device):
+    """TF32 would truncate what is summed up."""
+    x, w, bias = (made(device, *shape).float() for shape in ((40, 72), (48, 72), (48,)))
+    grad = along(made(device, 40, 48, seed=1).float(), True)
+    with products.allowing_tf32(), tiles("tile", 32, 16, 32) as names:
+        y = ops.linear(along(x, True), w.requires_grad_(), bias.requires_grad_())
+        del names[:]
+        _, of_bias = torch.autograd.grad(y, (w, bias), grad)
+    # of operands along the inner axis the product itself is TF32's
+    assert KERNEL in names and "channel_sum_kernel" in names
+    assert_close(of_bias, grad.double().sum(0))
+
+
+@pytest.mark.interpret
 def test_second_gradients_of_a_linear_layer(device):
     """Of both gradients at once, and of either alone."""
     operands = made(device, 40, 56), made(device, 48, 56) / 7, made(device, 48)
