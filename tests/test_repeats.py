@@ -3,8 +3,12 @@ anything that decides the way is no repeat.
 """
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 import warnings
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,9 +16,11 @@ import torch
 
 from tritorch import backend, launch, ops, repeats, watched
 from tritorch.registry import Maker, specs
-from tritorch.testing import calls
+from tritorch.testing import calls, detectors
 
 pytestmark = pytest.mark.interpret
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # lists of tensors have no key
 NEVER = {"sgd_step", "adam_step"}
@@ -28,7 +34,8 @@ MOST_SAMPLES = 4
 
 @pytest.fixture(autouse=True)
 def kernels_only():
-    with backend.use("triton"), backend.strict():
+    # the second call is watched
+    with backend.use("triton"), backend.strict(), mock.patch.object(repeats, "_WATCHED", 2):
         yield
 
 
@@ -150,12 +157,14 @@ def images(device):
     return torch.randn(2, 3, 4, next(_widths), device=device)
 
 
-def test_a_call_is_repeated_from_the_third_on(images, repeated):
+@pytest.mark.parametrize("watched_call", [2, 4])
+def test_a_call_is_repeated_after_the_watched_one(watched_call, images, repeated):
     counts = []
-    for _ in range(4):
-        often(lambda: ops.relu(images), 1)
-        counts.append(len(repeated))
-    assert counts == [0, 0, 1, 2]
+    with mock.patch.object(repeats, "_WATCHED", watched_call):
+        for _ in range(watched_call + 2):
+            often(lambda: ops.relu(images), 1)
+            counts.append(len(repeated))
+    assert counts == [0] * watched_call + [1, 2]
 
 
 def test_what_is_repeated_is_new_memory(images, repeated):
@@ -336,15 +345,17 @@ def test_a_thread_watches_its_own_calls(images):
     result, repeat = watched.watch(beside_another, (images,), {})
     assert torch.allclose(found[0], torch.nn.functional.silu(images))
     assert torch.equal(result, images.relu())
-    assert len(repeat.steps) == len(alone.steps) == 1
+    assert len(repeat.steps) == len(alone.steps) == 2
 
 
 def test_keys_are_forgotten_when_there_are_too_many(images):
-    again = repeats.Repeats(lambda x: x)
+    calls = repeats.Calls(lambda x: x)
     with mock.patch.object(repeats, "_MOST_KEYS", 3):
         for key in range(10):
-            again((key,), (images,))
-            assert len(again._known) <= 3
+            for _ in range(3):
+                assert calls((key,), (images,)) is images
+            assert len(calls._seen) <= 3
+            assert len(calls._repeats) <= 3
 
 
 def twice(x):
@@ -354,14 +365,14 @@ def twice(x):
 
 def test_what_is_returned_twice_is_not_repeated(images):
     _, repeat = watched.watch(twice, (images,), {})
-    assert repeat is False
+    assert repeat is None
 
 
 @pytest.mark.parametrize(
     "does",
     [
         lambda x: x + 1,
-        lambda x: x.clone(),
+        lambda x: x.clone().add_(1),
         lambda x: torch.zeros(3),
         lambda x: x.flatten(),
         lambda x: x.new_empty(3).fill_(1.0),
@@ -373,10 +384,73 @@ def test_what_is_returned_twice_is_not_repeated(images):
 )
 def test_what_does_more_than_launch_is_not_repeated(does, images):
     _, repeat = watched.watch(does, (images,), {})
-    assert repeat is False
+    assert repeat is None
 
 
 KEPT = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        lambda x: x.clone(),
+        lambda x: x.double(),
+        lambda x: x.movedim(1, -1).contiguous(),
+        lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x.clone()[1],
+    ],
+    ids=["clone", "cast", "of-a-view", "and-back", "channels-last", "part"],
+)
+def test_copies_are_repeated(does, images):
+    """Of the arguments at hand, which lie elsewhere in their memory."""
+    memory = torch.randn(images.numel() + 4, device=images.device)
+    other = memory[4:].view(images.shape)
+    _, repeat = watched.watch(does, (images,), {})
+    found, expected = repeat((other,)), does(other)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+
+
+def test_writes_are_those_of_the_call_alone(device):
+    """Not those of others into the same memory meanwhile, which versions would tell."""
+    flat = torch.rand(4, 3, device=device) + 0.5
+    x = torch.randn(5, 3, device=device)
+    for _ in range(4):
+        before = flat._version
+        often(lambda: ops.batch_norm(x, *flat.unbind(), training=True), 1)
+        # mean and variance, which are in one memory with weight and bias
+        assert flat._version == before + 2
+    rows = [row.clone() for row in flat]
+    often(lambda: ops.batch_norm(x, *rows, training=True), 1)
+    assert [row._version for row in rows] == [1, 1, 0, 0]
+
+
+def test_detectors_see_every_call(images):
+    with detectors.detecting():
+        often(lambda: ops.relu(images))
+        with mock.patch.object(watched.Repeat, "__call__", side_effect=AssertionError):
+            often(lambda: ops.relu(images))
+
+
+def test_nothing_of_torch_compile_is_imported():
+    """It takes a second, and tells other code that torch.compile is in use."""
+    program = """
+import sys
+import torch
+from tritorch import backend, ops, watched
+repeat, count = watched.Repeat.__call__, []
+watched.Repeat.__call__ = lambda *given: count.append(1) or repeat(*given)
+with torch.no_grad():
+    for _ in range(6):
+        ops.relu(torch.ones(3))
+print(len(count), "torch._dynamo" in sys.modules, "sympy" in sys.modules)
+"""
+    variables = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["2", "False", "False"]
 
 
 def special(device):

@@ -55,7 +55,7 @@ def library_op(
         if flops is not None:
             register_flop_formula(getattr(torch.ops.tritorch, name))(flops)
 
-        again = repeats.Repeats(launch)
+        calls = repeats.Calls(launch)
 
         @functools.wraps(launch)
         def call(*arguments: Any, **named: Any) -> Any:
@@ -65,7 +65,7 @@ def library_op(
                 return launch(*arguments, **named)
             # the dispatcher takes longer than a launch
             key = None if named or repeats.listens() else repeats.key_of(arguments)
-            return op(*arguments, **named) if key is None else again(key, arguments)
+            return op(*arguments, **named) if key is None else calls(key, arguments)
 
         return call
 
@@ -96,8 +96,7 @@ class NoContext:
 
     def mark_dirty(self, *tensors: Tensor) -> None:
         # autograd does this for a context of its own
-        for tensor in tensors:
-            torch.autograd.graph.increment_version(tensor)
+        launching.count_write(*tensors)
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         pass
@@ -139,9 +138,9 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 @functools.cache
-def _forward_of(function: type[torch.autograd.Function]) -> repeats.Repeats:
+def _forward_of(function: type[torch.autograd.Function]) -> repeats.Calls:
     """The forward pass of a Function of which nothing is kept."""
-    return repeats.Repeats(lambda *given: function.forward(NoContext(len(given)), *given))
+    return repeats.Calls(lambda *given: function.forward(NoContext(len(given)), *given))
 
 
 def autocast_to_lower(*tensors: Tensor | None) -> tuple[Any, ...]:

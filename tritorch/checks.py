@@ -68,8 +68,10 @@ def warn(message: str) -> None:
     if not torch.compiler.is_compiling():
         global warned
         warned += 1
-        while sys._getframe(depth - 1).f_globals["__name__"].startswith(_OURS):
-            depth += 1
+        frame = sys._getframe(1)
+        # of a function that C calls there is no frame above
+        while str(frame.f_globals.get("__name__")).startswith(_OURS) and frame.f_back is not None:
+            frame, depth = frame.f_back, depth + 1
     warnings.warn(message, UserWarning, stacklevel=depth)
 
 

@@ -12,7 +12,7 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,12 +30,32 @@ _questions: list[list[tuple[str, tuple[int, ...]]]] = []
 _pretended = 80
 
 
+class Watcher(Protocol):
+    """Hears of what a call does besides what torch hears of."""
+
+    def launches(
+        self, prepared: Prepared, on: Tensor, tensors: tuple[Any, ...], floats: tuple[float, ...]
+    ) -> None:
+        """Of a launch, which is left to the watcher."""
+
+    def writes(self, tensors: tuple[Tensor, ...]) -> None:
+        """Of tensors whose versions have counted a write."""
+
+
 class _Thread(threading.local):
-    # takes over each launch: called with a `Prepared` and what that was called with
-    watcher: Callable[[Prepared, Tensor, tuple[Any, ...], tuple[float, ...]], None] | None = None
+    watcher: Watcher | None = None
 
 
 thread = _Thread()
+# how many detectors see every allocation and launch
+detectors = 0
+
+
+def count_write(*tensors: Tensor) -> None:
+    """Has the versions of tensors count what a kernel writes, as autograd wants it."""
+    torch.autograd.graph.increment_version(tensors)
+    if thread.watcher is not None:
+        thread.watcher.writes(tensors)
 
 
 class Family:
@@ -143,10 +163,21 @@ def circumstances() -> tuple[Any, ...] | None:
     """The choices in force on which launches depend, besides what they are given; None where plans
     are asked again, somebody wants to hear of each launch, or torch fills what is allocated.
     """
-    if _asks_again() or _recorders or _is_watched() or torch.are_deterministic_algorithms_enabled():
+    if (
+        detectors
+        or _recorders
+        or _asks_again()
+        or _is_watched()
+        or torch.are_deterministic_algorithms_enabled()
+    ):
         return None
     target = dry.active()
     return backend.current(), _pretended, target and target.name
+
+
+def is_captured() -> bool:
+    """Whether the current stream is captured as a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager
@@ -266,7 +297,7 @@ class Prepared:
         if 0 in self._grid:
             return
         if thread.watcher is not None:
-            thread.watcher(self, on, tensors, floats)
+            thread.watcher.launches(self, on, tensors, floats)
             return
         device = _gpu(on)
         if device < 0 or backend.INTERPRETING:

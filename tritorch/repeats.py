@@ -1,12 +1,12 @@
 """Calls that come again: what a call allocated and launched is done once more, without asking why.
 
-A program calls an op with the same shapes over and over.  The first call goes its way, the second
-one is watched, and from the third on its allocations and launches are repeated with the tensors at
-hand.  Only what did nothing else is repeated: a call that did more in torch, a copy say, or took a
-tensor from elsewhere than its arguments, goes its way for ever.
+A program calls an op with the same shapes over and over.  The first calls go their way, the next
+one is watched, and from then on its allocations, copies and launches are repeated with the tensors
+at hand.  Only what did nothing else is repeated: a call that did more in torch, or took a tensor
+from elsewhere than its arguments, goes its way for ever.
 
-What makes two calls alike is `key_of` and `launch.circumstances`.  Whoever lets an op depend on
-more must add it there.
+What makes two calls alike is `key_of`.  Whoever lets an op depend on more must add it there, or to
+`launch.circumstances`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ _Result = TypeVar("_Result")
 
 # keys of one function: a program with ever new shapes would make more and more
 _MOST_KEYS = 4096
+# the one of equal calls that is watched, which takes as long as several that are not
+_WATCHED = 4
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN = frozenset((type(None), bool, int, str, torch.dtype))
 _TUPLES = frozenset((tuple, torch.Size))
 _INTEGERS = frozenset((int,))
 _FLAGS = frozenset((bool,))
+# of dimensions, until torch 2.12
+_HAS_NAMES = hasattr(Tensor, "has_names")
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 # to look each of them up takes as long as to call it
@@ -72,10 +76,14 @@ def is_compiler_at_work() -> bool:
 
 
 def key_of(arguments: Iterable[Any]) -> tuple[Any, ...] | None:
-    """What an op can know of its arguments but the addresses and what is there; None where one is
-    no ordinary tensor, and nothing that has a key.
+    """What an op can know of its arguments but the addresses and what is there, and what else its
+    launches depend on.  None where an argument is no ordinary tensor, and nothing that has a key,
+    or where no launch may be left to a repeat.
     """
-    key: list[Any] = []
+    circumstances = launch.circumstances()
+    if circumstances is None:
+        return None
+    key: list[Any] = [circumstances]
     has_float32 = False
     for argument in arguments:
         kind = type(argument)
@@ -86,7 +94,7 @@ def key_of(arguments: Iterable[Any]) -> tuple[Any, ...] | None:
             except RuntimeError:
                 return None
             # others are no memory to read as it is: zeros that are nowhere, negated numbers
-            if not address or argument.is_neg():
+            if not address or argument.is_neg() or (_HAS_NAMES and argument.has_names()):
                 return None
             dtype = argument.dtype
             key += dtype, argument.shape, strides, address % 16, argument.device
@@ -109,40 +117,43 @@ def key_of(arguments: Iterable[Any]) -> tuple[Any, ...] | None:
     return tuple(key)
 
 
-class Repeats:
+class Calls:
     """Calls of one function, each repeated where it can be."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        # whether a key was seen, and never led to a repeat, or what repeats it
-        self._known: dict[tuple[Any, ...], bool | watched.Repeat] = {}
+        # how often a key was seen, and then what repeats the call, if anything does
+        self._seen: dict[tuple[Any, ...], int] = {}
+        self._repeats: dict[tuple[Any, ...], watched.Repeat | None] = {}
 
     def __call__(
         self, key: tuple[Any, ...], arguments: tuple[Any, ...], named: Mapping[str, Any] = _NONE
     ) -> Any:
-        """`function(*arguments, **named)`, of which the key says everything that decides its way
-        besides the `launch.circumstances`.
-        """
-        circumstances = launch.circumstances()
-        if circumstances is None:
-            return self._function(*arguments, **named)
-        whole = key, circumstances
-        known = self._known.get(whole)
-        if known is None:
-            if len(self._known) >= _MOST_KEYS:
-                self._known.clear()
-            self._known[whole] = True
-        elif known is True:
-            result, self._known[whole] = watched.watch(self._function, arguments, named)
+        """`function(*arguments, **named)`; the key says everything that decides its way."""
+        repeat = self._repeats.get(key)
+        if repeat is not None and repeat.is_here():
+            return repeat((*arguments, *named.values()) if named else arguments)
+        if key not in self._repeats and self._is_to_be_watched(key):
+            result, self._repeats[key] = watched.watch(self._function, arguments, named)
             return result
-        elif known is not False and known.is_here():
-            return known((*arguments, *named.values()) if named else arguments)
         return self._function(*arguments, **named)
+
+    def _is_to_be_watched(self, key: tuple[Any, ...]) -> bool:
+        seen = self._seen.get(key, 0) + 1
+        if seen >= _WATCHED and not launch.is_captured():
+            self._seen.pop(key, None)
+            if len(self._repeats) >= _MOST_KEYS:
+                self._repeats.clear()
+            return True
+        if len(self._seen) >= _MOST_KEYS:
+            self._seen.clear()
+        self._seen[key] = seen
+        return False
 
 
 def repeated(op: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
     """Decorates an op whose calls without gradients are repeated as wholes."""
-    repeats = Repeats(op)
+    calls = Calls(op)
 
     @functools.wraps(op)
     def call(*arguments: _Given.args, **named: _Given.kwargs) -> _Result:
@@ -159,7 +170,7 @@ def repeated(op: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         key = (*key, torch.is_inference_mode_enabled(), *named)
         if _has_autocast():
             key += _autocast()
-        result: _Result = repeats(key, arguments, named)
+        result: _Result = calls(key, arguments, named)
         return result
 
     return call

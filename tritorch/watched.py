@@ -1,6 +1,6 @@
-"""Watches a call, to do it again: which tensors it allocates, and which launches it makes of them.
+"""Watches a call, to do it again: what it allocates and copies, and which launches it makes.
 
-Values of a call have places: None, the call's arguments, then what it allocates, in order.
+Values of a call have places: None, the call's arguments, then what it makes, in order.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
-from tritorch import checks, launch
+from tritorch import backend, checks, launch
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset(
@@ -25,12 +25,27 @@ _ALLOCATIONS = frozenset(
         _aten.new_empty_strided.default,
     )
 )
+# of one tensor another one in memory of its own
+_COPIES = frozenset((_aten.clone.default, _aten._to_copy.default))
 # tells nothing of a tensor
 _HARMLESS = frozenset((_aten.promote_types.default,))
 
 
+class View(NamedTuple):
+    """A tensor in the memory of the value at `place`, and where that begins without an `offset`."""
+
+    place: int
+    size: torch.Size
+    strides: tuple[int, ...]
+    offset: int | None
+
+    def __call__(self, values: Sequence[Any]) -> Tensor:
+        tensor: Tensor = values[self.place].as_strided(self.size, self.strides, self.offset)
+        return tensor
+
+
 class Described(NamedTuple):
-    """A descriptor among the arguments of a launch: of what begins where the value at `place`
+    """A descriptor among the arguments of a launch, of what begins where the value at `place`
     does.
     """
 
@@ -39,28 +54,55 @@ class Described(NamedTuple):
     strides: tuple[int, ...]
     block: tuple[int, ...]
 
+    def __call__(self, values: Sequence[Any]) -> Any:
+        return launch.descriptor(values[self.place], self.shape, self.strides, self.block)
 
-class Part(NamedTuple):
-    """A view, among the results of a call, of the value at `place`."""
 
-    place: int
-    size: torch.Size
+class Allocation(NamedTuple):
+    allocate: Callable[..., Tensor]
+    size: tuple[int, ...]
     strides: tuple[int, ...]
-    offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def like(cls, tensor: Tensor) -> Allocation:
+        allocate = _allocator(tensor.device)
+        return cls(allocate, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def __call__(self, values: list[Any], stream: int | None) -> None:
+        values.append(self.allocate(self.size, self.strides, self.dtype))
 
 
-class Step(NamedTuple):
-    """A launch, and the tensors that are allocated before it: a function, and what it is given.
+class Copy(NamedTuple):
+    function: Callable[..., Tensor]
+    source: int | View
+    options: Mapping[str, Any]
 
-    `places`: of its arguments.  `on`: of the tensor on whose device it is.  `dropped`: of values
+    def __call__(self, values: list[Any], stream: int | None) -> None:
+        source = self.source
+        tensor = values[source] if isinstance(source, int) else source(values)
+        values.append(self.function(tensor, **self.options))
+
+
+class Launch(NamedTuple):
+    """`places`: of its arguments.  `on`: of the tensor on whose device it is.  `dropped`: of values
     that nothing uses later.
     """
 
-    allocations: list[tuple[Any, ...]]
-    launch: launch.Ready
+    ready: launch.Ready
     on: int
     places: list[int | Described]
     dropped: list[int]
+
+    def __call__(self, values: list[Any], stream: int | None) -> None:
+        (device, run, grid, head, maps, rest), on, places, dropped = self
+        tensors = [values[at] if isinstance(at, int) else at(values) for at in places]
+        if device < 0:
+            run(values[on], *tensors)
+        else:
+            run(*grid, stream, *head, *(tensors if maps is None else maps(tensors)), *rest)
+        for place in dropped:
+            values[place] = None
 
 
 class Repeat(NamedTuple):
@@ -71,9 +113,9 @@ class Repeat(NamedTuple):
     """
 
     device: int
-    steps: list[Step]
+    steps: list[Allocation | Copy | Launch]
     written: list[int]
-    results: list[int | Part]
+    results: list[int | View]
     alone: bool
 
     def is_here(self) -> bool:
@@ -86,96 +128,103 @@ class Repeat(NamedTuple):
         device = self.device
         stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else None
         values: list[Any] = [None, *arguments]
-        for allocations, (_, run, grid, head, maps, rest), on, places, dropped in self.steps:
-            for allocate, size, strides, dtype in allocations:
-                values.append(allocate(size, strides, dtype))
-            tensors = [
-                values[at] if isinstance(at, int) else launch.descriptor(values[at.place], *at[1:])
-                for at in places
-            ]
-            if device < 0:
-                run(values[on], *tensors)
-            else:
-                run(*grid, stream, *head, *(tensors if maps is None else maps(tensors)), *rest)
-            for place in dropped:
-                values[place] = None
+        for step in self.steps:
+            step(values, stream)
         for place in self.written:
             torch.autograd.graph.increment_version(values[place])
-        results = [
-            values[at] if isinstance(at, int) else values[at.place].as_strided(*at[1:])
-            for at in self.results
-        ]
+        results = [values[at] if isinstance(at, int) else at(values) for at in self.results]
         return results[0] if self.alone else tuple(results)
 
 
 def watch(
     function: Callable[..., Any], arguments: tuple[Any, ...], named: Mapping[str, Any]
-) -> tuple[Any, Repeat | bool]:
-    """What `function(*arguments, **named)` returns, and what repeats the call; False where it
-    cannot be repeated.
+) -> tuple[Any, Repeat | None]:
+    """What `function(*arguments, **named)` returns, and what repeats the call, if anything does.
+
+    What the call allocates is kept until it returns.
     """
-    watch = _Watch((*arguments, *named.values()))
+    mode = _Mode((*arguments, *named.values()))
     warned = checks.warned
-    with watch:
-        launch.thread.watcher = watch.launch
+    with mode:
+        launch.thread.watcher = mode
         try:
             result = function(*arguments, **named)
         finally:
             launch.thread.watcher = None
     # each call warns anew
-    return result, checks.warned == warned and (watch.repeat(result) or False)
+    return result, mode.repeat(result) if checks.warned == warned else None
 
 
-class _Watch(TorchDispatchMode):
-    """Hears of all that a call does in torch, and of its launches."""
+class _Mode(TorchDispatchMode):
+    """Hears of all that a call does in torch, and as a watcher of its launches."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # what keeps torch.compile out of a mode imports it, which takes a second
+        return False
 
     def __init__(self, arguments: Sequence[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        # views too, so that no other tensor gets their id
-        self._kept: list[Any] = []
-        self._values: list[Any] = [None]
+        # of each tensor where it is; nothing in here dies, so that no other tensor gets its id
+        self._views: dict[int, tuple[Tensor, View]] = {}
         self._places: dict[int, int] = {id(None): 0}
-        self._parts: dict[int, Part] = {}
+        self._values: list[Any] = [None]
         self._arguments = 1 + len(arguments)
-        self._launches: list[tuple[int, launch.Ready, list[Any]]] = []
+        self._steps: list[Any] = []
+        self._written: list[int] = []
         self._is_repeatable = True
         for argument in arguments:
+            # twice the same tensor does not tell which of two is meant
             if isinstance(argument, Tensor):
-                # twice the same tensor does not tell which of two is meant
                 self._is_repeatable &= id(argument) not in self._places
-                self._places[id(argument)] = len(self._values)
-            self._values.append(argument)
-        self._versions = [_version(value) for value in self._values]
+            self._add(argument)
+
+    def _add(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self._places[id(value)] = len(self._values)
+        self._values.append(value)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
-            self._places[id(result)] = len(self._values)
-            self._values.append(result)
-            return result
-        is_view = func.is_view or func is _aten._unsafe_view.default
-        if is_view and isinstance(result, Tensor):
-            self._is_repeatable &= self._views(result, args[0])
+            self._add(result)
+            self._steps.append(Allocation.like(result))
+        elif func in _COPIES:
+            source = self._where(args[0])
+            self._is_repeatable &= source is not None and len(args) == 1
+            self._add(result)
+            self._steps.append(Copy(func, source or 0, kwargs or {}))
+        elif func.is_view or func is _aten._unsafe_view.default:
+            self._is_repeatable &= isinstance(result, Tensor) and self._sees(result, args[0])
         elif func not in _HARMLESS:
             self._is_repeatable = False
         return result
 
-    def _views(self, view: Tensor, base: Tensor) -> bool:
-        """Whether a view is noted: of which memory it is."""
-        place = self._places.get(id(base))
-        if place is None or view.dtype != base.dtype:
+    def _sees(self, view: Tensor, base: Tensor) -> bool:
+        """Whether it is known of which memory a view is."""
+        whole = self._where(base)
+        if whole is None or view.dtype != base.dtype:
             return False
-        self._kept.append(view)
-        if view.data_ptr() == base.data_ptr():
-            self._places[id(view)] = place
-        elif place >= self._arguments:
+        place = whole if isinstance(whole, int) else whole.place
+        offset = None
+        if view.data_ptr() != self._values[place].data_ptr():
+            # where the memory of an argument begins no key says
             offset = int(view.storage_offset())
-            self._parts[id(view)] = Part(place, view.shape, view.stride(), offset)
+            if place < self._arguments:
+                return False
+        self._views[id(view)] = view, View(place, view.shape, view.stride(), offset)
         return True
 
-    def launch(
+    def _where(self, tensor: Any) -> int | View | None:
+        """Where a tensor of the call is, or None; None where it is no tensor of the call."""
+        place = self._places.get(id(tensor))
+        if place is None:
+            return self._views.get(id(tensor), (None, None))[1]
+        return place
+
+    def launches(
         self,
         prepared: launch.Prepared,
         on: Tensor,
@@ -184,99 +233,99 @@ class _Watch(TorchDispatchMode):
     ) -> None:
         launch.thread.watcher = None
         try:
-            with _disable_current_modes():
+            with _pop_mode_temporarily():
                 prepared(on, *tensors, floats=floats)
                 ready = prepared.ready(on, tensors, floats)
         finally:
-            launch.thread.watcher = self.launch
-        places = [self._place(tensor) for tensor in (on, *tensors)]
-        self._launches.append((len(self._values), ready, places))
+            launch.thread.watcher = self
+        first, *places = [self._begins(tensor) for tensor in (on, *tensors)]
+        known = [at for at in places if at is not None]
+        self._is_repeatable &= isinstance(first, int) and len(known) == len(places)
+        self._steps.append(Launch(ready, first if isinstance(first, int) else 0, known, []))
 
-    def _place(self, tensor: Any) -> int | Described | None:
-        """Of a tensor or a descriptor; None where it is not one of the call's."""
-        if tensor is None or isinstance(tensor, Tensor):
-            return self._places.get(id(tensor))
-        place = self._places.get(id(tensor.base))
-        if place is None:
-            return None
-        return Described(place, tensor.shape, tensor.strides, tuple(tensor.block_shape))
+    def writes(self, tensors: tuple[Tensor, ...]) -> None:
+        for tensor in tensors:
+            place = self._begins(tensor)
+            self._is_repeatable &= isinstance(place, int)
+            self._written.append(place if isinstance(place, int) else 0)
+
+    def _begins(self, tensor: Any) -> int | Described | None:
+        """The place of the value that begins where a tensor does, or what describes it; or None."""
+        if not (tensor is None or isinstance(tensor, Tensor)):
+            place = self._begins(tensor.base)
+            if not isinstance(place, int):
+                return None
+            return Described(place, tensor.shape, tensor.strides, tuple(tensor.block_shape))
+        where = self._where(tensor)
+        if isinstance(where, View):
+            return where.place if where.offset is None else None
+        return where
 
     def repeat(self, result: Any) -> Repeat | None:
         """What repeats a call with this result, if anything does."""
         results = result if type(result) is tuple else (result,)
-        allocations = [_allocation(value) for value in self._values[self._arguments :]]
-        where = [self._result(one, allocations) for one in results]
+        where = [self._result(one) for one in results]
         found = [at for at in where if at is not None]
-        devices = {ready.device for _, ready, _ in self._launches} or {-1}
+        launches = [step for step in self._steps if isinstance(step, Launch)]
+        devices = {step.ready.device for step in launches} or {-1}
         of_tensors = {value.device for value in self._values if isinstance(value, Tensor)}
-        known = all(None not in places for _, _, places in self._launches)
         # what is returned twice may have two shapes
         made = [at for at in found if isinstance(at, int) and at >= self._arguments]
         if (
-            not (self._is_repeatable and known)
+            not self._is_repeatable
             or len(found) < len(where)
             or len(set(made)) < len(made)
             or len(devices) > 1
             or len(of_tensors) > 1
         ):
             return None
-        of_results = [at.place if isinstance(at, Part) else at for at in found]
-        last: dict[int, int] = {}
-        for step, (_, _, places) in enumerate(self._launches):
-            for at in places:
-                last[at.place if isinstance(at, Described) else at] = step
-        steps, first = [], 0
-        for step, (count, ready, (on, *places)) in enumerate(self._launches):
-            new, first = allocations[first : count - self._arguments], count - self._arguments
-            dropped = [
-                place
-                for place, final in last.items()
-                if final == step and place >= self._arguments and place not in of_results
-            ]
-            steps.append(Step(new, ready, on, places, dropped))
-        if first < len(allocations):
-            return None
-        versions = [_version(value) for value in self._values[: self._arguments]]
-        written = [place for place, v in enumerate(versions) if v != self._versions[place]]
+        self._drop({at.place if isinstance(at, View) else at for at in found})
         alone = type(result) is not tuple
-        return Repeat(devices.pop(), steps, written, found, alone)
+        return Repeat(devices.pop(), self._steps, self._written, found, alone)
 
-    def _result(self, one: Any, allocations: list[tuple[Any, ...]]) -> int | Part | None:
+    def _drop(self, results: set[int]) -> None:
+        """Says of each launch which of the values that were made it is the last to use."""
+        last: dict[int, Launch] = {}
+        for step in self._steps:
+            if isinstance(step, Copy):
+                source = step.source
+                last.pop(source.place if isinstance(source, View) else source, None)
+            elif isinstance(step, Launch):
+                for at in step.places:
+                    last[at.place if isinstance(at, Described) else at] = step
+        for place, step in last.items():
+            if place >= self._arguments and place not in results:
+                step.dropped.append(place)
+
+    def _result(self, one: Any) -> int | View | None:
         """Where a result is; None if it is nowhere that a repeat could take it from."""
-        place = self._places.get(id(one))
-        if place is None:
-            return self._parts.get(id(one))
-        value = self._values[place]
-        if one is value:
-            return place
-        if place < self._arguments:
+        where = self._where(one) if one is None or isinstance(one, Tensor) else None
+        if not isinstance(where, View):
+            return where
+        if where.place < self._arguments:
             # a view of an argument is one for autograd too
             return None
-        if _extent(one) != _extent(value):
-            return Part(place, one.shape, one.stride(), 0)
-        # no view where torch returns none
-        allocations[place - self._arguments] = _allocation(one)
-        return place
+        step = self._made()[where.place]
+        is_whole = where.offset is None and _extent(one) == _extent(self._values[where.place])
+        if is_whole and isinstance(self._steps[step], Allocation):
+            # a tensor of its own, as torch's ops return
+            self._steps[step] = Allocation.like(one)
+            return where.place
+        return where
 
-
-def _version(value: Any) -> int | None:
-    """How often it was written, where torch counts that."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
-
-
-def _allocation(tensor: Tensor) -> tuple[Any, ...]:
-    """The function that allocates one like it, and what that is given."""
-    return _allocator(tensor.device), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    def _made(self) -> dict[int, int]:
+        """The step that makes the value of each place."""
+        steps = [at for at, step in enumerate(self._steps) if not isinstance(step, Launch)]
+        return dict(enumerate(steps, self._arguments))
 
 
 @functools.cache
 def _allocator(device: torch.device) -> Callable[..., Tensor]:
     # those of the programs that torch.compile writes take half as long, and allocate on the current
     # device, which is the one of the launches
-    if device.type in ("cpu", "cuda"):
-        allocate: Callable[..., Tensor] = getattr(
-            torch._C._dynamo.guards, f"_empty_strided_{device.type}"
-        )
+    if device.type == "cpu" or (device.type == "cuda" and not backend.INTERPRETING):
+        guards: Any = torch._C._dynamo.guards
+        allocate: Callable[..., Tensor] = getattr(guards, f"_empty_strided_{device.type}")
         return allocate
     return lambda size, strides, dtype: torch.empty_strided(
         size, strides, dtype=dtype, device=device

@@ -131,7 +131,7 @@ def _corrections_on_device(steps: list[Tensor], beta1: float, beta2: float) -> T
     addresses = multi_tensor.table(*place, multi_tensor.addresses(steps, count))
     corrections = torch.empty((2, count), dtype=torch.float64, device=steps[0].device)
     _plan_corrections(count)(steps[0], addresses, corrections, floats=(beta1, beta2))
-    torch.autograd.graph.increment_version(steps)
+    launch.count_write(*steps)
     return corrections
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritorch import checks
+from tritorch import checks, launch
 
 # device and stream: another stream would not wait for the copy of a table
 Place = tuple[torch.device, int]
@@ -58,7 +58,7 @@ def write_back(written: Sequence[Tensor], walked: Sequence[Tensor]) -> None:
     for tensor, copy in zip(written, walked, strict=True):
         if copy is not tensor:
             tensor.copy_(copy)
-    torch.autograd.graph.increment_version(written)
+    launch.count_write(*written)
 
 
 @functools.lru_cache(maxsize=64)

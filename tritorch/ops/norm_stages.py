@@ -186,7 +186,7 @@ def _merge(
     for running in (running_mean, running_var):
         # the dispatcher does not count what a kernel writes, and inference tensors are not counted
         if running is not None and not running.is_inference():
-            torch.autograd.graph.increment_version(running)
+            launch.count_write(running)
 
 
 def _merged_groups(statistics: Tensor) -> Tensor:

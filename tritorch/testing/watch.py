@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tritorch import launch
 from tritorch.testing import accesses, corrections, marks, patches, places
 from tritorch.testing.detector import Detector
 from tritorch.testing.places import Place
@@ -31,12 +32,14 @@ def enter(detector: Detector) -> None:
         patches.put(_marks_patches, marks.originals)
         patches.put(_patches, accesses.originals)
     _entered.append(detector)
+    launch.detectors = len(_entered)
     accesses.active = detector
 
 
 def leave() -> None:
     """Makes the detector active again that was before, or leaves Triton as it was."""
     _entered.pop()
+    launch.detectors = len(_entered)
     accesses.active = _entered[-1] if _entered else None
     if not _entered:
         patches.restore(_patches, accesses.originals)
