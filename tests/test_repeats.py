@@ -315,6 +315,8 @@ def test_an_error_is_raised_each_time(images):
     for _ in range(4):
         with pytest.raises(RuntimeError, match="kernel"):
             ops.max_pool2d(images, 9)
+        assert not launch.thread.is_whole
+        assert launch.thread.watcher is None
 
 
 def test_what_listens_hears_of_every_call(images):
@@ -333,7 +335,6 @@ def test_what_listens_hears_of_every_call(images):
 
 def test_a_thread_watches_its_own_calls(images):
     """What others launch meanwhile is no part of what is repeated."""
-    alone = [watched.watch(ops.relu, (images,), {}) for _ in range(2)][1][1]
 
     def beside_another(x):
         other = threading.Thread(target=lambda: found.append(ops.silu(images)))
@@ -341,11 +342,14 @@ def test_a_thread_watches_its_own_calls(images):
         other.join()
         return ops.relu(x)
 
-    found = []
-    result, repeat = watched.watch(beside_another, (images,), {})
-    assert torch.allclose(found[0], torch.nn.functional.silu(images))
-    assert torch.equal(result, images.relu())
-    assert len(repeat.steps) == len(alone.steps) == 2
+    found, calls = [], repeats.Calls(beside_another)
+    for _ in range(2):
+        result = often(lambda: calls(("key",), (images,)), 1)
+        assert torch.allclose(found.pop(), torch.nn.functional.silu(images))
+        assert torch.equal(result, images.relu())
+    (repeat,) = calls._repeats.values()
+    # an allocation and a launch
+    assert len(repeat.steps) == 2
 
 
 def test_keys_are_forgotten_when_there_are_too_many(images):
@@ -431,6 +435,14 @@ def test_detectors_see_every_call(images):
         often(lambda: ops.relu(images))
         with mock.patch.object(watched.Repeat, "__call__", side_effect=AssertionError):
             often(lambda: ops.relu(images))
+
+
+def test_what_a_call_is_made_of_is_not_asked_for_before_it_is_watched(images):
+    """One key is made of each of the first calls, not one of each of its parts."""
+    with mock.patch.object(repeats, "key_of", wraps=repeats.key_of) as asked:
+        often(lambda: ops.relu(images), 2)
+    assert asked.call_count == 2
+    assert not launch.thread.is_whole
 
 
 def test_nothing_of_torch_compile_is_imported():

@@ -61,7 +61,7 @@ def library_op(
         def call(*arguments: Any, **named: Any) -> Any:
             if torch.compiler.is_compiling():
                 return op(*arguments, **named)
-            if launching.thread.watcher is not None:
+            if launching.thread.is_whole:
                 return launch(*arguments, **named)
             # the dispatcher takes longer than a launch
             key = None if named or repeats.listens() else repeats.key_of(arguments)
@@ -130,7 +130,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
                 and argument.requires_grad
             ):
                 return function.apply(*arguments)
-    if launching.thread.watcher is None and not repeats.listens():
+    if not (launching.thread.is_whole or repeats.listens()):
         key = repeats.key_of(arguments)
         if key is not None:
             return _forward_of(function)(key, arguments)

@@ -44,6 +44,8 @@ class Watcher(Protocol):
 
 class _Thread(threading.local):
     watcher: Watcher | None = None
+    # whether a call is under way of which nothing is repeated in parts
+    is_whole = False
 
 
 thread = _Thread()

@@ -133,10 +133,16 @@ class Calls:
         repeat = self._repeats.get(key)
         if repeat is not None and repeat.is_here():
             return repeat((*arguments, *named.values()) if named else arguments)
-        if key not in self._repeats and self._is_to_be_watched(key):
+        if key in self._repeats:
+            return self._function(*arguments, **named)
+        launch.thread.is_whole = True
+        try:
+            if not self._is_to_be_watched(key):
+                return self._function(*arguments, **named)
             result, self._repeats[key] = watched.watch(self._function, arguments, named)
             return result
-        return self._function(*arguments, **named)
+        finally:
+            launch.thread.is_whole = False
 
     def _is_to_be_watched(self, key: tuple[Any, ...]) -> bool:
         seen = self._seen.get(key, 0) + 1
