@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from tritorch import backend, launch, nn, ops
 from tritorch.ops import spatial_mean
+from tritorch.ops.strided import Layout
 
 pytestmark = pytest.mark.interpret
 
@@ -253,6 +254,30 @@ def test_gradient_of_a_global_mean_is_written_once(dtype, device):
     with launch.recorded() as names:
         torch.autograd.grad(y, x, grad)
     assert names == ["spread_mean_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "order", "tile"),
+    [
+        # 256 programs of 512 channels, and one less
+        ((128, 1024, 7, 7), torch.float16, torch.channels_last, (16, 512)),
+        ((255, 512, 7, 7), torch.float16, torch.channels_last, (64, 64)),
+        # the same number of programs, the last ones of which would have half a tile
+        ((256, 768, 7, 7), torch.bfloat16, torch.channels_last, (64, 64)),
+        ((256, 512, 7, 7), torch.bfloat16, torch.channels_last, (16, 512)),
+        ((256, 512, 7, 7), torch.float32, torch.channels_last, (64, 64)),
+        ((256, 512, 7, 7), torch.float64, torch.channels_last, (64, 64)),
+        # rows of pixels that nothing but their number tells apart
+        ((256, 512, 8, 8), torch.float16, torch.contiguous_format, (64, 32)),
+        ((256, 512, 5, 13), torch.float16, torch.contiguous_format, (512, 8)),
+    ],
+)
+def test_tile_of_a_global_mean(shape, dtype, order, tile):
+    """Rows of 512 channels where 16 bits of many images are whole tiles of them."""
+    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=order)
+    # as of a view, so that small images are not taken whole
+    _, run = spatial_mean._plan(Layout.of(x), False)
+    assert (run.config.kwargs["BLOCK_R"], run.config.kwargs["BLOCK_C"]) == tile
 
 
 @pytest.mark.parametrize("images", [40000, 65536])
