@@ -93,6 +93,18 @@ def test_a_residual_of_any_strides(name, order, device):
     assert_as_in_torch(name, device, "silu", order)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_each_group_has_its_channels_of_it(order, device):
+    generator = torch.Generator().manual_seed(0)
+    x, w, values = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        for shape in ((2, 6, 4, 3), (4, 3, 2, 2), (2, 4, 3, 2))
+    )
+    residual = ORDERS[order](values)
+    y = ops.conv2d(x, w, groups=2, residual=residual)
+    assert_close(y, torch.nn.functional.conv2d(x, w, groups=2) + residual, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("name", ["linear", "conv2d", "depthwise"])
 @pytest.mark.parametrize("wanted", [(3,), (0, 3), (2,)], ids=str)
