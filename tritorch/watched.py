@@ -69,9 +69,6 @@ class Allocation(NamedTuple):
         allocate = _allocator(tensor.device)
         return cls(allocate, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
-    def __call__(self, values: list[Any], stream: int | None) -> None:
-        values.append(self.allocate(self.size, self.strides, self.dtype))
-
 
 class Copy(NamedTuple):
     function: Callable[..., Tensor]
@@ -129,11 +126,17 @@ class Repeat(NamedTuple):
         stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else None
         values: list[Any] = [None, *arguments]
         for step in self.steps:
-            step(values, stream)
+            if isinstance(step, Allocation):
+                allocate, size, strides, dtype = step
+                values.append(allocate(size, strides, dtype))
+            else:
+                step(values, stream)
         for place in self.written:
             torch.autograd.graph.increment_version(values[place])
-        results = [values[at] if isinstance(at, int) else at(values) for at in self.results]
-        return results[0] if self.alone else tuple(results)
+        if self.alone:
+            (at,) = self.results
+            return values[at] if isinstance(at, int) else at(values)
+        return tuple([values[at] if isinstance(at, int) else at(values) for at in self.results])
 
 
 def watch(
