@@ -32,7 +32,7 @@ Pair = tuple[Callable[[], object], Callable[[], object]]
 
 _ROUNDS, _CALLS = 30, 20
 # calls until one is repeated
-_WARM_UP = 6
+WARM_UP = 6
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def rows() -> list[Json]:
     found: list[Json] = []
     with stub_driver(), torch.no_grad():
         for name, (ours, torchs) in calls().items():
-            for _ in range(_WARM_UP):
+            for _ in range(WARM_UP):
                 ours()
             least, baseline = (_microseconds(call) for call in (ours, torchs))
             with launch.recorded() as launches:

@@ -23,7 +23,7 @@ def stubbed():
 def test_no_call_enters_more_functions_than_before(name, stubbed):
     [row] = [row for row in json.loads(BASELINE.read_text())["rows"] if row["op"] == name]
     call, _ = host.calls()[name]
-    for _ in range(3):
+    for _ in range(host.WARM_UP):
         call()
     with launch.recorded() as launches:
         call()
