@@ -62,7 +62,8 @@ def listens() -> bool:
         or _profilers._is_profiler_enabled
         or _has_transform()
         or _tracing_state() is not None
-        or is_compiler_at_work()
+        # to ask takes as long as the others together
+        or ("torch._dynamo" in sys.modules and is_compiler_at_work())
     )
 
 
@@ -84,7 +85,7 @@ def key_of(arguments: Iterable[Any]) -> tuple[Any, ...] | None:
     if circumstances is None:
         return None
     key: list[Any] = [circumstances]
-    has_float32 = False
+    first: torch.dtype | None = None
     for argument in arguments:
         kind = type(argument)
         if kind in _TENSORS:
@@ -96,10 +97,9 @@ def key_of(arguments: Iterable[Any]) -> tuple[Any, ...] | None:
             # others are no memory to read as it is: zeros that are nowhere, negated numbers
             if not address or argument.is_neg() or (_HAS_NAMES and argument.has_names()):
                 return None
-            dtype = argument.dtype
-            key += dtype, argument.shape, strides, address % 16, argument.device
-            key.append(argument.is_inference())
-            has_float32 = has_float32 or dtype is torch.float32
+            dtype, inference = argument.dtype, argument.is_inference()
+            key += dtype, argument.shape, strides, address % 16, argument.device, inference
+            first = first or dtype
         elif kind in _PLAIN:
             # True is equal to 1
             key += kind, argument
@@ -112,7 +112,8 @@ def key_of(arguments: Iterable[Any]) -> tuple[Any, ...] | None:
             key += bool, argument
         else:
             return None
-    if has_float32:
+    # all operands of a product have the dtype of the first
+    if first is torch.float32:
         key += launch.precisions()
     return tuple(key)
 

@@ -6,6 +6,7 @@ Values of a call have places: None, the call's arguments, then what it makes, in
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,18 +83,23 @@ class Copy(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """`places`: of its arguments.  `on`: of the tensor on whose device it is.  `dropped`: of values
-    that nothing uses later.
+    """`places`: of its arguments, which `take` makes of the values.  `on`: of the tensor on whose
+    device it is.  `dropped`: of values that nothing uses later.
     """
 
     ready: launch.Ready
     on: int
     places: list[int | Described]
+    take: Callable[[list[Any]], Sequence[Any]]
     dropped: list[int]
 
+    @classmethod
+    def of(cls, ready: launch.Ready, on: int, places: list[int | Described]) -> Launch:
+        return cls(ready, on, places, _taker(places), [])
+
     def __call__(self, values: list[Any], stream: int | None) -> None:
-        (device, run, grid, head, maps, rest), on, places, dropped = self
-        tensors = [values[at] if isinstance(at, int) else at(values) for at in places]
+        (device, run, grid, head, maps, rest), on, _, take, dropped = self
+        tensors = take(values)
         if device < 0:
             run(values[on], *tensors)
         else:
@@ -244,7 +250,7 @@ class _Mode(TorchDispatchMode):
         first, *places = [self._begins(tensor) for tensor in (on, *tensors)]
         known = [at for at in places if at is not None]
         self._is_repeatable &= isinstance(first, int) and len(known) == len(places)
-        self._steps.append(Launch(ready, first if isinstance(first, int) else 0, known, []))
+        self._steps.append(Launch.of(ready, first if isinstance(first, int) else 0, known))
 
     def writes(self, tensors: tuple[Tensor, ...]) -> None:
         for tensor in tensors:
@@ -320,6 +326,14 @@ class _Mode(TorchDispatchMode):
         """The step that makes the value of each place."""
         steps = [at for at, step in enumerate(self._steps) if not isinstance(step, Launch)]
         return dict(enumerate(steps, self._arguments))
+
+
+def _taker(places: Sequence[int | Described]) -> Callable[[list[Any]], Sequence[Any]]:
+    indices = [at for at in places if isinstance(at, int)]
+    # of one it would not make a sequence
+    if len(indices) == len(places) > 1:
+        return operator.itemgetter(*indices)
+    return lambda values: [values[at] if isinstance(at, int) else at(values) for at in places]
 
 
 @functools.cache
