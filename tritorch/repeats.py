@@ -168,7 +168,9 @@ def repeated(op: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
             return op(*arguments, **named)
         given = (*arguments, *named.values()) if named else arguments
         if (
-            _needs_gradient(given)
+            # a part of another op
+            launch.thread.is_whole
+            or _needs_gradient(given)
             or forward_ad._current_level >= 0
             or listens()
             or (key := key_of(given)) is None
