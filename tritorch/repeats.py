@@ -12,7 +12,6 @@ What makes two calls alike is `key_of`.  Whoever lets an op depend on more must 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
@@ -47,6 +46,8 @@ _has_profiler = torch._C._autograd._profiler_enabled
 _has_transform = torch._C._are_functorch_transforms_active
 _has_autocast = torch._C._is_any_autocast_enabled
 _tracing_state = torch._C._get_tracing_state
+# torch's own way to ask would load a compiler that nobody has loaded, which takes a second
+_callback_of_compiler: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback
 _profilers = torch.autograd.profiler
 
 
@@ -62,18 +63,13 @@ def listens() -> bool:
         or _profilers._is_profiler_enabled
         or _has_transform()
         or _tracing_state() is not None
-        # to ask takes as long as the others together
-        or ("torch._dynamo" in sys.modules and is_compiler_at_work())
+        or _callback_of_compiler() is not None
     )
 
 
 def is_compiler_at_work() -> bool:
     """Whether torch.compile looks at the frames that this thread runs."""
-    # to ask a compiler that nobody has loaded would load it, which takes a second
-    if "torch._dynamo" not in sys.modules:
-        return False
-    evaluation: Any = torch._C._dynamo.eval_frame
-    return evaluation.get_eval_frame_callback() is not None
+    return _callback_of_compiler() is not None
 
 
 def key_of(arguments: Iterable[Any]) -> tuple[Any, ...] | None:
