@@ -4,6 +4,8 @@ Letters are those of conv.py.  A tile of pixels runs along one axis, images or c
 a tile without a second axis feeds the tensor cores from shared memory on the side of the rows too.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from triton import Config
@@ -39,6 +41,8 @@ PORTABLE_CHANNELS = 128
 MULTIPROCESSORS = 132
 SHARED_MEMORY = 227 * 1024
 LATENCY = 1500
+# of what sums apart take, the most that even shares may be expected to
+GAIN = 0.97
 
 
 def conv2d_grad_weight_tma_config(k, c, taps, along, n, p, q, stride):
@@ -59,43 +63,86 @@ def conv2d_grad_weight_tma_config(k, c, taps, along, n, p, q, stride):
     return None
 
 
-def num_splits(config, tiles, steps, weights):
-    """Sums that one over `steps` tiles of pixels is split into, of `tiles` programs each: as the
-    estimate takes for the fastest.
+class Shares(NamedTuple):
+    """How programs share out sums: each has `splits` programs of its own; or `even`, programs go
+    from one sum on to the next, and up to so many have parts of one.
     """
-    return min(
-        range(1, min(steps, 2 * MULTIPROCESSORS) + 1),
-        key=lambda splits: cycles(config, tiles, steps, weights, splits),
+
+    programs: int
+    splits: int
+    even: bool
+
+
+def shares(config, tiles, steps, groups, weights):
+    """What the estimate takes for the fastest, of `tiles` sums for each of so many `steps`."""
+    sums, most, total = tiles * len(steps), max(steps), tiles * sum(steps)
+    apart, split = min(
+        (cycles(config, sums * groups * splits, triton.cdiv(most, splits), weights, splits), splits)
+        for splits in range(1, min(*steps, 2 * MULTIPROCESSORS) + 1)
     )
+    programs = max(residents(config) * MULTIPROCESSORS // groups, 1)
+    if total >= programs:
+        splits, each = _most_programs(tiles, steps, programs), triton.cdiv(total, programs)
+        parts = 1 + sums / programs
+        if cycles(config, programs * groups, each, weights, splits, parts) < GAIN * apart:
+            return Shares(programs, splits, True)
+    return Shares(sums, split, False)
 
 
-def cycles(config, tiles, steps, weights, splits):
-    """An estimate of the cycles that one multiprocessor is busy: products of 16-bit numbers or
-    traffic of shared memory, whichever takes longer, the start and end of each program, and the
-    traffic of the partial sums, which are `weights` numbers each.
+def _most_programs(tiles, steps, programs):
+    """Those that share one of the sums, if they have even shares of all."""
+    total, first, most = tiles * sum(steps), 0, 1
+    for each in steps:
+        for _ in range(tiles):
+            begins, ends = (
+                ((at + 1) * programs - 1) // total for at in (first, first + each - 1)
+            )
+            most = max(most, ends - begins + 1)
+            first += each
+    return most
+
+
+def residents(config):
+    """Programs that share a multiprocessor."""
+    shared = _loaded(config) * config.num_stages
+    return max(1, min(SHARED_MEMORY // shared, 16 // config.num_warps))
+
+
+def cycles(config, programs, steps, weights, splits, parts=1):
+    """An estimate of the cycles that one multiprocessor is busy with programs of so many steps:
+    products of 16-bit numbers or traffic of shared memory, whichever takes longer, the start and
+    end of the `parts` of each, and the traffic of the partial sums, which are `weights` numbers
+    each.
     """
     sizes = config.kwargs
     block_k, block_c, taps = sizes["BLOCK_K"], sizes["BLOCK_C"], sizes["TAPS"]
-    loaded = 2 * (block_k + block_c * taps) * sizes["BLOCK_PIXELS"]
     # a warp group reads 64 channels of one side and all of the other
     read = 2 * triton.cdiv(block_k, 64) * (64 + block_c) * taps * sizes["BLOCK_PIXELS"]
-    step = max(block_k * block_c * taps / 2048 * sizes["BLOCK_PIXELS"], (loaded + read) / 128)
-    programs = triton.cdiv(tiles * splits, MULTIPROCESSORS)
-    residents = min(programs, SHARED_MEMORY // (loaded * config.num_stages), 16 // config.num_warps)
+    step = max(
+        block_k * block_c * taps / 2048 * sizes["BLOCK_PIXELS"], (_loaded(config) + read) / 128
+    )
+    each = triton.cdiv(programs, MULTIPROCESSORS)
+    together = min(each, residents(config))
     # a stage is loaded while the others of all residents are multiplied
-    step = max(step, LATENCY / (max(residents, 1) * (config.num_stages - 1)))
+    step = max(step, LATENCY / (together * (config.num_stages - 1)))
     # written and read back once, 16 bytes a cycle and multiprocessor
     partial = weights * splits * 8 / (16 * MULTIPROCESSORS)
-    ends = 5000 * triton.cdiv(programs, max(residents, 1))
-    return programs * triton.cdiv(steps, splits) * step + ends + partial
+    ends = 5000 * parts * triton.cdiv(each, together)
+    return each * steps * step + ends + partial
+
+
+def _loaded(config):
+    """Bytes of one step."""
+    sizes = config.kwargs
+    return 2 * (sizes["BLOCK_K"] + sizes["BLOCK_C"] * sizes["TAPS"]) * sizes["BLOCK_PIXELS"]
 
 
 @triton.jit
 def conv2d_grad_weight_tma_kernel(
     grad_y_desc, x_desc, grad_w_desc,
-    K, C, R, S, P, Q, H, W, TILES, SPLITS,
+    K, C, R, S, P, Q, H, W, TILES, SPLITS, STEPS,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    ALONG_Q: tl.constexpr,
+    ALONG_Q: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr, TAPS: tl.constexpr,
 ):
     """One program sums BLOCK_K x BLOCK_C weights of TAPS taps in a row (1, 3 or 4) over a share of
@@ -104,44 +151,126 @@ def conv2d_grad_weight_tma_kernel(
     A tile is BLOCK_PIXELS images at one pixel, of which there are TILES, and the descriptors are
     (rows, columns, images, channels); or ALONG_Q that many columns of one image, and they are
     (images, rows, columns, channels).  Pixels whose tap lies outside the image are left out.
+
+    Every sum has SPLITS shares of as many tiles of pixels; or EVEN, the programs have as many of
+    the STEPS tiles of pixels of all sums, which follow one another, and so parts of two sums and
+    more, of which those with fewer than SPLITS shares get zeros for the others.
     """
     num_k = tl.cdiv(K, BLOCK_K)
-    num_c = tl.cdiv(C, BLOCK_C)
+    num_kc = num_k * tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
-    k = pid % num_k * BLOCK_K
-    c = pid // num_k % num_c * BLOCK_C
-    tap = pid // (num_k * num_c) * TAPS
-    split = tl.program_id(1) % SPLITS
-    group = tl.program_id(1) // SPLITS
+    image = (P, Q, R, S, H, W, TILES)
+    geometry = (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w)
+    if EVEN:
+        programs = tl.num_programs(0)
+        group = tl.program_id(1)
+        begin = pid * STEPS // programs
+        end = (pid + 1) * STEPS // programs
+        # the first sum of the tap in which the share begins, and then the sum itself
+        first = 0
+        tap = 0
+        steps = _steps(tap, image, geometry, ALONG_Q, BLOCK_PIXELS, TAPS)
+        while first + num_kc * steps <= begin:
+            first += num_kc * steps
+            tap += TAPS
+            steps = _steps(tap, image, geometry, ALONG_Q, BLOCK_PIXELS, TAPS)
+        kc = (begin - first) // steps
+        first += kc * steps
+        while begin < end:
+            count = tl.minimum(end, first + steps) - begin
+            # of the programs that have parts of this sum
+            split = pid - ((first + 1) * programs - 1) // STEPS
+            _share(
+                grad_y_desc, x_desc, grad_w_desc, split, group * K, group * C,
+                kc % num_k * BLOCK_K, kc // num_k * BLOCK_C, tap, begin - first, count,
+                image, geometry, ALONG_Q, BLOCK_K, BLOCK_C, BLOCK_PIXELS, TAPS)
+            begin += count
+            if begin == first + steps:
+                for empty in range(split + 1, SPLITS):
+                    zeros = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
+                    for each in tl.static_range(TAPS):
+                        _store(grad_w_desc, empty, group * K + kc % num_k * BLOCK_K, tap + each,
+                               kc // num_k * BLOCK_C, zeros, BLOCK_K, BLOCK_C)
+                first += steps
+                kc += 1
+                if kc == num_kc:
+                    kc = 0
+                    tap += TAPS
+                    steps = _steps(tap, image, geometry, ALONG_Q, BLOCK_PIXELS, TAPS)
+    else:
+        kc = pid % num_kc
+        tap = pid // num_kc * TAPS
+        split = tl.program_id(1) % SPLITS
+        group = tl.program_id(1) // SPLITS
+        steps = _steps(tap, image, geometry, ALONG_Q, BLOCK_PIXELS, TAPS)
+        begin = split * steps // SPLITS
+        count = (split + 1) * steps // SPLITS - begin
+        _share(
+            grad_y_desc, x_desc, grad_w_desc, split, group * K, group * C,
+            kc % num_k * BLOCK_K, kc // num_k * BLOCK_C, tap, begin, count,
+            image, geometry, ALONG_Q, BLOCK_K, BLOCK_C, BLOCK_PIXELS, TAPS)
+
+
+@triton.jit
+def _reached(
+    tap, image, geometry,
+    ALONG_Q: tl.constexpr, BLOCK_PIXELS: tl.constexpr, TAPS: tl.constexpr,
+):
+    """Rows of pixels whose taps lie inside the image, then the axes of such tiles, the last one
+    innermost: where they begin and how many there are.
+    """
+    P, Q, _, S, H, W, TILES = image
+    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w = geometry
     row = tap // S * dilation_h - padding_h
     column = tap % S * dilation_w - padding_w
     first_p = tl.maximum(tl.cdiv(-row, stride_h), 0)
     num_p = tl.minimum(tl.cdiv(H - row, stride_h), P) - first_p
     if ALONG_Q:
+        first_0 = 0
+        num_0 = TILES
         first_1 = first_p
         num_1 = num_p
-        num_0 = TILES
         num_2 = Q // BLOCK_PIXELS
     else:
+        first_0 = first_p
+        num_0 = num_p
         first_1 = 0
         num_1 = Q
         if TAPS == 1:
             first_1 = tl.maximum(tl.cdiv(-column, stride_w), 0)
             num_1 = tl.minimum(tl.cdiv(W - column, stride_w), Q) - first_1
-        num_0 = num_p
         num_2 = TILES
-    total = num_0 * num_1 * num_2
-    begin = split * total // SPLITS
-    steps = (split + 1) * total // SPLITS - begin
+    return row, column, first_0, num_0, first_1, num_1, num_2
+
+
+@triton.jit
+def _steps(
+    tap, image, geometry,
+    ALONG_Q: tl.constexpr, BLOCK_PIXELS: tl.constexpr, TAPS: tl.constexpr,
+):
+    """Tiles of pixels that one sum is over."""
+    _, _, _, num_0, _, num_1, num_2 = _reached(tap, image, geometry, ALONG_Q, BLOCK_PIXELS, TAPS)
+    return num_0 * num_1 * num_2
+
+
+@triton.jit
+def _share(
+    grad_y_desc, x_desc, grad_w_desc, split, group_k, group_c, k, c, tap, begin, steps,
+    image, geometry,
+    ALONG_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr, TAPS: tl.constexpr,
+):
+    """Sums up so many steps of a sum and stores them as this split of it."""
+    stride_h, stride_w, _, _, _, dilation_w = geometry
+    row, column, first_0, _, first_1, num_1, num_2 = _reached(
+        tap, image, geometry, ALONG_Q, BLOCK_PIXELS, TAPS)
     # as in conv_tma.py
     tl.assume(steps > 0)
     i2 = begin % num_2 * BLOCK_PIXELS
     i1 = begin // num_2 % num_1 + first_1
-    i0 = begin // num_2 // num_1
-    if not ALONG_Q:
-        i0 += first_p
-    ks = group * K + k
-    cs = group * C + c
+    i0 = begin // num_2 // num_1 + first_0
+    ks = group_k + k
+    cs = group_c + c
     acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
     if TAPS > 1:
         acc_1 = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)

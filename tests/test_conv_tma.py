@@ -125,6 +125,60 @@ def test_values_and_gradients(name, monkeypatch):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("programs", [1, 5, 13])
+@pytest.mark.parametrize("name", ["3x3", "odd-stride-2", "dilation", "groups", "columns"])
+def test_programs_with_even_shares_of_the_gradient_of_a_filter(name, programs, monkeypatch):
+    """They begin and end anywhere in sums of different lengths, for which there are more of them
+    than sums or fewer.
+    """
+    case, chosen = CASES[name], []
+
+    def shares(config, tiles, steps, groups, weights):
+        # at least a step for each
+        chosen.append(even_shares(tiles, steps, min(programs, tiles * sum(steps))))
+        return chosen[-1]
+
+    monkeypatch.setattr(conv_tma.weight_kernels, "shares", shares)
+    *operands, grad = case.make()
+    with tiles(case), detecting() as detector:
+        _, _, found, _ = gradients(case.run, operands, grad)
+    assert detector.findings == []
+    assert [each.even for each in chosen] == [True]
+    _, _, exact, _ = gradients(case.reference, [o.double() for o in operands], grad.double())
+    error = (found.double() - exact).abs().max()
+    assert error <= torch.finfo(case.dtype).eps * exact.abs().max()
+
+
+def even_shares(tiles, steps, programs):
+    weights = conv_tma.weight_kernels
+    return weights.Shares(programs, weights._most_programs(tiles, steps, programs), True)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("programs", range(1, 21))
+def test_how_many_programs_share_a_sum(programs):
+    lengths = [4, 4, 6, 6]
+    of_steps = [number for number, length in enumerate(lengths) for _ in range(length)]
+    share = [(at * 20 // programs, (at + 1) * 20 // programs) for at in range(programs)]
+    sharing = [number for begin, end in share for number in set(of_steps[begin:end])]
+    most = max(sharing.count(number) for number in range(4))
+    assert even_shares(2, [4, 6], programs).splits == most
+
+
+@pytest.mark.interpret
+def test_which_gradients_of_filters_are_shared_evenly():
+    """Where sums differ in length, or are a wave of programs and a bit; not where they fill one."""
+    weights = conv_tma.weight_kernels
+    config = weights.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][0]
+    of_taps = [each * 4 for each in (36, 42, 36, 42, 49, 42, 36, 42, 36)]
+    filters = 512 * 512 * 9
+    assert weights.shares(config, 8, of_taps, 1, filters) == (132, 3, True)
+    assert weights.shares(config, 12, [49 * 4] * 11, 1, filters) == (132, 1, False)
+    # two groups have half of the multiprocessors each
+    assert weights.shares(config, 8, of_taps, 2, filters).programs == 66
+
+
+@pytest.mark.interpret
 @pytest.mark.parametrize(
     "name",
     [
@@ -481,15 +535,19 @@ def test_configurations_have_room_for_a_bias_beside_gelu(itemsize, entry):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("gain", [0.0, float("inf")], ids=["apart", "even"])
 @pytest.mark.parametrize("entry", range(8))
-def test_configurations_of_the_gradient_overlap_their_products(entry):
+def test_configurations_of_the_gradient_overlap_their_products(entry, gain, monkeypatch):
+    monkeypatch.setattr("tritorch.kernels.conv_weight_tma.GAIN", gain)
     config = conv_tma.weight_kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]
     # a row of an image, or images
     batch, size = (1, 32) if config.kwargs["BLOCK_PIXELS"] == 16 else (64, 14)
     x, taps = empty(batch, 256, size, size), 4 if config.kwargs["TAPS"] == 4 else 3
     with launch.override("conv2d_grad_weight_tma_config", config):
         kernels = compiled("sm_90", x, empty(256, 256, 3, taps), (False, True), padding=1)
-    check([kernel for kernel in kernels if kernel.kernel == WEIGHT], 1)
+    kernels = [kernel for kernel in kernels if kernel.kernel == WEIGHT]
+    check(kernels, 1)
+    assert kernels[0].constexprs["EVEN"] == (gain > 0)
 
 
 def check(kernels, number):

@@ -62,9 +62,11 @@ def test_forward_and_the_gradient_of_the_image(entry, variant):
         compare(made(*shape), filters, (True, False), FORWARD, **options)
 
 
+@pytest.mark.parametrize("gain", [0.0, float("inf")], ids=["apart", "even"])
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2}, {"groups": 2}], ids=str)
 @pytest.mark.parametrize("entry", range(8))
-def test_the_gradient_of_the_filter(entry, options):
+def test_the_gradient_of_the_filter(entry, options, gain, monkeypatch):
+    monkeypatch.setattr("tritorch.kernels.conv_weight_tma.GAIN", gain)
     config = conv_tma.weight_kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]
     pixels, taps = config.kwargs["BLOCK_PIXELS"], config.kwargs["TAPS"]
     # a row of an image, or images

@@ -293,20 +293,23 @@ def plan_grad_weight(
     )
     if s % num_taps or (along_q and q % pixels) or (groups > 1 and k % block_k):
         return None
-    tiles = math.ceil(k / block_k) * math.ceil(c / block_c) * (r * s // num_taps)
     # images or tiles of columns per pixel
     each = n * (q // pixels) if along_q else math.ceil(n / pixels)
     rows = [_num_reached(h, p, tap, geometry, 0) for tap in range(r)]
     columns = [_num_reached(w, q, tap, geometry, 1) for tap in range(s)]
-    along_columns = (1, 1) if along_q else (q, q) if num_taps > 1 else (min(columns), max(columns))
-    fewest, most = min(rows) * along_columns[0] * each, max(rows) * along_columns[1] * each
-    if fewest == 0 or min(columns) == 0:
+    if min(*rows, *columns) == 0:
         return None
+    if along_q:
+        columns = [1] * s
+    elif num_taps > 1:
+        columns = [q] * s
+    tiles = math.ceil(k / block_k) * math.ceil(c / block_c)
+    steps = [each * row * column for row in rows for column in columns[::num_taps]]
     weights = math.prod(output.shape)
-    splits = weight_kernels.num_splits(config, tiles * groups, most, weights)
-    splits = min(splits, fewest)
-    if most * splits >= 2**31:
+    shares = weight_kernels.shares(config, tiles, steps, groups, weights)
+    if max(sum(steps) * tiles * shares.programs, max(steps) * shares.splits) >= 2**31:
         return None
+    splits = shares.splits
     views = (
         _tiles(grad_output, along_q, (pixels, block_k)),
         _tiles(input, along_q, (pixels, block_c)),
@@ -319,15 +322,15 @@ def plan_grad_weight(
     if not all(view.is_describable(input.itemsize) for view in views):
         return None
     return Plan(
-        (tiles, groups * splits),
+        (shares.programs, groups * (1 if shares.even else splits)),
         views,
-        (k, c, r, s, p, q, h, w, n if along_q else each, splits),
+        (k, c, r, s, p, q, h, w, n if along_q else each, splits, sum(steps) * tiles),
         geometry.scalars(),
         splits,
         None,
         0,
         config,
-        {"ALONG_Q": along_q},
+        {"ALONG_Q": along_q, "EVEN": shares.even},
         {},
     )
 
