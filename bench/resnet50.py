@@ -47,6 +47,13 @@ CONVOLUTIONS = (
 # channels, height and width of the activations between them
 ACTIVATIONS = ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))
 SQUARES = (1024, 2048, 4096, 8192)
+# rows, outputs and inputs: tiles that are a wave of programs and a bit, and the perceptron of a
+# vision transformer on 256 images of 197 patches
+ODD = (
+    ("few-tiles", 1024, 2560, 8192),
+    ("vit.fc1", 50432, 3072, 768),
+    ("vit.fc2", 50432, 768, 3072),
+)
 
 GRAD_INPUT, GRAD_WEIGHT = "grad_input", "grad_weight"
 
@@ -101,8 +108,9 @@ class Shapes:
             )
 
     def products(self) -> Iterator[Case]:
-        """Square products, the classifier, and the convolutions that are products."""
+        """Square products, odd ones, the classifier, and the convolutions that are products."""
         wanted = [(f"square-{side}", 1, side, side, side) for side in reversed(SQUARES)]
+        wanted += [(name, 1, *sizes) for name, *sizes in ODD]
         wanted += [("fc", 1, self.batch, 1000, 2048)]
         wanted += [
             (name, count, self.batch * size * size, k, c)

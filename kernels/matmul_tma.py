@@ -52,6 +52,9 @@ MATMUL_TMA_CONFIGS = {
         _tile("stationary", 128, 128, 64, 8, 3),
         _tile("stationary", 128, 256, 64, 8, 3),
         _tile("stationary", 128, 128, 128, 8, 3),
+        # a wave of tiles and a bit, of long sums
+        _tile("even", 128, 256, 64, 8, 4),
+        _tile("even", 128, 128, 64, 8, 3),
         # only with a residual
         _tile("persistent", 128, 256, 64, 8, 3),
         _tile("persistent", 256, 128, 64, 8, 3),
@@ -75,6 +78,8 @@ MATMUL_TMA_CONFIGS = {
         _tile("stationary", 64, 128, 64, 4, 3, halves=2),
         _tile("stationary", 128, 64, 32, 4, 4),
         _tile("stationary", 128, 128, 32, 8, 3, halves=2),
+        _tile("even", 128, 256, 32, 8, 4),
+        _tile("even", 128, 128, 32, 8, 3),
     ),
 }
 
@@ -88,12 +93,28 @@ def matmul_tma_config(m, n, k, batch, shared, itemsize):
     """The configuration that takes fewest cycles by `_cycles`; `shared` where all entries of the
     batch have one b.  An itemsize of 4 is TF32.
     """
-    configs = [
+    return _fastest(MATMUL_TMA_CONFIGS[itemsize], m, n, k, batch, shared, itemsize)
+
+
+def without_shares(m, n, k, batch, shared, itemsize):
+    """The same where no tile may be shared by programs."""
+    configs = [entry for entry in MATMUL_TMA_CONFIGS[itemsize] if entry.kwargs["FORM"] != "even"]
+    return _fastest(configs, m, n, k, batch, shared, itemsize)
+
+
+def _fastest(configs, m, n, k, batch, shared, itemsize):
+    fitting = [
         config
-        for config in MATMUL_TMA_CONFIGS[itemsize]
+        for config in configs
         if config.kwargs["FORM"] != "stationary" or (shared and k <= config.kwargs["BLOCK_K"])
     ]
-    return min(configs, key=lambda config: _cycles(config, m, n, k, batch, itemsize))
+
+    def expected(config):
+        cycles = _cycles(config, m, n, k, batch, itemsize)
+        # whose parts nobody has timed must promise more
+        return cycles / GAIN if config.kwargs["FORM"] == "even" else cycles
+
+    return min(fitting, key=expected)
 
 
 def for_moments(config, itemsize):
@@ -103,6 +124,7 @@ def for_moments(config, itemsize):
     sizes = config.kwargs
     tile = sizes["FORM"], sizes["BLOCK_M"], sizes["BLOCK_N"]
     if tile[1:] == (128, 256):
+        # an even form has none, whose tiles are added up in narrow parts
         tile = sizes["FORM"], 256, 128
     elif tile != ("persistent", 128, 128) or sizes["HALVES"] == 1:
         return config
@@ -180,8 +202,8 @@ def residents(config, itemsize, residual=False):
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
     columns = block_m * config.num_stages
     columns += block_n * (1 if form == "stationary" else config.num_stages)
-    # a program of one tile stores it where its operands were
-    stored = 0 if form == "tile" else block_m * block_n // config.kwargs["HALVES"]
+    # what has no loads for another tile on the way stores where its operands were
+    stored = 0 if form in ("tile", "even") else block_m * block_n // config.kwargs["HALVES"]
     stored *= 2 if residual else 1
     threads = 32 * config.num_warps
     # of the accumulator, and of everything else
@@ -203,6 +225,8 @@ LATENCY = 1800
 START = 3000
 ALONE = 2000
 SUMS = 8000
+# of what the best of the others takes, the most that programs which share tiles may be expected to
+GAIN = 0.95
 # columns of b that multiply as long as SUMMED columns of ones: wgmma reads its rows of a in the
 # time of 32 at least; no measurement of these kernels
 SUMMING = 48
@@ -216,8 +240,15 @@ def _cycles(config, m, n, k, batch, itemsize, sums=False):
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
     splits = num_splits(config, m, n, k, batch)
     slices = triton.cdiv(triton.cdiv(k, block_k), splits)
-    tiles = triton.cdiv(num_tiles(config, m, n) * batch * splits, MULTIPROCESSORS)
+    all_tiles = num_tiles(config, m, n) * batch * splits
+    tiles = triton.cdiv(all_tiles, MULTIPROCESSORS)
     together = min(tiles, residents(config, itemsize))
+    if form == "even":
+        together = residents(config, itemsize)
+        programs = MULTIPROCESSORS * together
+        steps = together * triton.cdiv(all_tiles * slices, programs)
+        # of tiles, that each of them writes
+        parts = 1 + all_tiles / programs
     # of few columns the rows are read from shared memory too often
     multiplied = itemsize * block_m * max(block_n, 96) * block_k / (2 * PAIRS)
     loaded = block_m + (0 if form == "stationary" else block_n)
@@ -225,6 +256,10 @@ def _cycles(config, m, n, k, batch, itemsize, sums=False):
     waits = LATENCY / (together * (config.num_stages - 1))
     others = max(itemsize * loaded * block_k / LOADED, waits)
     loop = slices * max(multiplied, others)
+    if form == "even":
+        written = 4 * block_m * block_n * together * parts
+        added = SUMS + written * (1 / STORED + 1 / ADDED)
+        return steps * max(multiplied, others) + START + ALONE * parts + added
     stored = block_m * block_n * (4 if splits > 1 else itemsize) / STORED
     ends = START
     if form == "tile" and residents(config, itemsize) == 1:
@@ -269,7 +304,9 @@ def matmul_tma_kernel(
 
     FORM: "tile" has one tile a program.  "persistent" goes on to the next tile while the one before
     is stored, in one loop over all slices, so that loads never pause.  "stationary" has one slice,
-    and keeps its tile of b for all of its tiles of a.
+    and keeps its tile of b for all of its tiles of a.  "even" has as many slices as every other
+    program, of all TILES one after the other: what it has of tile t is stored as entry
+    program + t of y, (parts, BLOCK_M, BLOCK_N), for `matmul_tma_parts_kernel` to add up.
 
     HALVES of a tile pass through shared memory one after the other, and so do those of a residual,
     which is described as the result.  SWAPPED: the result is stored transposed, N being its columns
@@ -331,6 +368,23 @@ def matmul_tma_kernel(
             if step == STEPS - 1:
                 _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
                 acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    elif FORM == "even":
+        begin = pid * (TILES * STEPS) // programs
+        end = (pid + 1) * (TILES * STEPS) // programs
+        while begin < end:
+            t = begin // STEPS
+            first = begin % STEPS
+            count = tl.minimum(STEPS - first, end - begin)
+            m, n, z = _place(t, num_m, num_n, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, GROUP_M)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            tl.assume(count > 0)
+            for step in range(first, first + count):
+                a, b = _operands(a_desc, b_desc, m, n, z, step, STEPS, BATCH, ENTRIES, a_step,
+                                 b_step, A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH,
+                                 BLOCK_M, BLOCK_N, BLOCK_K)
+                acc = tl.dot(a, b.T, acc, input_precision="tf32")
+            _finish(acc, 0, 0, pid + t, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
+            begin += count
     else:
         tl.static_assert(FORM == "stationary", "unknown form")
         n = pid % num_n * BLOCK_N
@@ -340,6 +394,33 @@ def matmul_tma_kernel(
             a = _load(a_desc, z * a_step, m, 0, A_TRANSPOSED, BLOCK_M, BLOCK_K)
             acc = tl.dot(a, b.T, input_precision="tf32")
             _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
+
+
+@triton.jit
+def matmul_tma_parts_kernel(
+    parts_ptr, bias_ptr, y_desc, before_desc, residual_desc,
+    N, num_m, num_n, STEPS, BATCH, PROGRAMS, bias_stride,
+    ACTIVATION: tl.constexpr, BATCH_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """Adds up the parts of a tile by PROGRAMS that have even shares, in their order: one program
+    COLUMNS of it.
+    """
+    t = tl.program_id(0) // (BLOCK_N // COLUMNS)
+    column = tl.program_id(0) % (BLOCK_N // COLUMNS) * COLUMNS
+    total = num_m * num_n * BATCH * STEPS
+    # the programs that have its first and its last slice
+    first = ((t * STEPS + 1) * PROGRAMS - 1) // total
+    last = ((t + 1) * STEPS * PROGRAMS - 1) // total
+    rows = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N
+    offsets = rows + (column + tl.arange(0, COLUMNS))[None, :]
+    acc = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
+    for program in range(first, last + 1):
+        part = (program + t).to(tl.int64) * (BLOCK_M * BLOCK_N)
+        acc += tl.load(parts_ptr + part + offsets)
+    m, n, z = _place(t, num_m, num_n, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, GROUP_M)
+    outputs = (bias_ptr, y_desc, before_desc, residual_desc, N, 1, 0, bias_stride, (None, 0, 0))
+    _store(acc, m, n + column, z, outputs, ACTIVATION, False)
 
 
 @triton.jit

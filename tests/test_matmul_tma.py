@@ -15,7 +15,7 @@ from tritorch.testing.detectors import detecting
 
 kernels = matmul_tma.kernels
 last = torch.channels_last
-KERNEL, SUM = "matmul_tma_kernel", "matmul_tma_sum_kernel"
+KERNEL, SUM, PARTS = "matmul_tma_kernel", "matmul_tma_sum_kernel", "matmul_tma_parts_kernel"
 
 
 @contextlib.contextmanager
@@ -35,6 +35,10 @@ def tiles(form, *blocks, halves=2):
         chosen = matmul_tma.processors
         patched.setattr(matmul_tma, "processors", lambda *given: min(1, chosen(*given)))
         patched.setattr(kernels, "sums_pay", lambda *_: True)
+        if form == "even":
+            # no more than there are slices
+            patched.setattr(matmul_tma, "_sharing", lambda *_: 3)
+            patched.setattr(matmul_tma, "_COLUMNS", 8)
         yield names
 
 
@@ -77,15 +81,42 @@ def along(matrix, columns):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("form", ["tile", "persistent"])
+@pytest.mark.parametrize("form", ["tile", "persistent", "even"])
 @pytest.mark.parametrize("layouts", ["NN", "NT", "TN", "TT"])
 def test_operands_of_either_order(form, layouts, device):
     a, b = made(device, 2, 40, 40), made(device, 2, 40, 24)
     a, b = (along(x, order == "T") for x, order in zip((a, b), layouts, strict=True))
     with tiles(form, 32, 16, 32) as names, watched(device):
         y = ops.matmul(a, b)
-    assert names == [KERNEL]
+    assert names == [KERNEL, PARTS] if form == "even" else [KERNEL]
     assert_close(y, a.double() @ b.double())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("programs", [1, 2, 5, 8, 13, 21, 40])
+def test_programs_that_share_tiles(programs, device):
+    """Of eight tiles of five slices: shares of several tiles, of one each, and of one slice."""
+    a, b = made(device, 56, 80), made(device, 80, 24)
+    with (
+        tiles("even", 16, 16, 16, halves=1) as names,
+        watched(device),
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        patched.setattr(matmul_tma, "_sharing", lambda *_: programs)
+        y = ops.matmul(a, b)
+    assert names == [KERNEL, PARTS]
+    assert_close(y, a.double() @ b.double())
+
+
+@pytest.mark.interpret
+def test_tiles_are_shared_where_there_is_a_slice_for_each_program(device):
+    for k, rows, shares in ((80, 56, True), (80, 24, False), (80, 8, False)):
+        a, b = made(device, rows, k), made(device, k, 40)
+        with tiles("even", 16, 16, 16) as names, pytest.MonkeyPatch.context() as patched:
+            patched.setattr(matmul_tma, "_sharing", lambda *_: 31)
+            y = ops.matmul(a, b)
+        assert (PARTS in names) == shares
+        assert_close(y, a.double() @ b.double())
 
 
 @pytest.mark.interpret
@@ -151,11 +182,12 @@ def test_linear_and_its_gradients(activation, size, device):
         ("tile", 1, (40, 24, 40)),
         ("tile", 2, (40, 24, 40)),
         ("persistent", 2, (40, 24, 40)),
+        ("even", 2, (40, 24, 40)),
         ("stationary", 1, (40, 24, 24)),
         ("tile", 2, (8, 48, 40)),
         ("tile", 2, (8, 48, 528)),
     ],
-    ids=["tile", "halves", "persistent", "stationary", "few-rows", "split"],
+    ids=["tile", "halves", "persistent", "even", "stationary", "few-rows", "split"],
 )
 def test_linear_with_a_residual(form, halves, size, activation, device):
     m, n, k = size
@@ -166,6 +198,8 @@ def test_linear_with_a_residual(form, halves, size, activation, device):
     assert names[0] == KERNEL
     assert names.count(KERNEL) == 3 or form == "stationary"
     assert ("split_sum_kernel" in names) == (k == 528)
+    # the weight's gradient is a product with the bias's
+    assert names.count(PARTS) == (2 if form == "even" else 0)
     exact = gradients(with_residual(F.linear, activation), [o.double() for o in operands])
     for one, other in zip(found, exact, strict=True):
         assert_close(one, other, terms=4)
@@ -320,8 +354,9 @@ def test_a_split_pointwise_convolution_with_a_residual(device):
         ("tile", (8, 48, 40), "plain"),
         ("tile", (8, 48, 528), "all"),
         ("persistent", (40, 24, 40), "all"),
+        ("even", (40, 24, 40), "all"),
     ],
-    ids=["tile", "persistent", "stationary", "few-rows", "split", "epilogue"],
+    ids=["tile", "persistent", "stationary", "few-rows", "split", "epilogue", "even"],
 )
 def test_float32_as_tf32(form, size, epilogue, device):
     """Right within TF32's rounding and not within float32's; the gradients of a product whose
@@ -548,7 +583,7 @@ def test_configurations_have_room_for_a_residual(itemsize, entry):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("entry", range(22))
+@pytest.mark.parametrize("entry", range(24))
 def test_configurations_sum_up_rows_from_shared_memory(entry, monkeypatch):
     """Where they do at all: by a second product with the same tile, which nothing waits for."""
     monkeypatch.setattr(kernels, "sums_pay", lambda *_: True)
@@ -579,6 +614,30 @@ def test_configurations_sum_up_rows_from_shared_memory(entry, monkeypatch):
             assert {"shared load", "matrix load", "shared store", "global load"}.isdisjoint(kinds)
         # of the first column of tiles, and of all others
         assert products == 2
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_parts_of_tiles_are_added_up_without_a_spill(dtype):
+    config = next(
+        entry
+        for entry in kernels.MATMUL_TMA_CONFIGS[dtype.itemsize]
+        if entry.kwargs["FORM"] == "even"
+    )
+    operands = [empty(*shape, dtype=dtype) for shape in ((9000, 512), (512, 512), (512,))]
+    residual = empty(9000, 512, dtype=dtype)
+    with (
+        launch.override("matmul_tma_config", config),
+        products.allowing_tf32(),
+        backend.use("triton"),
+        backend.strict(),
+        dry.compiling_for("sm_90") as recorder,
+    ):
+        ops.linear(*operands, "gelu", residual=residual)
+        ops.linear(operands[0].requires_grad_(), *operands[1:], "gelu", residual=residual)
+    found = [kernel for kernel in recorder.kernels if kernel.kernel == PARTS]
+    assert len(found) == 2
+    assert [dry.problems(kernel, "sm_90") for kernel in found] == [[], []]
 
 
 def compiled(op, *operands, **options):

@@ -203,7 +203,13 @@ def _matmul_samples(make: Maker) -> Iterator[Sample]:
 
 
 def _matmul_workloads(make: Maker) -> Iterator[Sample]:
-    for m, n, k in ((4096, 4096, 4096), (1000, 1000, 1000), (8, 4096, 4096), (64, 64, 65536)):
+    for m, n, k in (
+        (4096, 4096, 4096),
+        (1000, 1000, 1000),
+        (8, 4096, 4096),
+        (64, 64, 65536),
+        (1024, 2560, 8192),
+    ):
         yield Sample(f"{m}x{n}x{k}", input=make.empty(m, k), other=make.empty(k, n))
     yield Sample("transposed", input=make.empty(512, 512).t(), other=make.empty(512, 512).t())
 
@@ -288,7 +294,12 @@ def _linear_samples(make: Maker) -> Iterator[Sample]:
 
 
 def _linear_workloads(make: Maker) -> Iterator[Sample]:
-    for rows, features, outputs in ((4096, 1024, 4096), (256, 2048, 1000), (1, 512, 512)):
+    for rows, features, outputs in (
+        (4096, 1024, 4096),
+        (256, 2048, 1000),
+        (1, 512, 512),
+        (1024, 8192, 2560),
+    ):
         # what computes in its epilogue takes another tile where the largest would be taken
         for activation in (None, "relu", "gelu") if rows == 4096 else (None, "relu"):
             yield Sample(
@@ -382,6 +393,7 @@ register(
         kernels=(
             "matmul.matmul_kernel",
             "matmul_tma.matmul_tma_kernel",
+            "matmul_tma.matmul_tma_parts_kernel",
             "matmul_tma.matmul_tma_sum_kernel",
             "reduce.split_sum_kernel",
         ),
@@ -404,6 +416,7 @@ register(
         kernels=(
             "matmul.matmul_kernel",
             "matmul_tma.matmul_tma_kernel",
+            "matmul_tma.matmul_tma_parts_kernel",
             "reduce.split_sum_kernel",
             "reduce.channel_sum_kernel",
             "activation.activation_backward_kernel",

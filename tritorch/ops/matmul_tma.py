@@ -26,6 +26,8 @@ _MIN_PRODUCTS = 1 << 25
 _FEW_ROWS = 32
 # sums of which one thread after the other would read one number at a time
 _MANY_SPLITS = 8
+# of the tiles whose parts one program adds up, lines of 128 bytes
+_COLUMNS = 32
 
 
 class Entries(NamedTuple):
@@ -63,6 +65,36 @@ class View(NamedTuple):
     transposed: bool
 
 
+class Shared(NamedTuple):
+    """The launch that adds up the parts of tiles that programs share."""
+
+    y: View
+    residual: View | None
+    grid: tuple[int]
+    # the kernel's integers but the last
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
+    # by epilogue, as they are asked for
+    launches: dict[tuple[Any, ...], launch.Prepared]
+
+    def with_epilogue(self, activation: str | None, bias_stride: int) -> launch.Prepared:
+        """The launch with this epilogue."""
+        key = activation, bias_stride
+        prepared = self.launches.get(key)
+        if prepared is None:
+            prepared = self.launches[key] = launch.Prepared(
+                kernels.matmul_tma_parts_kernel,
+                self.grid,
+                (*self.numbers, bias_stride),
+                ACTIVATION=activation,
+                COLUMNS=_COLUMNS,
+                # four have no registers for erf
+                num_warps=8,
+                **self.constants,
+            )
+        return prepared
+
+
 class Plan(NamedTuple):
     """A launch for operands of known layouts."""
 
@@ -78,6 +110,8 @@ class Plan(NamedTuple):
     parts: int
     # whether a launch is to sum up the rows of a
     sums: bool
+    # where it writes parts of tiles into y
+    shared: Shared | None
     config: Any
     constants: dict[str, Any]
     # by epilogue, as they are asked for
@@ -137,7 +171,7 @@ def plan_matmul(a: Layout, b: Layout, count: int, residual: Layout | None) -> Pl
     y = dense(Layout((*a.shape[:-1], b.shape[-1]), (), a.itemsize))
     added = None if residual is None else _entries(residual)
     given = _entries(a), _entries(b).transposed, _entries(y)
-    return plan(*given, y.itemsize, count, residual=added)
+    return plan(*given, y.itemsize, count, residual=added, shares=True)
 
 
 def plan_with_sums(a: Layout, b: Layout, count: int) -> Plan | None:
@@ -166,13 +200,15 @@ def plan(
     moments: bool = False,
     residual: Entries | None = None,
     sums: bool = False,
+    shares: bool = False,
 ) -> Plan | None:
     """How to multiply on `count` multiprocessors, or None if the kernel does not take it.
 
     Of 4 bytes, numbers are float32 and their products TF32's.  b may have one entry for all of a.
     `sums_batch`: the products of all entries are added.
     `moments`: those of the columns are wanted, where the kernel can write them.  `sums`: so are
-    those of the rows of a, of one entry; None too where it does not pay.
+    those of the rows of a, of one entry; None too where it does not pay.  `shares`: programs may
+    share tiles, of which no moments are known, of results without gaps.
     """
     # wgmma transposes 16-bit numbers alone: a slice of others would pass through registers and back
     # into shared memory, which the tensor cores wait for
@@ -186,7 +222,12 @@ def plan(
     if swapped:
         a, b, m, n = b, a, n, m
     batch, k = (1, entries * inner) if sums_batch else (entries, inner)
-    config = launch.config(kernels.matmul_tma_config, m, n, k, batch, b.shape[0] == 1, itemsize)
+    sizes = m, n, k, batch, b.shape[0] == 1, itemsize
+    config = launch.config(kernels.matmul_tma_config, *sizes)
+    # what sums up rows has tiles of its own below
+    may_share = sums or (shares and not swapped and _fills(config, *sizes))
+    if config.kwargs["FORM"] == "even" and not may_share:
+        config = kernels.without_shares(*sizes)
     if moments and not swapped:
         config = kernels.for_moments(config, itemsize)
     if residual is not None:
@@ -214,6 +255,8 @@ def plan(
     columns = math.ceil(n / block_n)
     residents = kernels.residents(config, itemsize, residual is not None)
     grid = tiles if form == "tile" else min(tiles, count * residents)
+    if form == "even":
+        grid = _sharing(config, itemsize)
     if form == "stationary":
         # the same number of programs for every tile of b
         grid = max(grid // columns, 1) * columns
@@ -231,7 +274,38 @@ def plan(
     width = m if swapped else n
     numbers = (width, *counts, *entry_steps, *fill)
     parts = counts[0] * batch if moments and not swapped and splits == 1 else 0
-    return Plan((grid,), *views, numbers, splits, parts, sums, config, constants, {})
+    a_view, b_view, y_view, residual_view = views
+    shared = None
+    if form == "even":
+        shared = Shared(
+            y_view,
+            residual_view,
+            (tiles * block_n // _COLUMNS,),
+            (n, *counts[:2], steps, batch, grid),
+            {
+                "BATCH_FIRST": constants["BATCH_FIRST"],
+                **{name: config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "GROUP_M")},
+            },
+            {},
+        )
+        # a part ends where a tile ends or a program
+        shape, part = (grid + tiles - 1, block_m, block_n), block_m * block_n
+        stored = 1, block_m, block_n // config.kwargs["HALVES"]
+        y_view, residual_view = View(shape, (part, block_n, 1), stored, False), None
+    views = a_view, b_view, y_view, residual_view
+    return Plan((grid,), *views, numbers, splits, parts, sums, shared, config, constants, {})
+
+
+def _sharing(config: Any, itemsize: int) -> int:
+    """Programs that share all tiles: no GPU has others, so that sums have the same parts on all."""
+    return int(kernels.MULTIPROCESSORS * kernels.residents(config, itemsize))
+
+
+def _fills(config: Any, m: int, n: int, k: int, batch: int, _: bool, itemsize: int) -> bool:
+    """Whether there is a slice for every program, and the kernel can count them."""
+    programs = _sharing(config, itemsize)
+    slices = kernels.num_tiles(config, m, n) * batch * math.ceil(k / config.kwargs["BLOCK_K"])
+    return bool(programs <= slices < 2**31 // programs)
 
 
 def _runs_inside(operand: Entries) -> bool:
@@ -257,6 +331,8 @@ def _views(
         for each, rows in ((a, block_m), (b, block_n))
     )
     stored = (block_n, block_m // halves) if swapped else (block_m, block_n // halves)
+    if config.kwargs["FORM"] == "even":
+        stored = block_m, _COLUMNS
     residual_view = None
     # that of a split is added with the sums
     if residual is not None and splits == 1:
@@ -314,6 +390,9 @@ def run(
     of each of the plan's parts of y, (parts, 3, N); or, by a plan for them, into `sums` those of
     the rows of a.
     """
+    if plan.shared is not None:
+        _run_shared(plan, plan.shared, a, b, y, bias, activation, before, residual)
+        return
     if plan.constants["SWAPPED"]:
         a, b = b, a
     single = plan.splits == 1
@@ -339,6 +418,29 @@ def run(
     _add_up(plan, target, y, bias, activation, before, residual)
     if sums is not None and partial is not None:
         split_sum(partial, sums)
+
+
+def _run_shared(
+    plan: Plan,
+    shared: Shared,
+    a: Tensor,
+    b: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    before: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    parts = y.new_empty(plan.y.shape, dtype=torch.float32)
+    operands = _descriptor(a, plan.a), _descriptor(b, plan.b)
+    run = plan.with_epilogue(None, None)
+    run(y, *operands, None, _descriptor(parts, plan.y), None, None, None, None)
+    kept = None if before is None else _descriptor(before, shared.y)
+    added = None
+    if residual is not None and shared.residual is not None:
+        added = _descriptor(residual, shared.residual)
+    run = shared.with_epilogue(activation, 1 if bias is None else bias.stride(0))
+    run(y, parts, bias, _descriptor(y, shared.y), kept, added)
 
 
 def _add_up(
