@@ -110,7 +110,7 @@ class Shapes:
     def products(self) -> Iterator[Case]:
         """Square products, odd ones, the classifier, and the convolutions that are products."""
         wanted = [(f"square-{side}", 1, side, side, side) for side in reversed(SQUARES)]
-        wanted += [(name, 1, *sizes) for name, *sizes in ODD]
+        wanted += [(name, 1, m, n, k) for name, m, n, k in ODD]
         wanted += [("fc", 1, self.batch, 1000, 2048)]
         wanted += [
             (name, count, self.batch * size * size, k, c)

@@ -4,8 +4,6 @@ Letters are those of conv.py.  A tile of pixels runs along one axis, images or c
 a tile without a second axis feeds the tensor cores from shared memory on the side of the rows too.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from triton import Config
@@ -63,18 +61,11 @@ def conv2d_grad_weight_tma_config(k, c, taps, along, n, p, q, stride):
     return None
 
 
-class Shares(NamedTuple):
-    """How programs share out sums: each has `splits` programs of its own; or `even`, programs go
-    from one sum on to the next, and up to so many have parts of one.
-    """
-
-    programs: int
-    splits: int
-    even: bool
-
-
 def shares(config, tiles, steps, groups, weights):
-    """What the estimate takes for the fastest, of `tiles` sums for each of so many `steps`."""
+    """Programs, splits and whether shares are even: as the estimate takes for the fastest, of
+    `tiles` sums for each of so many `steps`.  Every sum has a program for each of its splits; or
+    programs with even shares go from one sum on to the next, and up to `splits` have parts of one.
+    """
     sums, most, total = tiles * len(steps), max(steps), tiles * sum(steps)
     apart, split = min(
         (cycles(config, sums * groups * splits, triton.cdiv(most, splits), weights, splits), splits)
@@ -82,14 +73,14 @@ def shares(config, tiles, steps, groups, weights):
     )
     programs = max(residents(config) * MULTIPROCESSORS // groups, 1)
     if total >= programs:
-        splits, each = _most_programs(tiles, steps, programs), triton.cdiv(total, programs)
+        splits, each = most_programs(tiles, steps, programs), triton.cdiv(total, programs)
         parts = 1 + sums / programs
         if cycles(config, programs * groups, each, weights, splits, parts) < GAIN * apart:
-            return Shares(programs, splits, True)
-    return Shares(sums, split, False)
+            return programs, splits, True
+    return sums, split, False
 
 
-def _most_programs(tiles, steps, programs):
+def most_programs(tiles, steps, programs):
     """Those that share one of the sums, if they have even shares of all."""
     total, first, most = tiles * sum(steps), 0, 1
     for each in steps:

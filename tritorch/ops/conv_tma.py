@@ -306,10 +306,9 @@ def plan_grad_weight(
     tiles = math.ceil(k / block_k) * math.ceil(c / block_c)
     steps = [each * row * column for row in rows for column in columns[::num_taps]]
     weights = math.prod(output.shape)
-    shares = weight_kernels.shares(config, tiles, steps, groups, weights)
-    if max(sum(steps) * tiles * shares.programs, max(steps) * shares.splits) >= 2**31:
+    programs, splits, even = weight_kernels.shares(config, tiles, steps, groups, weights)
+    if max(sum(steps) * tiles * programs, max(steps) * splits) >= 2**31:
         return None
-    splits = shares.splits
     views = (
         _tiles(grad_output, along_q, (pixels, block_k)),
         _tiles(input, along_q, (pixels, block_c)),
@@ -322,7 +321,7 @@ def plan_grad_weight(
     if not all(view.is_describable(input.itemsize) for view in views):
         return None
     return Plan(
-        (shares.programs, groups * (1 if shares.even else splits)),
+        (programs, groups if even else groups * splits),
         views,
         (k, c, r, s, p, q, h, w, n if along_q else each, splits, sum(steps) * tiles),
         geometry.scalars(),
@@ -330,7 +329,7 @@ def plan_grad_weight(
         None,
         0,
         config,
-        {"ALONG_Q": along_q, "EVEN": shares.even},
+        {"ALONG_Q": along_q, "EVEN": even},
         {},
     )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tritorch import launch
+from tritorch.ops.matmul_entries import Entries, View
 from tritorch.ops.reduce import accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout, are_alike, dense
 
@@ -30,19 +31,6 @@ _MANY_SPLITS = 8
 _COLUMNS = 32
 
 
-class Entries(NamedTuple):
-    """A tensor as three dimensions, strides in elements; a batch of one may have any stride."""
-
-    shape: tuple[int, int, int]
-    strides: tuple[int, int, int]
-
-    @property
-    def transposed(self) -> Entries:
-        """The same with the last two exchanged."""
-        (batch, rows, columns), (over_batch, over_rows, over_columns) = self
-        return Entries((batch, columns, rows), (over_batch, over_columns, over_rows))
-
-
 class Fill(NamedTuple):
     """The result is every `step`-th entry of the first `row` of 2 * row, and zeros are the others:
     an image of which a convolution with a stride of 2 reaches a quarter.
@@ -53,16 +41,6 @@ class Fill(NamedTuple):
 
 
 _DENSE = Fill(1, 0)
-
-
-class View(NamedTuple):
-    """What a descriptor says of a tensor, outermost dimension first."""
-
-    shape: tuple[int, int, int]
-    strides: tuple[int, int, int]
-    block: tuple[int, int, int]
-    # whether the last two are not in the kernel's order
-    transposed: bool
 
 
 class Shared(NamedTuple):
@@ -212,7 +190,7 @@ def plan(
     """
     # wgmma transposes 16-bit numbers alone: a slice of others would pass through registers and back
     # into shared memory, which the tensor cores wait for
-    if itemsize > 2 and not (_runs_inside(a) and _runs_inside(b)):
+    if itemsize > 2 and not (a.runs_inside and b.runs_inside):
         return None
     entries, m, inner = a.shape
     n = b.shape[1]
@@ -244,7 +222,7 @@ def plan(
     if form == "stationary" and (slices > 1 or b.shape[0] > 1):
         return None
     splits, steps = 1, slices
-    if _is_contiguous(y):
+    if y.is_contiguous:
         splits = kernels.num_splits(config, m, n, k, batch)
         steps = math.ceil(slices / splits)
         splits = math.ceil(slices / steps)
@@ -308,11 +286,6 @@ def _fills(config: Any, m: int, n: int, k: int, batch: int, _: bool, itemsize: i
     return bool(programs <= slices < 2**31 // programs)
 
 
-def _runs_inside(operand: Entries) -> bool:
-    """Whether the inner axis of the product is the one along memory."""
-    return operand.shape[2] > 1 and operand.strides[2] == 1
-
-
 def _views(
     config: Any,
     a: Entries,
@@ -327,7 +300,7 @@ def _views(
         config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "HALVES")
     )
     a_view, b_view = (
-        _view(each, rows, block_k, itemsize) or _view(each, rows, block_k, itemsize, True)
+        each.tiles(rows, block_k, itemsize) or each.tiles(rows, block_k, itemsize, True)
         for each, rows in ((a, block_m), (b, block_n))
     )
     stored = (block_n, block_m // halves) if swapped else (block_m, block_n // halves)
@@ -336,7 +309,7 @@ def _views(
     residual_view = None
     # that of a split is added with the sums
     if residual is not None and splits == 1:
-        residual_view = _view(residual, *stored, itemsize)
+        residual_view = residual.tiles(*stored, itemsize)
         if residual_view is None:
             return None
     if splits > 1:
@@ -344,33 +317,10 @@ def _views(
         batch, rows, columns = y.shape
         y = Entries((splits * batch, rows, columns), (rows * columns, columns, 1))
         itemsize = 4
-    y_view = _view(y, *stored, itemsize)
+    y_view = y.tiles(*stored, itemsize)
     if a_view is None or b_view is None or y_view is None:
         return None
     return a_view, b_view, y_view, residual_view
-
-
-def _view(
-    entries: Entries, rows: int, columns: int, itemsize: int, transposed: bool = False
-) -> View | None:
-    """Tiles of rows x columns of one entry, or None if there is no descriptor of them."""
-    block = 1, rows, columns
-    if transposed:
-        entries, block = entries.transposed, (1, columns, rows)
-    (batch, over_batch), (height, over_height), (width, over_width) = zip(*entries, strict=True)
-    # along a dimension of one element torch's stride may be anything
-    over_width = over_width if width > 1 else 1
-    over_height = over_height if height > 1 else 8 * math.ceil(width / 8)
-    over_batch = over_batch if batch > 1 else height * over_height
-    strides = over_batch, over_height, over_width
-    if 0 in strides or not launch.describable(0, entries.shape, strides, itemsize):
-        return None
-    return View(entries.shape, strides, block, transposed)
-
-
-def _is_contiguous(y: Entries) -> bool:
-    batch, rows, columns = y.shape
-    return y.strides[1:] == (columns, 1) and (batch == 1 or y.strides[0] == rows * columns)
 
 
 def run(
@@ -399,15 +349,15 @@ def run(
     target = y
     if not single:
         target = y.new_empty((plan.splits, y.numel()), dtype=accumulator_dtype(y.dtype))
-    operands = _descriptor(a, plan.a), _descriptor(b, plan.b)
-    result = _descriptor(target, plan.y)
+    operands = plan.a.at(a), plan.b.at(b)
+    result = plan.y.at(target)
     if single:
         stride = None if bias is None else bias.stride(0)
-        kept = None if before is None else _descriptor(before, plan.y)
+        kept = None if before is None else plan.y.at(before)
         run = plan.with_epilogue(activation, stride, moments is not None, plan.sums)
         added = None
         if residual is not None and plan.residual is not None:
-            added = _descriptor(residual, plan.residual)
+            added = plan.residual.at(residual)
         run(y, *operands, bias, result, kept, moments, added, sums)
         return
     partial: Tensor | None = None
@@ -432,15 +382,15 @@ def _run_shared(
     residual: Tensor | None,
 ) -> None:
     parts = y.new_empty(plan.y.shape, dtype=torch.float32)
-    operands = _descriptor(a, plan.a), _descriptor(b, plan.b)
+    operands = plan.a.at(a), plan.b.at(b)
     run = plan.with_epilogue(None, None)
-    run(y, *operands, None, _descriptor(parts, plan.y), None, None, None, None)
-    kept = None if before is None else _descriptor(before, shared.y)
+    run(y, *operands, None, plan.y.at(parts), None, None, None, None)
+    kept = None if before is None else shared.y.at(before)
     added = None
     if residual is not None and shared.residual is not None:
-        added = _descriptor(residual, shared.residual)
+        added = shared.residual.at(residual)
     run = shared.with_epilogue(activation, 1 if bias is None else bias.stride(0))
-    run(y, parts, bias, _descriptor(y, shared.y), kept, added)
+    run(y, parts, bias, shared.y.at(y), kept, added)
 
 
 def _add_up(
@@ -474,7 +424,3 @@ def _plan_sum(elements: int, splits: int) -> launch.Prepared:
         ROWS=kernels.ROWS,
         BLOCK=kernels.BLOCK,
     )
-
-
-def _descriptor(tensor: Tensor, view: View) -> Any:
-    return launch.descriptor(tensor, view.shape, view.strides, view.block)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from tritorch.ops import matmul_tma
 from tritorch.ops.geometry import Geometry
-from tritorch.ops.matmul_tma import Entries, Fill, Plan
+from tritorch.ops.matmul_entries import Entries
+from tritorch.ops.matmul_tma import Fill, Plan
 from tritorch.ops.strided import Layout, are_alike
 
 
