@@ -51,8 +51,10 @@ _FILE_OF_KIND = {
     "missing memory format": "tests/test_formats.py",
 }
 _OF_FAMILY = {
+    "conv": ["tests/test_residual.py", "tests/test_conv_tma.py"],
     "conv_batch_norm": ["tests/test_conv_batch_norm.py"],
     "losses": ["tests/test_loss.py"],
+    "matmul": ["tests/test_matmul_tma.py", "tests/test_residual.py"],
     "norm": ["tests/test_norm.py"],
     "optim": ["tests/test_optim.py", "tests/test_optim_protocol.py"],
     "pool": ["tests/test_pool.py"],
