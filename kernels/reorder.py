@@ -6,7 +6,7 @@ C: channels, P: pixels of an image.
 import triton
 import triton.language as tl
 
-# both sides of a tile are four sectors of 16-bit numbers, whichever lies along memory
+# both sides of a tile are whole lines of 16-bit numbers, whichever lies along memory
 BLOCK_C = 64
 BLOCK_P = 64
 

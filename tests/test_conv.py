@@ -10,6 +10,7 @@ import tritorch.nn as nn
 from tritorch import backend, launch, ops
 from tritorch.ops import implicit_gemm
 from tritorch.ops.geometry import Geometry
+from tritorch.testing import products
 
 pytestmark = pytest.mark.interpret
 
@@ -283,17 +284,21 @@ def test_what_is_no_integer_is_no_stride_after_calls_that_had_an_equal_one(one):
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-@pytest.mark.parametrize("axes", [2, 3])
-def test_many_products_of_images_in_another_order_go_through_copies(axes, activation, device):
+@pytest.mark.parametrize(
+    ("axes", "dtype"), [(2, torch.float16), (3, torch.float16), (2, torch.float32)]
+)
+def test_many_products_of_images_in_another_order_go_through_copies(
+    axes, dtype, activation, device
+):
     """The same numbers as of images in channels_last, in the order in which torch has them."""
     kernel = (3, 5) if axes == 2 else (3, 2, 2)
-    x = made(2, 16, *(4, 5, 3)[:axes], dtype=torch.float16, device=device)
-    w = made(24, 16, *kernel, seed=1, dtype=torch.float16, device=device)
+    x = made(2, 16, *(4, 5, 3)[:axes], dtype=dtype, device=device)
+    w = made(24, 16, *kernel, seed=1, dtype=dtype, device=device)
     last = torch.channels_last if axes == 2 else torch.channels_last_3d
     found = []
     for order in (torch.contiguous_format, last):
         leaves = [t.clone(memory_format=order).requires_grad_() for t in (x, w)]
-        with backend.strict(), launch.recorded() as names:
+        with products.allowing_tf32(), backend.strict(), launch.recorded() as names:
             y = getattr(ops, f"conv{axes}d")(*leaves, padding=1, activation=activation)
             y.backward(torch.ones_like(y))
         found.append((y, *(leaf.grad for leaf in leaves)))
@@ -305,10 +310,18 @@ def test_many_products_of_images_in_another_order_go_through_copies(axes, activa
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("channels", "taps"), [(16, 1), (12, 5)])
-def test_few_products_and_odd_channels_are_not_copied(channels, taps, device):
-    x = made(2, channels, 9, dtype=torch.float16, device=device)
-    w = made(16, channels, taps, seed=1, dtype=torch.float16, device=device)
+@pytest.mark.parametrize(
+    ("channels", "taps", "dtype"),
+    [
+        (16, 1, torch.float16),
+        (12, 5, torch.float16),
+        # whose products are no tensor core's
+        (16, 7, torch.float32),
+    ],
+)
+def test_few_products_and_odd_channels_are_not_copied(channels, taps, dtype, device):
+    x = made(2, channels, 9, dtype=dtype, device=device)
+    w = made(16, channels, taps, seed=1, dtype=dtype, device=device)
     with launch.recorded() as names:
         y = ops.conv1d(x, w)
     assert "reorder_kernel" not in names

@@ -167,7 +167,7 @@ def _way(
     products = math.prod((x if transposed else y).shape) * math.prod(weight.shape[1:])
     residual = epilogue.residual
     written = (y,) if residual is None else (y, residual)
-    if _are_vectors(weight, geometry) and reorder.pays(products, x, *written):
+    if _are_vectors(weight, geometry) and reorder.pays(products, precision, x, *written):
         images = reorder.channels_last(x), reorder.channels_last(y)
         epilogue = _in_channels_last(epilogue)
         rest = geometry, transposed, epilogue, count, precision
@@ -178,7 +178,7 @@ def _way(
     if count and weight.shape[1] <= stem.MAX_CHANNELS:
         if not crowded and not transposed:
             # x is packed from any order
-            copies = reorder.pays(products, *written)
+            copies = reorder.pays(products, precision, *written)
             into = reorder.channels_last(y) if copies else y
             added = _in_channels_last(epilogue).residual if copies else residual
             hopper = stem.plan_convolve(
@@ -391,14 +391,14 @@ def _way_of_grad_weight(
 ) -> Callable[..., Tensor | None]:
     check_sizes(output, grad_output, input)
     products = math.prod(grad_output.shape) * math.prod(output.shape[1:])
-    if _are_vectors(output, geometry) and reorder.pays(products, grad_output, input):
+    if _are_vectors(output, geometry) and reorder.pays(products, precision, grad_output, input):
         images = reorder.channels_last(grad_output), reorder.channels_last(input)
         run = _way_of_grad_weight(*images, output, geometry, count, precision)
         return partial(reorder.grad_weight, run)
     hopper: matmul_tma.Plan | conv_tma.Plan | None
     if count and output.shape[1] <= stem.MAX_CHANNELS:
         grads = grad_output
-        if reorder.pays(products, grad_output):
+        if reorder.pays(products, precision, grad_output):
             grads = reorder.channels_last(grad_output)
         hopper = stem.plan_grad_weight(grads, input, output, geometry)
         if hopper is not None:

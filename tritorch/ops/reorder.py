@@ -30,14 +30,15 @@ def channels_last(images: Layout) -> Layout:
     return Layout(tuple(images.shape), (math.prod(axes) * c, 1, *steps), images.itemsize)
 
 
-def pays(products: int, *images: Layout) -> bool:
-    """Whether some of the images are to be copied, for so many products: 16-bit numbers in which
-    the kernel finds a pixel after the other.
+def pays(products: int, precision: str, *images: Layout) -> bool:
+    """Whether some of the images are to be copied, for so many products: where the kernel finds a
+    pixel after the other, and products are those of tensor cores, of 16-bit numbers or TF32's.
     """
     copied = [one for one in images if one.stride(1) != 1]
     return (
         bool(copied)
-        and all(one.itemsize == 2 and _over_pixels(one) is not None for one in copied)
+        and all(_over_pixels(one) is not None for one in copied)
+        and (copied[0].itemsize == 2 or (copied[0].itemsize == 4 and precision == "tf32"))
         and products > _MIN_PRODUCTS * sum(math.prod(one.shape) for one in copied)
     )
 
