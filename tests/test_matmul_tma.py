@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tritorch import backend, launch, ops
 from tritorch.bench import machine_code
-from tritorch.ops import implicit_gemm, matmul_tma
+from tritorch.ops import implicit_gemm, matmul_function, matmul_tma
 from tritorch.registry import Maker, specs
 from tritorch.testing import cases, dry, interpreter, products
 from tritorch.testing.detectors import detecting
@@ -400,6 +400,39 @@ def test_tf32_of_factors_along_the_inner_axis_alone(layouts, device):
         # the interpreter keeps all bits unless asked
         limit = 40 * (2**-10 if device == "cuda" and found is short else 2**-22)
         assert (found.double() - a.double() @ b.double()).abs().max() <= limit
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["matrices", "batches"])
+@pytest.mark.parametrize("layouts", ["NN", "TN", "TT"])
+def test_factors_of_float32_are_turned_for_many_products(layouts, batch, device, monkeypatch):
+    monkeypatch.setattr(matmul_function, "_MIN_PRODUCTS", 0)
+    a, b = (made(device, *batch, *size, dtype=torch.float32) for size in ((40, 56), (56, 24)))
+    a, b = (along(x, order == "T") for x, order in zip((a, b), layouts, strict=True))
+    with tiles("tile", 32, 16, 16) as names, products.allowing_tf32(), watched(device):
+        y = ops.matmul(a, b)
+    copies = {"NN": 1, "TN": 2, "TT": 1}[layouts]
+    assert names == ["reorder_kernel"] * copies + [KERNEL]
+    limit = 56 * (2**-10 if device == "cuda" else 2**-22)
+    assert (y.double() - a.double() @ b.double()).abs().max() <= limit
+
+
+@pytest.mark.compile
+def test_all_products_of_a_large_linear_layer_of_float32_are_wgmmas():
+    """The gradient of the input takes a copy of the weight, that of the weight two."""
+    for rows, turned in ((4096, 3), (512, 0)):
+        x, w = (torch.empty(size, 1024, requires_grad=True) for size in (rows, 2048))
+        with (
+            products.allowing_tf32(),
+            backend.use("triton"),
+            backend.strict(),
+            dry.compiling_for("sm_90") as recorder,
+        ):
+            y = ops.linear(x, w)
+            y.backward(torch.empty_like(y))
+        names = [found.kernel for found in recorder.launches]
+        assert names.count("reorder_kernel") == turned
+        assert names.count(KERNEL) == (3 if turned else 1)
 
 
 def gradients(run, operands):

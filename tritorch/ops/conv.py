@@ -52,8 +52,8 @@ def conv2d(
 
     Args:
         input: (N, C, H, W) or (C, H, W), any strides; fastest as channels_last: 16-bit
-            images in another order are copied to it, and results from it, where products outweigh
-            that.
+            images and those of TF32 in another order are copied to it, and results from it, where
+            products outweigh that.
         weight: (K, C / groups, R, S), the same dtype and device; fastest as channels_last:
             from another order each call, and each gradient of the input, may copy it to that one.
         bias: (K,) or None.

@@ -45,8 +45,8 @@ def conv1d(
 
     Args:
         input: (N, C, L) or (C, L), any strides; fastest where the channels are contiguous:
-            16-bit signals in another order are copied to that one, and results from it, where
-            products outweigh that.
+            16-bit signals and those of TF32 in another order are copied to that one, and results
+            from it, where products outweigh that.
         weight: (K, C / groups, S), the same dtype and device; fastest where the
             channels are contiguous: from another order each call, and each gradient of the input,
             may copy it to that one.

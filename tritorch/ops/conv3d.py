@@ -47,8 +47,8 @@ def conv3d(
 
     Args:
         input: (N, C, D, H, W) or (C, D, H, W), any strides; fastest as channels_last_3d:
-            16-bit volumes in another order are copied to it, and results from it, where products
-            outweigh that.
+            16-bit volumes and those of TF32 in another order are copied to it, and results from it,
+            where products outweigh that.
         weight: (K, C / groups, T, R, S), the same dtype and device; fastest as channels_last_3d:
             from another order each call, and each gradient of the input, may copy it to that one.
         bias: (K,) or None.

@@ -47,7 +47,8 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     Returns:
         (..., M, N) without the dimensions that a vector lacks, contiguous.  Sums are kept in
         float32 (float64
-        for float64); float32 products use TF32 where `torch.backends.cuda.matmul` allows it.
+        for float64); float32 products use TF32 where `torch.backends.cuda.matmul` allows it, large
+        ones on Hopper through copies of factors that do not lie along the inner axis.
 
     Raises:
         RuntimeError: inner sizes or batches that do not match, scalars, different dtypes or

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritorch import binding, launch
-from tritorch.ops import matmul_tma, strided
+from tritorch.ops import matmul_tma, reorder, strided
 from tritorch.ops.activation_function import computes, grad_before, keeps_before, save_product
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype, split_sum, sum_channels
 from tritorch.ops.strided import Layout
@@ -21,6 +21,10 @@ reduce_kernels = launch.kernels("reduce")
 # slices of the inner axis that one program must have before it pays to split the axis over more
 # programs
 _MIN_STEPS = 8
+# products for every number that is turned so that the kernel of Hopper takes it, which as estimated
+# pay for the copy half as often; and numbers that are copied in the time of a launch
+_MIN_PRODUCTS = 512
+_LAUNCH = 2**20
 
 
 def _matmul_output(
@@ -142,6 +146,9 @@ def _launch(
         precision,
         None if residual is None else Layout.of(residual),
     )
+    if isinstance(way, _Turned):
+        of_a, of_b, way = way
+        a, b = reorder.turned(a.mT).mT if of_a else a, reorder.turned(b) if of_b else b
     if isinstance(way, matmul_tma.Plan):
         return matmul_tma.run(way, a, b, y, bias, activation, before, None, residual)
     splits, run = way
@@ -150,6 +157,14 @@ def _launch(
     partial = y.new_empty((splits, y.numel()), dtype=accumulator_dtype(y.dtype))
     run(y, a, b, None, partial, None, None)
     split_sum(partial, y, bias, activation, before, residual)
+
+
+class _Turned(NamedTuple):
+    """A plan of operands that lie along the inner axis once those of these are copied."""
+
+    a: bool
+    b: bool
+    plan: matmul_tma.Plan
 
 
 @launch.planned
@@ -162,13 +177,34 @@ def _way(
     keeps_before: bool,
     precision: str,
     residual: Layout | None,
-) -> matmul_tma.Plan | tuple[int, launch.Prepared]:
+) -> matmul_tma.Plan | _Turned | tuple[int, launch.Prepared]:
     """The first kernel that takes operands of these layouts."""
     if processors:
         hopper = matmul_tma.plan_matmul(a, b, processors, residual)
         if hopper is not None:
             return hopper
+        if a.itemsize > 2 and (turned := _turned(a, b, processors, residual)) is not None:
+            return turned
     return _plan(a, b, bias_stride, activation, keeps_before, precision, residual)
+
+
+def _turned(a: Layout, b: Layout, processors: int, residual: Layout | None) -> _Turned | None:
+    """For float32 of which the kernel of Hopper takes copies; None where these would not pay."""
+    of_a, of_b = a.stride(-1) != 1, b.stride(-2) != 1
+    copied = [math.prod(one.shape) for one, copies in ((a, of_a), (b, of_b)) if copies]
+    products = math.prod(a.shape) * b.shape[-1]
+    if not copied or products < _MIN_PRODUCTS * (sum(copied) + _LAUNCH * len(copied)):
+        return None
+    given = strided.dense(a) if of_a else a, _columns_first(b) if of_b else b
+    plan = matmul_tma.plan_matmul(*given, processors, residual)
+    return None if plan is None else _Turned(of_a, of_b, plan)
+
+
+def _columns_first(b: Layout) -> Layout:
+    """Dense, with the elements of a column beside each other."""
+    *batch, rows, columns = b.shape
+    *steps, over_columns, _ = strided.dense(Layout((*batch, columns, rows), (), b.itemsize)).strides
+    return Layout(b.shape, (*steps, 1, over_columns), b.itemsize)
 
 
 def _plan(

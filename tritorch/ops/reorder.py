@@ -1,7 +1,8 @@
-"""Convolutions of images in another order than channels_last, through copies in that order.
+"""Images and matrices in another order of memory than a kernel takes, through copies in that order.
 
 Kernels that find the channels of a pixel beside each other are several times as fast as those that
-gather them, and with enough products for every number a copy costs less than that.
+gather them, and with enough products for every number a copy costs less than that.  Of float32 the
+tensor cores of Hopper read nothing but what lies along the sum.
 """
 
 from __future__ import annotations
@@ -103,6 +104,14 @@ def _like(images: Tensor) -> Tensor:
         return images
     _, strides, _ = channels_last(Layout.of(images))
     return images.new_empty_strided(images.shape, strides)
+
+
+def turned(matrices: Tensor) -> Tensor:
+    """A copy of a matrix, or of a batch of them, in which a column's elements are neighbours."""
+    copy = matrices.new_empty((*matrices.shape[:-2], *matrices.shape[:-3:-1])).mT
+    batches = (matrices, copy) if matrices.dim() > 2 else (matrices[None], copy[None])
+    _copy(*batches)
+    return copy
 
 
 def _copied(images: Tensor) -> Tensor:
