@@ -66,16 +66,22 @@ def shares(config, tiles, steps, groups, weights):
     `tiles` sums for each of so many `steps`.  Every sum has a program for each of its splits; or
     programs with even shares go from one sum on to the next, and up to `splits` have parts of one.
     """
-    sums, most, total = tiles * len(steps), max(steps), tiles * sum(steps)
-    apart, split = min(
-        (cycles(config, sums * groups * splits, triton.cdiv(most, splits), weights, splits), splits)
-        for splits in range(1, min(*steps, 2 * MULTIPROCESSORS) + 1)
-    )
+    sums, total = tiles * len(steps), tiles * sum(steps)
+
+    def taken(splits):
+        # of all programs, and the most of one
+        each = [triton.cdiv(one, splits) for one in steps]
+        mean = tiles * groups * splits * sum(each) / MULTIPROCESSORS
+        return cycles(config, sums * groups * splits, mean, max(each), weights, splits)
+
+    split = min(range(1, min(*steps, 2 * MULTIPROCESSORS) + 1), key=taken)
     programs = max(residents(config) * MULTIPROCESSORS // groups, 1)
-    if total >= programs:
+    # which the kernel multiplies
+    if programs <= total < 2**31 // programs:
         splits, each = most_programs(tiles, steps, programs), triton.cdiv(total, programs)
-        parts = 1 + sums / programs
-        if cycles(config, programs * groups, each, weights, splits, parts) < GAIN * apart:
+        mean, parts = programs * groups * each / MULTIPROCESSORS, 1 + sums / programs
+        even = cycles(config, programs * groups, mean, each, weights, splits, parts)
+        if even < GAIN * taken(split):
             return programs, splits, True
     return sums, split, False
 
@@ -94,16 +100,19 @@ def most_programs(tiles, steps, programs):
 
 
 def residents(config):
-    """Programs that share a multiprocessor."""
+    """Programs that share a multiprocessor: as its registers and its shared memory allow."""
+    sizes, threads = config.kwargs, 32 * config.num_warps
+    # of the accumulators, and of everything else
+    registers = sizes["BLOCK_K"] * sizes["BLOCK_C"] * sizes["TAPS"] // threads + 40
     shared = _loaded(config) * config.num_stages
-    return max(1, min(SHARED_MEMORY // shared, 16 // config.num_warps))
+    return max(1, min(SHARED_MEMORY // shared, 65536 // (registers * threads)))
 
 
-def cycles(config, programs, steps, weights, splits, parts=1):
-    """An estimate of the cycles that one multiprocessor is busy with programs of so many steps:
-    products of 16-bit numbers or traffic of shared memory, whichever takes longer, the start and
-    end of the `parts` of each, and the traffic of the partial sums, which are `weights` numbers
-    each.
+def cycles(config, programs, mean, most, weights, splits, parts=1):
+    """An estimate of the cycles that the busiest multiprocessor is busy with programs of `most`
+    steps or fewer, `mean` on each multiprocessor: products of 16-bit numbers or traffic of shared
+    memory, whichever takes longer, the start and end of the `parts` of each, and the traffic of the
+    partial sums, which are `weights` numbers each.
     """
     sizes = config.kwargs
     block_k, block_c, taps = sizes["BLOCK_K"], sizes["BLOCK_C"], sizes["TAPS"]
@@ -116,10 +125,14 @@ def cycles(config, programs, steps, weights, splits, parts=1):
     together = min(each, residents(config))
     # a stage is loaded while the others of all residents are multiplied
     step = max(step, LATENCY / (together * (config.num_stages - 1)))
+    steps = each * most
+    if each > together:
+        # what is free takes the next program, and the last ones to end are half of themselves late
+        steps = min(steps, mean + together * most / 2)
     # written and read back once, 16 bytes a cycle and multiprocessor
     partial = weights * splits * 8 / (16 * MULTIPROCESSORS)
     ends = 5000 * parts * triton.cdiv(each, together)
-    return each * steps * step + ends + partial
+    return steps * step + ends + partial
 
 
 def _loaded(config):

@@ -52,9 +52,6 @@ MATMUL_TMA_CONFIGS = {
         _tile("stationary", 128, 128, 64, 8, 3),
         _tile("stationary", 128, 256, 64, 8, 3),
         _tile("stationary", 128, 128, 128, 8, 3),
-        # a wave of tiles and a bit, of long sums
-        _tile("even", 128, 256, 64, 8, 4),
-        _tile("even", 128, 128, 64, 8, 3),
         # only with a residual
         _tile("persistent", 128, 256, 64, 8, 3),
         _tile("persistent", 256, 128, 64, 8, 3),
@@ -78,9 +75,13 @@ MATMUL_TMA_CONFIGS = {
         _tile("stationary", 64, 128, 64, 4, 3, halves=2),
         _tile("stationary", 128, 64, 32, 4, 4),
         _tile("stationary", 128, 128, 32, 8, 3, halves=2),
-        _tile("even", 128, 256, 32, 8, 4),
-        _tile("even", 128, 128, 32, 8, 3),
     ),
+}
+
+# of programs that share tiles: for a wave of them and a bit, of long sums
+MATMUL_TMA_EVEN_CONFIGS = {
+    2: (_tile("even", 128, 256, 64, 8, 4), _tile("even", 128, 128, 64, 8, 3)),
+    4: (_tile("even", 128, 256, 32, 8, 4), _tile("even", 128, 128, 32, 8, 3)),
 }
 
 # of an H100 SXM and an H200: one constant, so that sums are split alike on every GPU
@@ -93,28 +94,23 @@ def matmul_tma_config(m, n, k, batch, shared, itemsize):
     """The configuration that takes fewest cycles by `_cycles`; `shared` where all entries of the
     batch have one b.  An itemsize of 4 is TF32.
     """
-    return _fastest(MATMUL_TMA_CONFIGS[itemsize], m, n, k, batch, shared, itemsize)
-
-
-def without_shares(m, n, k, batch, shared, itemsize):
-    """The same where no tile may be shared by programs."""
-    configs = [entry for entry in MATMUL_TMA_CONFIGS[itemsize] if entry.kwargs["FORM"] != "even"]
-    return _fastest(configs, m, n, k, batch, shared, itemsize)
-
-
-def _fastest(configs, m, n, k, batch, shared, itemsize):
-    fitting = [
+    configs = [
         config
-        for config in configs
+        for config in MATMUL_TMA_CONFIGS[itemsize]
         if config.kwargs["FORM"] != "stationary" or (shared and k <= config.kwargs["BLOCK_K"])
     ]
+    return min(configs, key=lambda config: _cycles(config, m, n, k, batch, itemsize))
+
+
+def matmul_tma_even_config(m, n, k, batch, shared, itemsize):
+    """What takes its place where tiles may be shared by programs; None where that would not pay."""
 
     def expected(config):
-        cycles = _cycles(config, m, n, k, batch, itemsize)
-        # whose parts nobody has timed must promise more
-        return cycles / GAIN if config.kwargs["FORM"] == "even" else cycles
+        return _cycles(config, m, n, k, batch, itemsize)
 
-    return min(fitting, key=expected)
+    config = min(MATMUL_TMA_EVEN_CONFIGS[itemsize], key=expected)
+    other = matmul_tma_config(m, n, k, batch, shared, itemsize)
+    return config if expected(config) < GAIN * expected(other) else None
 
 
 def for_moments(config, itemsize):
@@ -124,7 +120,6 @@ def for_moments(config, itemsize):
     sizes = config.kwargs
     tile = sizes["FORM"], sizes["BLOCK_M"], sizes["BLOCK_N"]
     if tile[1:] == (128, 256):
-        # an even form has none, whose tiles are added up in narrow parts
         tile = sizes["FORM"], 256, 128
     elif tile != ("persistent", 128, 128) or sizes["HALVES"] == 1:
         return config
@@ -178,7 +173,8 @@ def sums_pay(plain, summing, m, n, k):
     read = 2 * m * k / ADDED / MULTIPROCESSORS
     # partial sums are added by one launch
     added = SUMS / 2 if num_splits(summing, m, n, k, 1) > 1 else 0
-    apart = _cycles(plain, m, n, k, 1, 2) + SUMS + read
+    apart = _cycles(plain, m, n, k, 1, 2) / (GAIN if plain.kwargs["FORM"] == "even" else 1)
+    apart += SUMS + read
     return _cycles(summing, m, n, k, 1, 2, sums=True) + added <= apart
 
 

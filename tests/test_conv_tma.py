@@ -165,7 +165,7 @@ def test_how_many_programs_share_a_sum(programs):
 
 
 @pytest.mark.interpret
-def test_which_gradients_of_filters_are_shared_evenly():
+def test_which_gradients_of_filters_are_shared_evenly(monkeypatch):
     """Where sums differ in length, or are a wave of programs and a bit; not where they fill one."""
     weights = conv_tma.weight_kernels
     config = weights.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][0]
@@ -175,6 +175,10 @@ def test_which_gradients_of_filters_are_shared_evenly():
     assert weights.shares(config, 12, [49 * 4] * 11, 1, filters) == (132, 1, False)
     # two groups have half of the multiprocessors each
     assert weights.shares(config, 8, of_taps, 2, filters)[0] == 66
+    # the kernel must be able to count the steps of all programs
+    monkeypatch.setattr("tritorch.kernels.conv_weight_tma.GAIN", float("inf"))
+    for times, even in ((1000, True), (2000, False)):
+        assert weights.shares(config, 8, [each * times for each in of_taps], 1, filters)[2] == even
 
 
 @pytest.mark.interpret
@@ -541,12 +545,16 @@ def test_configurations_of_the_gradient_overlap_their_products(entry, gain, monk
     config = conv_tma.weight_kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]
     # a row of an image, or images
     batch, size = (1, 32) if config.kwargs["BLOCK_PIXELS"] == 16 else (64, 14)
+    residents = conv_tma.weight_kernels.residents(config)
     x, taps = empty(batch, 256, size, size), 4 if config.kwargs["TAPS"] == 4 else 3
     with launch.override("conv2d_grad_weight_tma_config", config):
         kernels = compiled("sm_90", x, empty(256, 256, 3, taps), (False, True), padding=1)
     kernels = [kernel for kernel in kernels if kernel.kernel == WEIGHT]
     check(kernels, 1)
     assert kernels[0].constexprs["EVEN"] == (gain > 0)
+    used = dry.resources(kernels[0])
+    assert (used.shared + 1024) * residents <= 228 * 1024
+    assert used.registers * 32 * config.num_warps * residents <= 65536
 
 
 def check(kernels, number):

@@ -67,6 +67,11 @@ def test_forward_and_the_gradient_of_the_image(entry, variant):
 @pytest.mark.parametrize("entry", range(8))
 def test_the_gradient_of_the_filter(entry, options, gain, monkeypatch):
     monkeypatch.setattr("tritorch.kernels.conv_weight_tma.GAIN", gain)
+    kernels, chosen = conv_tma.weight_kernels, []
+    shares = kernels.shares
+    monkeypatch.setattr(
+        kernels, "shares", lambda *given: chosen.append(shares(*given)) or chosen[-1]
+    )
     config = conv_tma.weight_kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]
     pixels, taps = config.kwargs["BLOCK_PIXELS"], config.kwargs["TAPS"]
     # a row of an image, or images
@@ -79,6 +84,7 @@ def test_the_gradient_of_the_filter(entry, options, gain, monkeypatch):
         padding = (1, (max(taps, 3) - 1) * options.get("dilation", 1) // 2)
     with launch.override("conv2d_grad_weight_tma_config", config):
         compare(made(*shape), filters, (False, True), WEIGHT, padding=padding, **options)
+    assert {even for _, _, even in chosen} <= {gain > 0}
 
 
 @pytest.mark.parametrize("order", [last, torch.contiguous_format])

@@ -307,7 +307,7 @@ def plan_grad_weight(
     steps = [each * row * column for row in rows for column in columns[::num_taps]]
     weights = math.prod(output.shape)
     programs, splits, even = weight_kernels.shares(config, tiles, steps, groups, weights)
-    if max(sum(steps) * tiles * programs, max(steps) * splits) >= 2**31:
+    if not even and max(steps) * splits >= 2**31:
         return None
     views = (
         _tiles(grad_output, along_q, (pixels, block_k)),
@@ -323,7 +323,7 @@ def plan_grad_weight(
     return Plan(
         (programs, groups if even else groups * splits),
         views,
-        (k, c, r, s, p, q, h, w, n if along_q else each, splits, sum(steps) * tiles),
+        (k, c, r, s, p, q, h, w, n if along_q else each, splits, sum(steps) * tiles * even),
         geometry.scalars(),
         splits,
         None,

@@ -202,10 +202,10 @@ def plan(
     batch, k = (1, entries * inner) if sums_batch else (entries, inner)
     sizes = m, n, k, batch, b.shape[0] == 1, itemsize
     config = launch.config(kernels.matmul_tma_config, *sizes)
-    # what sums up rows has tiles of its own below
-    may_share = sums or (shares and not swapped and _fills(config, *sizes))
-    if config.kwargs["FORM"] == "even" and not may_share:
-        config = kernels.without_shares(*sizes)
+    if (shares or sums) and not swapped and count >= kernels.MULTIPROCESSORS:
+        even = launch.config(kernels.matmul_tma_even_config, *sizes)
+        if even is not None and _fills(even, *sizes):
+            config = even
     if moments and not swapped:
         config = kernels.for_moments(config, itemsize)
     if residual is not None:
@@ -275,7 +275,9 @@ def plan(
 
 
 def _sharing(config: Any, itemsize: int) -> int:
-    """Programs that share all tiles: no GPU has others, so that sums have the same parts on all."""
+    """Programs that share all tiles: as many on every GPU that has room for them at once, so that
+    sums have the same parts.
+    """
     return int(kernels.MULTIPROCESSORS * kernels.residents(config, itemsize))
 
 
@@ -381,7 +383,7 @@ def _run_shared(
     before: Tensor | None,
     residual: Tensor | None,
 ) -> None:
-    parts = y.new_empty(plan.y.shape, dtype=torch.float32)
+    parts = y.new_empty(plan.y.shape, dtype=accumulator_dtype(y.dtype))
     operands = plan.a.at(a), plan.b.at(b)
     run = plan.with_epilogue(None, None)
     run(y, *operands, None, plan.y.at(parts), None, None, None, None)
