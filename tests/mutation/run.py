@@ -51,15 +51,21 @@ _FILE_OF_KIND = {
     "missing memory format": "tests/test_formats.py",
 }
 _OF_FAMILY = {
-    "conv": ["tests/test_residual.py", "tests/test_conv_tma.py"],
+    "conv": ["tests/test_residual.py"],
     "conv_batch_norm": ["tests/test_conv_batch_norm.py"],
     "losses": ["tests/test_loss.py"],
-    "matmul": ["tests/test_matmul_tma.py", "tests/test_residual.py"],
+    "matmul": ["tests/test_residual.py"],
     "norm": ["tests/test_norm.py"],
     "optim": ["tests/test_optim.py", "tests/test_optim_protocol.py"],
     "pool": ["tests/test_pool.py"],
     "reduce": ["tests/test_reduce.py"],
     "activation": ["tests/test_in_place.py"],
+}
+# no other interpreted test takes these for a GPU's
+_OF_DESCRIPTORS = {
+    "kernels/conv_tma.py": "tests/test_conv_tma.py",
+    "kernels/conv_weight_tma.py": "tests/test_conv_tma.py",
+    "kernels/matmul_tma.py": "tests/test_matmul_tma.py",
 }
 # what has run by then, and what tests no op
 _ELSEWHERE = (
@@ -204,6 +210,8 @@ def _stages(mutant: Mutant, thorough: bool) -> Iterator[tuple[str, list[str]]]:
         yield "compile", ["tests/test_compile.py", "-k", ops]
         yield "interpret", ["tests/test_ops.py", "-k", ops]
         return
+    if file := _OF_DESCRIPTORS.get(mutant.file):
+        yield "interpret", [file]
     if file := _FILE_OF_KIND.get(mutant.kind):
         yield "interpret", [file, "-k", ops]
     if word := _OF_KIND.get(mutant.kind):
