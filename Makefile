@@ -37,10 +37,12 @@ test: $(INSTALLED) ## every rung that needs no GPU; one alone: make test-referen
 
 # a process either interprets kernels or compiles them, so each rung is a pytest run of its own
 $(RUNGS:%=test-%): test-%: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung $* -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung $* -n $(JOBS) $(LESS)
 
-test-newest: ## the interpreter's rung, and the compiler on sm_90, with the newest Triton, in .venv-newest
-	@$(MAKE) --no-print-directory --keep-going VENV=.venv-newest TRITON=$(NEWEST_TRITON) test-interpret newest-compile
+test-newest: ## the interpreter's rung but whole models, and the compiler on sm_90, with the newest Triton, in .venv-newest
+	@$(MAKE) --no-print-directory --keep-going VENV=.venv-newest TRITON=$(NEWEST_TRITON) \
+		LESS="--ignore=tests/test_models.py --ignore=tests/test_course.py --ignore=tests/test_docs.py" \
+		test-interpret newest-compile
 
 newest-compile: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung compile -n $(JOBS) $(NEWEST_COMPILE)
