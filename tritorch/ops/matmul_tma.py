@@ -202,6 +202,7 @@ def plan(
     batch, k = (1, entries * inner) if sums_batch else (entries, inner)
     sizes = m, n, k, batch, b.shape[0] == 1, itemsize
     config = launch.config(kernels.matmul_tma_config, *sizes)
+    # on fewer multiprocessors some of the programs would take a turn of their own
     if (shares or sums) and not swapped and count >= kernels.MULTIPROCESSORS:
         even = launch.config(kernels.matmul_tma_even_config, *sizes)
         if even is not None and _fills(even, *sizes):
@@ -252,26 +253,35 @@ def plan(
     width = m if swapped else n
     numbers = (width, *counts, *entry_steps, *fill)
     parts = counts[0] * batch if moments and not swapped and splits == 1 else 0
-    a_view, b_view, y_view, residual_view = views
     shared = None
     if form == "even":
-        shared = Shared(
-            y_view,
-            residual_view,
-            (tiles * block_n // _COLUMNS,),
-            (n, *counts[:2], steps, batch, grid),
-            {
-                "BATCH_FIRST": constants["BATCH_FIRST"],
-                **{name: config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "GROUP_M")},
-            },
-            {},
-        )
+        a_view, b_view, y_view, residual_view = views
+        added = (n, *counts[:2], steps, batch, grid), constants["BATCH_FIRST"]
+        shared = _shared(config, y_view, residual_view, tiles, *added)
         # a part ends where a tile ends or a program
-        shape, part = (grid + tiles - 1, block_m, block_n), block_m * block_n
-        stored = 1, block_m, block_n // config.kwargs["HALVES"]
-        y_view, residual_view = View(shape, (part, block_n, 1), stored, False), None
-    views = a_view, b_view, y_view, residual_view
+        views = a_view, b_view, _of_parts(config, grid + tiles - 1), None
     return Plan((grid,), *views, numbers, splits, parts, sums, shared, config, constants, {})
+
+
+def _shared(
+    config: Any,
+    y: View,
+    residual: View | None,
+    tiles: int,
+    numbers: tuple[int, ...],
+    batch_first: bool,
+) -> Shared:
+    constants = {name: config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "GROUP_M")}
+    constants["BATCH_FIRST"] = batch_first
+    grid = tiles * config.kwargs["BLOCK_N"] // _COLUMNS
+    return Shared(y, residual, (grid,), numbers, constants, {})
+
+
+def _of_parts(config: Any, most: int) -> View:
+    """Whole tiles one after the other, stored as those of a result are."""
+    rows, columns, halves = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "HALVES"))
+    block = 1, rows, columns // halves
+    return View((most, rows, columns), (rows * columns, columns, 1), block, False)
 
 
 def _sharing(config: Any, itemsize: int) -> int:
