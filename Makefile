@@ -14,6 +14,8 @@ NEWEST_COMPILE = tests/test_dry.py tests/test_launch.py tests/test_gpu_limits.py
 JOBS ?= 2
 # where what a GPU says is written
 RESULTS ?= bench/results
+# of the interpreter's rung: files that are left out, as pytest is told
+IGNORED :=
 # of `make gpu`: some of its sections, `conv,matmul` say; empty for all
 SECTIONS ?=
 
@@ -37,11 +39,11 @@ test: $(INSTALLED) ## every rung that needs no GPU; one alone: make test-referen
 
 # a process either interprets kernels or compiles them, so each rung is a pytest run of its own
 $(RUNGS:%=test-%): test-%: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung $* -n $(JOBS) $(LESS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung $* -n $(JOBS) $(IGNORED)
 
-test-newest: ## the interpreter's rung but whole models, and the compiler on sm_90, with the newest Triton, in .venv-newest
+test-newest: ## the interpreter's rung but models and guides, and the compiler on sm_90, with the newest Triton, in .venv-newest
 	@$(MAKE) --no-print-directory --keep-going VENV=.venv-newest TRITON=$(NEWEST_TRITON) \
-		LESS="--ignore=tests/test_models.py --ignore=tests/test_course.py --ignore=tests/test_docs.py" \
+		IGNORED="--ignore=tests/test_models.py --ignore=tests/test_course.py --ignore=tests/test_docs.py" \
 		test-interpret newest-compile
 
 newest-compile: $(INSTALLED)

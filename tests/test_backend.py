@@ -100,3 +100,9 @@ def test_override_forces_one_configuration_and_ends():
         assert launch.config(some_config, 3) == 7
     assert launch.config(some_config, 3) == 3
     assert chosen == [("some_config", 7), ("some_config", 8), ("some_config", 7)]
+    # None as well, whose kernel is not launched
+    with launch.override("some_config", None):
+        with launch.override("some_config", 8):
+            assert launch.config(some_config, 3) == 8
+        assert launch.config(some_config, 3) is None
+    assert launch.config(some_config, 3) == 3

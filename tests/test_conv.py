@@ -1,5 +1,7 @@
 """What torch's convolutions do besides summing products, and where kernels like ours went wrong."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.testing import assert_close
 
 import tritorch.nn as nn
 from tritorch import backend, launch, ops
-from tritorch.ops import implicit_gemm
+from tritorch.ops import implicit_gemm, reorder
 from tritorch.ops.geometry import Geometry
 from tritorch.testing import products
 
@@ -288,9 +290,10 @@ def test_what_is_no_integer_is_no_stride_after_calls_that_had_an_equal_one(one):
     ("axes", "dtype"), [(2, torch.float16), (3, torch.float16), (2, torch.float32)]
 )
 def test_many_products_of_images_in_another_order_go_through_copies(
-    axes, dtype, activation, device
+    axes, dtype, activation, device, monkeypatch
 ):
     """The same numbers as of images in channels_last, in the order in which torch has them."""
+    monkeypatch.setattr(reorder, "MIN_OF_FILTERS", reorder.MIN_PRODUCTS)
     kernel = (3, 5) if axes == 2 else (3, 2, 2)
     x = made(2, 16, *(4, 5, 3)[:axes], dtype=dtype, device=device)
     w = made(24, 16, *kernel, seed=1, dtype=dtype, device=device)
@@ -308,6 +311,21 @@ def test_many_products_of_images_in_another_order_go_through_copies(
         assert names.count("reorder_kernel") == copies
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("sizes", "copies"), [((16, 64, 3), 4), ((48, 48, 5), 6)])
+def test_gradients_of_filters_as_tf32_take_copies_for_more_products(sizes, copies, device):
+    """115 products a number are enough for the images' passes, 600 for that of the filters too."""
+    channels, outputs, size = sizes
+    x = made(1, channels, 3, 3, dtype=torch.float32, device=device).requires_grad_()
+    w = made(outputs, channels, size, size, seed=1, dtype=torch.float32, device=device)
+    w.requires_grad_()
+    for tf32 in (True, False):
+        flags = products.allowing_tf32() if tf32 else contextlib.nullcontext()
+        with flags, backend.strict(), launch.recorded() as names:
+            y = ops.conv2d(x, w, padding=size // 2)
+            y.backward(torch.ones_like(y))
+        assert names.count("reorder_kernel") == (copies if tf32 else 0)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritorch import backend, launch, ops
+from tritorch import backend, launch, ops, tuned
 from tritorch.bench import machine_code
 from tritorch.ops import implicit_gemm, matmul_function, matmul_tma
+from tritorch.ops.strided import Layout
 from tritorch.registry import Maker, specs
 from tritorch.testing import cases, dry, interpreter, products
 from tritorch.testing.detectors import detecting
@@ -101,7 +102,7 @@ def test_operands_of_either_order(form, layouts, device):
     a, b = (along(x, order == "T") for x, order in zip((a, b), layouts, strict=True))
     with tiles(form, 32, 16, 32) as names, watched(device):
         y = ops.matmul(a, b)
-    assert names == [KERNEL, PARTS] if form == "even" else [KERNEL]
+    assert names == ([KERNEL, PARTS] if form == "even" else [KERNEL])
     assert_close(y, a.double() @ b.double())
 
 
@@ -819,6 +820,34 @@ def test_a_chosen_configuration_fits_its_product(k, batch, shared):
             if config.kwargs["FORM"] == "stationary":
                 assert shared
                 assert k <= config.kwargs["BLOCK_K"]
+
+
+@pytest.mark.reference
+def test_no_estimate_replaces_what_was_measured_or_is_forced():
+    """By programs that share tiles, where those were neither."""
+    a, b = (Layout(shape, (shape[1], 1), 2) for shape in ((1024, 8192), (8192, 2560)))
+    one, even = kernels.MATMUL_TMA_CONFIGS[2][1], kernels.MATMUL_TMA_EVEN_CONFIGS[2][1]
+    sizes = 1024, 2560, 8192, 1, True, 2
+    row, shares = ("matmul_tma_config", sizes), ("matmul_tma_even_config", sizes)
+
+    def form(count=132):
+        return matmul_tma.plan_matmul(a, b, count, None).config.kwargs["FORM"]
+
+    assert [form(), form(131)] == ["even", "tile"]
+    for table, expected in (
+        ({}, "even"),
+        ({row: one}, "tile"),
+        ({shares: even}, "even"),
+        ({row: one, shares: even}, "even"),
+    ):
+        with tuned.using(table):
+            assert form() == expected
+    with launch.override("matmul_tma_config", one):
+        assert form() == "tile"
+        with launch.override("matmul_tma_even_config", even):
+            assert form() == "even"
+    with launch.override("matmul_tma_even_config", None):
+        assert form() == "tile"
 
 
 @pytest.mark.reference

@@ -103,18 +103,23 @@ def config(choose: Callable[..., Any], *sizes: int) -> Any:
     return chosen
 
 
+def is_decided(choose: Callable[..., Any], *sizes: int) -> bool:
+    """Whether the configuration for these sizes is forced or measured, and no estimate."""
+    name = choose.__name__
+    return name in _overrides or tuned.find(name, sizes, choose(*sizes)) is not None
+
+
 @contextlib.contextmanager
 def override(name: str, forced: Any) -> Iterator[None]:
     """Inside the block the function `name` (`matmul_config`, ...) always chooses `forced`."""
-    previous = _overrides.get(name)
+    # None may be forced too
+    previous = {name: _overrides[name]} if name in _overrides else {}
     _overrides[name] = forced
     try:
         yield
     finally:
-        if previous is None:
-            del _overrides[name]
-        else:
-            _overrides[name] = previous
+        del _overrides[name]
+        _overrides.update(previous)
 
 
 @contextlib.contextmanager

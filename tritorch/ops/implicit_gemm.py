@@ -391,7 +391,9 @@ def _way_of_grad_weight(
 ) -> Callable[..., Tensor | None]:
     check_sizes(output, grad_output, input)
     products = math.prod(grad_output.shape) * math.prod(output.shape[1:])
-    if _are_vectors(output, geometry) and reorder.pays(products, precision, grad_output, input):
+    given = products, precision, grad_output, input
+    least = reorder.MIN_OF_FILTERS if precision == "tf32" else reorder.MIN_PRODUCTS
+    if _are_vectors(output, geometry) and reorder.pays(*given, least=least):
         images = reorder.channels_last(grad_output), reorder.channels_last(input)
         run = _way_of_grad_weight(*images, output, geometry, count, precision)
         return partial(reorder.grad_weight, run)

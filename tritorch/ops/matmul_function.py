@@ -191,9 +191,12 @@ def _way(
 def _turned(a: Layout, b: Layout, processors: int, residual: Layout | None) -> _Turned | None:
     """For float32 of which the kernel of Hopper takes copies; None where these would not pay."""
     of_a, of_b = a.stride(-1) != 1, b.stride(-2) != 1
-    copied = [math.prod(one.shape) for one, copies in ((a, of_a), (b, of_b)) if copies]
-    products = math.prod(a.shape) * b.shape[-1]
-    if not copied or products < _MIN_PRODUCTS * (sum(copied) + _LAUNCH * len(copied)):
+    copied = [one for one, copies in ((a, of_a), (b, of_b)) if copies]
+    numbers = sum(math.prod(one.shape) for one in copied) + _LAUNCH * len(copied)
+    if not copied or math.prod(a.shape) * b.shape[-1] < _MIN_PRODUCTS * numbers:
+        return None
+    # of what is expanded a copy would take the memory that it saves
+    if any(0 in one.strides for one in copied):
         return None
     given = strided.dense(a) if of_a else a, _columns_first(b) if of_b else b
     plan = matmul_tma.plan_matmul(*given, processors, residual)

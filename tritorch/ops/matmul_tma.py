@@ -201,18 +201,16 @@ def plan(
         a, b, m, n = b, a, n, m
     batch, k = (1, entries * inner) if sums_batch else (entries, inner)
     sizes = m, n, k, batch, b.shape[0] == 1, itemsize
-    config = launch.config(kernels.matmul_tma_config, *sizes)
+    whole = config = launch.config(kernels.matmul_tma_config, *sizes)
     # on fewer multiprocessors some of the programs would take a turn of their own
     if (shares or sums) and not swapped and count >= kernels.MULTIPROCESSORS:
-        even = launch.config(kernels.matmul_tma_even_config, *sizes)
-        if even is not None and _fills(even, *sizes):
-            config = even
+        config = _even(sizes) or whole
     if moments and not swapped:
         config = kernels.for_moments(config, itemsize)
     if residual is not None:
         config = kernels.for_residual(config, itemsize)
     if sums:
-        plain, config = config, kernels.for_sums(config)
+        plain, config = config, kernels.for_sums(whole)
         if swapped or config is None or not kernels.sums_pay(plain, config, m, n, k):
             return None
     block_m, block_n, block_k, form = (
@@ -289,6 +287,16 @@ def _sharing(config: Any, itemsize: int) -> int:
     sums have the same parts.
     """
     return int(kernels.MULTIPROCESSORS * kernels.residents(config, itemsize))
+
+
+def _even(sizes: tuple[Any, ...]) -> Any:
+    """The configuration of programs that share tiles, or None."""
+    shares, whole = kernels.matmul_tma_even_config, kernels.matmul_tma_config
+    # what was measured, or is forced, no estimate replaces
+    if launch.is_decided(whole, *sizes) and not launch.is_decided(shares, *sizes):
+        return None
+    config = launch.config(shares, *sizes)
+    return config if config is not None and _fills(config, *sizes) else None
 
 
 def _fills(config: Any, m: int, n: int, k: int, batch: int, _: bool, itemsize: int) -> bool:

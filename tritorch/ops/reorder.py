@@ -18,8 +18,10 @@ from tritorch.ops.strided import Layout, is_wide
 
 kernels = launch.kernels("reorder")
 
-# products for every number that is copied: those of a 3x3 filter of 16 channels are just enough
-_MIN_PRODUCTS = 64
+# products for every number that is copied: those of a 3x3 filter of 16 channels are just enough; of
+# gradients of filters as TF32, which are the portable kernel's with and without, more are
+MIN_PRODUCTS = 64
+MIN_OF_FILTERS = 512
 
 
 def channels_last(images: Layout) -> Layout:
@@ -31,7 +33,7 @@ def channels_last(images: Layout) -> Layout:
     return Layout(tuple(images.shape), (math.prod(axes) * c, 1, *steps), images.itemsize)
 
 
-def pays(products: int, precision: str, *images: Layout) -> bool:
+def pays(products: int, precision: str, *images: Layout, least: int = MIN_PRODUCTS) -> bool:
     """Whether some of the images are to be copied, for so many products: where the kernel finds a
     pixel after the other, and products are those of tensor cores, of 16-bit numbers or TF32's.
     """
@@ -40,7 +42,7 @@ def pays(products: int, precision: str, *images: Layout) -> bool:
         bool(copied)
         and all(_over_pixels(one) is not None for one in copied)
         and (copied[0].itemsize == 2 or (copied[0].itemsize == 4 and precision == "tf32"))
-        and products > _MIN_PRODUCTS * sum(math.prod(one.shape) for one in copied)
+        and products > least * sum(math.prod(one.shape) for one in copied)
     )
 
 
