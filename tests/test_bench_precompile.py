@@ -42,7 +42,8 @@ def test_what_was_measured_is_compiled(monkeypatch):
         launch.questions() as asked,
     ):
         case.implementations[OURS](**precompile._unwritten(case))
-    [key], [(_, config)] = asked, chosen
+    # whether programs share tiles is asked after that
+    (key, _), [(_, config)] = asked, chosen
     other = copy.copy(config)
     other.num_stages = config.num_stages - 1
     built.clear()
