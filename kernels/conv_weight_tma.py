@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton import Config
 
+from tritorch.kernels.tiles import SHARES
+
 
 def _tile(k, c, pixels, taps, num_warps, num_stages):
     blocks = {"BLOCK_K": k, "BLOCK_C": c, "BLOCK_PIXELS": pixels, "TAPS": taps}
@@ -77,7 +79,7 @@ def shares(config, tiles, steps, groups, weights):
     split = min(range(1, min(*steps, 2 * MULTIPROCESSORS) + 1), key=taken)
     programs = max(residents(config) * MULTIPROCESSORS // groups, 1)
     # which the kernel multiplies
-    if programs <= total < 2**31 // programs:
+    if SHARES and programs <= total < 2**31 // programs:
         splits, each = most_programs(tiles, steps, programs), triton.cdiv(total, programs)
         mean, parts = programs * groups * each / MULTIPROCESSORS, 1 + sums / programs
         even = cycles(config, programs * groups, mean, each, weights, splits, parts)

@@ -50,6 +50,7 @@ def tiles(form, *blocks, halves=2):
         patched.setattr(kernels, "sums_pay", lambda *_: True)
         if form == "even":
             patched.setattr(kernels, "MULTIPROCESSORS", 1)
+            patched.setattr(kernels, "SHARES", True)
             # no more than there are slices
             patched.setattr(matmul_tma, "_sharing", lambda *_: 3)
             patched.setattr(matmul_tma, "_COLUMNS", 8)
@@ -692,8 +693,9 @@ def test_parts_of_tiles_are_added_up_without_a_spill(dtype):
         ops.linear(*operands, "gelu", residual=residual)
         ops.linear(operands[0].requires_grad_(), *operands[1:], "gelu", residual=residual)
     found = [kernel for kernel in recorder.kernels if kernel.kernel == PARTS]
-    assert len(found) == 2
-    assert [dry.problems(kernel, "sm_90") for kernel in found] == [[], []]
+    # with newer compilers no tile is shared
+    assert len(found) == (2 if kernels.SHARES else 0)
+    assert [problem for kernel in found for problem in dry.problems(kernel, "sm_90")] == []
 
 
 def compiled(op, *operands, **options):
@@ -823,8 +825,9 @@ def test_a_chosen_configuration_fits_its_product(k, batch, shared):
 
 
 @pytest.mark.reference
-def test_no_estimate_replaces_what_was_measured_or_is_forced():
+def test_no_estimate_replaces_what_was_measured_or_is_forced(monkeypatch):
     """By programs that share tiles, where those were neither."""
+    monkeypatch.setattr(kernels, "SHARES", True)
     a, b = (Layout(shape, (shape[1], 1), 2) for shape in ((1024, 8192), (8192, 2560)))
     one, even = kernels.MATMUL_TMA_CONFIGS[2][1], kernels.MATMUL_TMA_EVEN_CONFIGS[2][1]
     sizes = 1024, 2560, 8192, 1, True, 2

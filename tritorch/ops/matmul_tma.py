@@ -203,7 +203,8 @@ def plan(
     sizes = m, n, k, batch, b.shape[0] == 1, itemsize
     whole = config = launch.config(kernels.matmul_tma_config, *sizes)
     # on fewer multiprocessors some of the programs would take a turn of their own
-    if (shares or sums) and not swapped and count >= kernels.MULTIPROCESSORS:
+    may_share = kernels.SHARES and (shares or sums) and not swapped
+    if may_share and count >= kernels.MULTIPROCESSORS:
         config = _even(sizes) or whole
     if moments and not swapped:
         config = kernels.for_moments(config, itemsize)
