@@ -12,7 +12,7 @@ from triton import Config
 
 from tritorch.kernels.activation import activate
 from tritorch.kernels.moments import store_moments
-from tritorch.kernels.tiles import SHARES, grouped_programs
+from tritorch.kernels.tiles import grouped_programs
 
 
 def _tile(form, m, n, k, num_warps, num_stages, halves=None):

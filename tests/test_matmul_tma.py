@@ -23,10 +23,18 @@ KERNEL, SUM, PARTS = "matmul_tma_kernel", "matmul_tma_sum_kernel", "matmul_tma_p
 def taking(config):
     """Where tiles may be shared, a configuration of that form; elsewhere one of any other."""
     even = config.kwargs["FORM"] == "even"
-    other = kernels.for_sums(config) if even else config
+    blocks = [config.kwargs[f"BLOCK_{axis}"] for axis in "MNK"]
+    alike = [
+        entry
+        for table in kernels.MATMUL_TMA_CONFIGS.values()
+        for entry in table
+        if entry.kwargs["FORM"] == "tile"
+        and [entry.kwargs[f"BLOCK_{axis}"] for axis in "MNK"] == blocks
+    ]
+    other = (*alike, kernels.MATMUL_TMA_CONFIGS[2][1])[0] if even else config
     with (
         launch.override("matmul_tma_even_config", config if even else None),
-        launch.override("matmul_tma_config", other or kernels.MATMUL_TMA_CONFIGS[2][1]),
+        launch.override("matmul_tma_config", other),
     ):
         yield
 
@@ -50,7 +58,7 @@ def tiles(form, *blocks, halves=2):
         patched.setattr(kernels, "sums_pay", lambda *_: True)
         if form == "even":
             patched.setattr(kernels, "MULTIPROCESSORS", 1)
-            patched.setattr(kernels, "SHARES", True)
+            patched.setattr(matmul_tma.compiler, "SHARES", True)
             # no more than there are slices
             patched.setattr(matmul_tma, "_sharing", lambda *_: 3)
             patched.setattr(matmul_tma, "_COLUMNS", 8)
@@ -694,7 +702,7 @@ def test_parts_of_tiles_are_added_up_without_a_spill(dtype):
         ops.linear(operands[0].requires_grad_(), *operands[1:], "gelu", residual=residual)
     found = [kernel for kernel in recorder.kernels if kernel.kernel == PARTS]
     # with newer compilers no tile is shared
-    assert len(found) == (2 if kernels.SHARES else 0)
+    assert len(found) == (2 if matmul_tma.compiler.SHARES else 0)
     assert [problem for kernel in found for problem in dry.problems(kernel, "sm_90")] == []
 
 
@@ -827,7 +835,7 @@ def test_a_chosen_configuration_fits_its_product(k, batch, shared):
 @pytest.mark.reference
 def test_no_estimate_replaces_what_was_measured_or_is_forced(monkeypatch):
     """By programs that share tiles, where those were neither."""
-    monkeypatch.setattr(kernels, "SHARES", True)
+    monkeypatch.setattr(matmul_tma.compiler, "SHARES", True)
     a, b = (Layout(shape, (shape[1], 1), 2) for shape in ((1024, 8192), (8192, 2560)))
     one, even = kernels.MATMUL_TMA_CONFIGS[2][1], kernels.MATMUL_TMA_EVEN_CONFIGS[2][1]
     sizes = 1024, 2560, 8192, 1, True, 2

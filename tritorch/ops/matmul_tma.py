@@ -19,6 +19,7 @@ from tritorch.ops.reduce import accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout, are_alike, dense
 
 kernels = launch.kernels("matmul_tma")
+compiler = launch.kernels("tiles")
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # below it a product takes no longer than its launch
@@ -203,7 +204,7 @@ def plan(
     sizes = m, n, k, batch, b.shape[0] == 1, itemsize
     whole = config = launch.config(kernels.matmul_tma_config, *sizes)
     # on fewer multiprocessors some of the programs would take a turn of their own
-    may_share = kernels.SHARES and (shares or sums) and not swapped
+    may_share = compiler.SHARES and (shares or sums) and not swapped
     if may_share and count >= kernels.MULTIPROCESSORS:
         config = _even(sizes) or whole
     if moments and not swapped:
