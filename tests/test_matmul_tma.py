@@ -440,6 +440,17 @@ def test_factors_of_float32_are_turned_for_many_products(layouts, batch, device,
     assert (y.double() - a.double() @ b.double()).abs().max() <= limit
 
 
+@pytest.mark.interpret
+def test_a_factor_of_a_whole_batch_is_not_copied_for_each(device, monkeypatch):
+    monkeypatch.setattr(matmul_function, "_MIN_PRODUCTS", 0)
+    a, b = (made(device, *size, dtype=torch.float32) for size in ((2, 40, 56), (1, 56, 24)))
+    with tiles("tile", 32, 16, 16) as names, products.allowing_tf32():
+        y = ops.matmul(a, b)
+    assert names == ["matmul_kernel"]
+    limit = 56 * (2**-10 if device == "cuda" else 2**-22)
+    assert (y.double() - a.double() @ b.double()).abs().max() <= limit
+
+
 @pytest.mark.compile
 def test_all_products_of_a_large_linear_layer_of_float32_are_wgmmas():
     """The gradient of the input takes a copy of the weight, that of the weight two."""
