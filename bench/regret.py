@@ -111,5 +111,5 @@ def _of_product(config: Any) -> str:
     form, *blocks = (config.kwargs[name] for name in ("FORM", "BLOCK_M", "BLOCK_N", "BLOCK_K"))
     m, n, _ = blocks
     label = f"{form} {'x'.join(map(str, blocks))} w{config.num_warps} s{config.num_stages}"
-    is_usual = config.kwargs["HALVES"] == (2 if n > 128 or m * n > 128 * 128 else 1)
+    is_usual = config.kwargs["PIECES"] == (2 if n > 128 or m * n > 128 * 128 else 1)
     return label if is_usual else f"{label} halves"

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from tritorch.kernels.tiles import SHARES
-
 
 def _tile(k, c, pixels, taps, num_warps, num_stages):
     blocks = {"BLOCK_K": k, "BLOCK_C": c, "BLOCK_PIXELS": pixels, "TAPS": taps}
@@ -79,13 +77,22 @@ def shares(config, tiles, steps, groups, weights):
     split = min(range(1, min(*steps, 2 * MULTIPROCESSORS) + 1), key=taken)
     programs = max(residents(config) * MULTIPROCESSORS // groups, 1)
     # which the kernel multiplies
-    if SHARES and programs <= total < 2**31 // programs:
+    if programs <= total < 2**31 // programs:
         splits, each = most_programs(tiles, steps, programs), triton.cdiv(total, programs)
         mean, parts = programs * groups * each / MULTIPROCESSORS, 1 + sums / programs
         even = cycles(config, programs * groups, mean, each, weights, splits, parts)
         if even < GAIN * taken(split):
             return programs, splits, True
     return sums, split, False
+
+
+def stored_columns(config, even):
+    """Of a tile, how many are stored at once: with even shares there is little room beside the
+    operands of the next one, and else a whole one would take more registers and shared memory than
+    there are.
+    """
+    columns = config.kwargs["BLOCK_C"]
+    return columns // 4 if even else min(columns, 128)
 
 
 def most_programs(tiles, steps, programs):
@@ -334,16 +341,12 @@ def _pixels(
 def _store(
     grad_w_desc, split, k, tap, c, acc, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Weights of one tap, in halves where whole they would take more shared memory than there is
-    beside the tiles, and registers.
-    """
-    if BLOCK_C > 128:
-        halves = tl.permute(tl.reshape(acc, (BLOCK_K, 2, BLOCK_C // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        left = tl.reshape(left.to(grad_w_desc.dtype), (1, BLOCK_K, 1, BLOCK_C // 2))
-        grad_w_desc.store([split, k, tap, c], left)
-        right = tl.reshape(right.to(grad_w_desc.dtype), (1, BLOCK_K, 1, BLOCK_C // 2))
-        grad_w_desc.store([split, k, tap, c + BLOCK_C // 2], right)
+    """Weights of one tap, in pieces of as many columns as the descriptor has."""
+    if grad_w_desc.block_shape[3] < BLOCK_C:
+        HALF: tl.constexpr = BLOCK_C // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_K, 2, HALF)), (0, 2, 1)))
+        _store(grad_w_desc, split, k, tap, c, left, BLOCK_K, HALF)
+        _store(grad_w_desc, split, k, tap, c + HALF, right, BLOCK_K, HALF)
     else:
         y = tl.reshape(acc.to(grad_w_desc.dtype), (1, BLOCK_K, 1, BLOCK_C))
         grad_w_desc.store([split, k, tap, c], y)

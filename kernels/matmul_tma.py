@@ -15,12 +15,12 @@ from tritorch.kernels.moments import store_moments
 from tritorch.kernels.tiles import grouped_programs
 
 
-def _tile(form, m, n, k, num_warps, num_stages, halves=None):
-    if halves is None:
+def _tile(form, m, n, k, num_warps, num_stages, pieces=None):
+    if pieces is None:
         # a large tile in one piece leaves no room for slices, and takes registers to arrange
-        halves = 2 if n > 128 or m * n > 128 * 128 else 1
+        pieces = 2 if n > 128 or m * n > 128 * 128 else 1
     # neighbours share a band of rows, of which a product of few columns has enough
-    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "HALVES": halves}
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "PIECES": pieces}
     return Config({**blocks, "FORM": form}, num_warps=num_warps, num_stages=num_stages)
 
 
@@ -33,7 +33,7 @@ MATMUL_TMA_CONFIGS = {
         # two programs on a multiprocessor: one multiplies while the other stores
         _tile("tile", 128, 128, 64, 8, 3),
         _tile("persistent", 128, 128, 64, 8, 4),
-        _tile("persistent", 128, 128, 64, 8, 3, halves=2),
+        _tile("persistent", 128, 128, 64, 8, 3, pieces=2),
         _tile("tile", 128, 64, 64, 4, 3),
         _tile("persistent", 128, 256, 64, 8, 4),
         _tile("persistent", 256, 128, 64, 8, 4),
@@ -60,7 +60,7 @@ MATMUL_TMA_CONFIGS = {
         # the same, but that results take as many bytes as partial sums
         _tile("tile", 128, 128, 64, 8, 3),
         _tile("tile", 128, 128, 32, 8, 3),
-        _tile("persistent", 128, 128, 32, 8, 4, halves=2),
+        _tile("persistent", 128, 128, 32, 8, 4, pieces=2),
         _tile("tile", 128, 64, 32, 4, 3),
         _tile("persistent", 128, 256, 32, 8, 3),
         _tile("persistent", 256, 128, 32, 8, 3),
@@ -72,16 +72,17 @@ MATMUL_TMA_CONFIGS = {
         _tile("tile", 64, 64, 64, 4, 4),
         _tile("tile", 64, 32, 64, 4, 4),
         _tile("tile", 64, 16, 64, 4, 4),
-        _tile("stationary", 64, 128, 64, 4, 3, halves=2),
+        _tile("stationary", 64, 128, 64, 4, 3, pieces=2),
         _tile("stationary", 128, 64, 32, 4, 4),
-        _tile("stationary", 128, 128, 32, 8, 3, halves=2),
+        _tile("stationary", 128, 128, 32, 8, 3, pieces=2),
     ),
 }
 
-# of programs that share tiles: for a wave of them and a bit, of long sums
+# of programs that share tiles: for a wave of them and a bit, of long sums; in pieces that have room
+# beside the operands of the next tile
 MATMUL_TMA_EVEN_CONFIGS = {
-    2: (_tile("even", 128, 256, 64, 8, 4), _tile("even", 128, 128, 64, 8, 3)),
-    4: (_tile("even", 128, 256, 32, 8, 4), _tile("even", 128, 128, 32, 8, 3)),
+    2: (_tile("even", 128, 256, 64, 8, 4, pieces=4), _tile("even", 128, 128, 64, 8, 3, pieces=4)),
+    4: (_tile("even", 128, 256, 32, 8, 4, pieces=4), _tile("even", 128, 128, 32, 8, 3, pieces=4)),
 }
 
 # of an H100 SXM and an H200: one constant, so that sums are split alike on every GPU
@@ -121,7 +122,7 @@ def for_moments(config, itemsize):
     tile = sizes["FORM"], sizes["BLOCK_M"], sizes["BLOCK_N"]
     if tile[1:] == (128, 256):
         tile = sizes["FORM"], 256, 128
-    elif tile != ("persistent", 128, 128) or sizes["HALVES"] == 1:
+    elif tile != ("persistent", 128, 128) or sizes["PIECES"] == 1:
         return config
     for entry in MATMUL_TMA_CONFIGS[itemsize]:
         if tile == tuple(entry.kwargs[name] for name in ("FORM", "BLOCK_M", "BLOCK_N")):
@@ -198,13 +199,18 @@ def residents(config, itemsize, residual=False):
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
     columns = block_m * config.num_stages
     columns += block_n * (1 if form == "stationary" else config.num_stages)
-    # what has no loads for another tile on the way stores where its operands were
-    stored = 0 if form in ("tile", "even") else block_m * block_n // config.kwargs["HALVES"]
-    stored *= 2 if residual else 1
+    piece = block_m * block_n // config.kwargs["PIECES"]
+    stored = itemsize * piece * (2 if residual else 1)
+    if form == "tile":
+        # with no loads for another tile on the way it goes where the operands were
+        stored = 0
+    elif form == "even":
+        # with some compilers it does not; a residual is added with the parts
+        stored = 4 * piece
     threads = 32 * config.num_warps
     # of the accumulator, and of everything else
     registers = block_m * block_n // threads + 40
-    shared = itemsize * (columns * block_k + stored) + 1024
+    shared = itemsize * columns * block_k + stored + 1024
     return min(232448 // shared, 65536 // (registers * threads))
 
 
@@ -288,7 +294,7 @@ def matmul_tma_kernel(
     SWAPPED: tl.constexpr, SUMS_BATCH: tl.constexpr, BATCH_FIRST: tl.constexpr,
     FILLS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    HALVES: tl.constexpr, FORM: tl.constexpr,
+    PIECES: tl.constexpr, FORM: tl.constexpr,
 ):
     """One program computes BLOCK_M x BLOCK_N tiles of a @ b.T, each over STEPS slices of BLOCK_K.
 
@@ -304,7 +310,7 @@ def matmul_tma_kernel(
     program, of all TILES one after the other: what it has of tile t is stored as entry
     program + t of y, (parts, BLOCK_M, BLOCK_N), for `matmul_tma_parts_kernel` to add up.
 
-    HALVES of a tile pass through shared memory one after the other, and so do those of a residual,
+    PIECES of a tile pass through shared memory one after the other, and so do those of a residual,
     which is described as the result.  SWAPPED: the result is stored transposed, N being its columns
     still.  FILLS: zeros go to the entries after z, after z + y_row and to that one itself.
 
@@ -345,7 +351,7 @@ def matmul_tma_kernel(
                                  b_step, A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH,
                                  BLOCK_M, BLOCK_N, BLOCK_K)
                 acc = tl.dot(a, b.T, acc, input_precision="tf32")
-        _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
+        _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, PIECES)
     elif FORM == "persistent":
         t = pid - programs
         step = STEPS - 1
@@ -362,7 +368,7 @@ def matmul_tma_kernel(
                              A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH, BLOCK_M, BLOCK_N, BLOCK_K)
             acc = tl.dot(a, b.T, acc, input_precision="tf32")
             if step == STEPS - 1:
-                _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
+                _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, PIECES)
                 acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     elif FORM == "even":
         begin = pid * (TILES * STEPS) // programs
@@ -379,7 +385,7 @@ def matmul_tma_kernel(
                                  b_step, A_TRANSPOSED, B_TRANSPOSED, SUMS_BATCH,
                                  BLOCK_M, BLOCK_N, BLOCK_K)
                 acc = tl.dot(a, b.T, acc, input_precision="tf32")
-            _finish(acc, 0, 0, pid + t, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
+            _finish(acc, 0, 0, pid + t, outputs, ACTIVATION, SWAPPED, FILLS, PIECES)
             begin += count
     else:
         tl.static_assert(FORM == "stationary", "unknown form")
@@ -389,7 +395,7 @@ def matmul_tma_kernel(
             m, _, z = _place(t, num_m, 1, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, 1)
             a = _load(a_desc, z * a_step, m, 0, A_TRANSPOSED, BLOCK_M, BLOCK_K)
             acc = tl.dot(a, b.T, input_precision="tf32")
-            _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, HALVES)
+            _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, PIECES)
 
 
 @triton.jit
@@ -476,17 +482,23 @@ def _store_sums(sums, m, z, sums_ptr, M):
 @triton.jit
 def _finish(
     acc, m, n, z, outputs,
-    ACTIVATION: tl.constexpr, SWAPPED: tl.constexpr, FILLS: tl.constexpr, HALVES: tl.constexpr,
+    ACTIVATION: tl.constexpr, SWAPPED: tl.constexpr, FILLS: tl.constexpr, PIECES: tl.constexpr,
 ):
     if SWAPPED:
         acc = acc.T
         m, n = n, m
-    if HALVES == 2:
+    _store_pieces(acc, m, n, z, outputs, ACTIVATION, FILLS, PIECES)
+
+
+@triton.jit
+def _store_pieces(
+    acc, m, n, z, outputs, ACTIVATION: tl.constexpr, FILLS: tl.constexpr, PIECES: tl.constexpr
+):
+    if PIECES > 1:
         WIDTH: tl.constexpr = acc.shape[1] // 2
-        halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH)), (0, 2, 1))
-        left, right = tl.split(halves)
-        _store(left, m, n, z, outputs, ACTIVATION, FILLS)
-        _store(right, m, n + WIDTH, z, outputs, ACTIVATION, FILLS)
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH)), (0, 2, 1)))
+        _store_pieces(left, m, n, z, outputs, ACTIVATION, FILLS, PIECES // 2)
+        _store_pieces(right, m, n + WIDTH, z, outputs, ACTIVATION, FILLS, PIECES // 2)
     else:
         _store(acc, m, n, z, outputs, ACTIVATION, FILLS)
 

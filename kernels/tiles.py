@@ -3,10 +3,6 @@
 import triton
 import triton.language as tl
 
-# whether a program may go from one tile on to the next by loops of their own: newer compilers keep
-# what the first one stores beside what the second one loads, which no multiprocessor has room for
-SHARES = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-
 
 @triton.jit
 def grouped_programs(pid, num_m, num_n, GROUP_M: tl.constexpr):

@@ -84,7 +84,7 @@ def test_the_gradient_of_the_filter(entry, options, gain, monkeypatch):
         padding = (1, (max(taps, 3) - 1) * options.get("dilation", 1) // 2)
     with launch.override("conv2d_grad_weight_tma_config", config):
         compare(made(*shape), filters, (False, True), WEIGHT, padding=padding, **options)
-    assert {even for _, _, even in chosen} == ({gain > 0 and kernels.SHARES} if chosen else set())
+    assert {even for _, _, even in chosen} == ({gain > 0} if chosen else set())
     assert chosen or launch.capability(filters) != 90
 
 

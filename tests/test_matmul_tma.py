@@ -58,7 +58,6 @@ def tiles(form, *blocks, halves=2):
         patched.setattr(kernels, "sums_pay", lambda *_: True)
         if form == "even":
             patched.setattr(kernels, "MULTIPROCESSORS", 1)
-            patched.setattr(matmul_tma.compiler, "SHARES", True)
             # no more than there are slices
             patched.setattr(matmul_tma, "_sharing", lambda *_: 3)
             patched.setattr(matmul_tma, "_COLUMNS", 8)
@@ -121,7 +120,7 @@ def test_programs_that_share_tiles(programs, device):
     """Of eight tiles of five slices: shares of several tiles, of one each, and of one slice."""
     a, b = made(device, 56, 80), made(device, 80, 24)
     with (
-        tiles("even", 16, 16, 16, halves=1) as names,
+        tiles("even", 16, 16, 16, halves=4) as names,
         watched(device),
         pytest.MonkeyPatch.context() as patched,
     ):
@@ -205,7 +204,7 @@ def test_linear_and_its_gradients(activation, size, device):
         ("tile", 1, (40, 24, 40)),
         ("tile", 2, (40, 24, 40)),
         ("persistent", 2, (40, 24, 40)),
-        ("even", 2, (40, 24, 40)),
+        ("even", 4, (40, 24, 40)),
         ("stationary", 1, (40, 24, 24)),
         ("tile", 2, (8, 48, 40)),
         ("tile", 2, (8, 48, 528)),
@@ -712,8 +711,7 @@ def test_parts_of_tiles_are_added_up_without_a_spill(dtype):
         ops.linear(*operands, "gelu", residual=residual)
         ops.linear(operands[0].requires_grad_(), *operands[1:], "gelu", residual=residual)
     found = [kernel for kernel in recorder.kernels if kernel.kernel == PARTS]
-    # with newer compilers no tile is shared
-    assert len(found) == (2 if matmul_tma.compiler.SHARES else 0)
+    assert len(found) == 2
     assert [problem for kernel in found for problem in dry.problems(kernel, "sm_90")] == []
 
 
@@ -844,9 +842,8 @@ def test_a_chosen_configuration_fits_its_product(k, batch, shared):
 
 
 @pytest.mark.reference
-def test_no_estimate_replaces_what_was_measured_or_is_forced(monkeypatch):
+def test_no_estimate_replaces_what_was_measured_or_is_forced():
     """By programs that share tiles, where those were neither."""
-    monkeypatch.setattr(matmul_tma.compiler, "SHARES", True)
     a, b = (Layout(shape, (shape[1], 1), 2) for shape in ((1024, 8192), (8192, 2560)))
     one, even = kernels.MATMUL_TMA_CONFIGS[2][1], kernels.MATMUL_TMA_EVEN_CONFIGS[2][1]
     sizes = 1024, 2560, 8192, 1, True, 2

@@ -162,7 +162,7 @@ def label_of(row):
     sizes, ends = row["kwargs"], f"w{row['num_warps']} s{row['num_stages']}"
     if row["function"] == "matmul_tma_config":
         m, n, k = (sizes[f"BLOCK_{axis}"] for axis in "MNK")
-        halves = sizes["HALVES"] != (2 if n > 128 or m * n > 128 * 128 else 1)
+        halves = sizes["PIECES"] != (2 if n > 128 or m * n > 128 * 128 else 1)
         return f"{sizes['FORM']} {m}x{n}x{k} {ends}{' halves' * halves}"
     k, c = sizes["BLOCK_K"], sizes["BLOCK_C"]
     if row["function"] == "conv2d_grad_weight_tma_config":

@@ -315,7 +315,7 @@ def plan_grad_weight(
         _View(
             (splits, outputs, r * s, c),
             (weights, r * s * c, c, 1),
-            (1, block_k, 1, min(block_c, 128)),
+            (1, block_k, 1, weight_kernels.stored_columns(config, even)),
         ),
     )
     if not all(view.is_describable(input.itemsize) for view in views):

@@ -19,7 +19,6 @@ from tritorch.ops.reduce import accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout, are_alike, dense
 
 kernels = launch.kernels("matmul_tma")
-compiler = launch.kernels("tiles")
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # below it a product takes no longer than its launch
@@ -204,7 +203,7 @@ def plan(
     sizes = m, n, k, batch, b.shape[0] == 1, itemsize
     whole = config = launch.config(kernels.matmul_tma_config, *sizes)
     # on fewer multiprocessors some of the programs would take a turn of their own
-    may_share = compiler.SHARES and (shares or sums) and not swapped
+    may_share = (shares or sums) and not swapped
     if may_share and count >= kernels.MULTIPROCESSORS:
         config = _even(sizes) or whole
     if moments and not swapped:
@@ -279,8 +278,8 @@ def _shared(
 
 def _of_parts(config: Any, most: int) -> View:
     """Whole tiles one after the other, stored as those of a result are."""
-    rows, columns, halves = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "HALVES"))
-    block = 1, rows, columns // halves
+    rows, columns, pieces = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "PIECES"))
+    block = 1, rows, columns // pieces
     return View((most, rows, columns), (rows * columns, columns, 1), block, False)
 
 
@@ -318,14 +317,14 @@ def _views(
     swapped: bool,
     residual: Entries | None,
 ) -> tuple[View, View, View, View | None] | None:
-    block_m, block_n, block_k, halves = (
-        config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "HALVES")
+    block_m, block_n, block_k, pieces = (
+        config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PIECES")
     )
     a_view, b_view = (
         each.tiles(rows, block_k, itemsize) or each.tiles(rows, block_k, itemsize, True)
         for each, rows in ((a, block_m), (b, block_n))
     )
-    stored = (block_n, block_m // halves) if swapped else (block_m, block_n // halves)
+    stored = (block_n, block_m // pieces) if swapped else (block_m, block_n // pieces)
     if config.kwargs["FORM"] == "even":
         stored = block_m, _COLUMNS
     residual_view = None
