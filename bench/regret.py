@@ -18,8 +18,8 @@ SWEEP = RESULTS / "nvidia-h100-80gb-hbm3" / "2026-11-26" / "163943Z-sweep.json"
 _LIBRARIES = ("cudnn", "cublas")
 PASSES = (FORWARD, GRAD_INPUT, GRAD_WEIGHT)
 
-_matmul = launch.kernels("matmul_tma")
-_conv = launch.kernels("conv_tma")
+_matmul = launch.kernels("matmul_tma_configs")
+_conv = launch.kernels("conv_tma_configs")
 _conv_weight = launch.kernels("conv_weight_tma")
 
 

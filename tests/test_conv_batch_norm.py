@@ -52,7 +52,7 @@ class Case(NamedTuple):
     @contextlib.contextmanager
     def running(self):
         """Through these tiles, in strict mode; the kernels launched."""
-        convolve, multiply = conv_tma.kernels, matmul_tma.kernels
+        convolve, multiply = conv_tma.configs, matmul_tma.configs
         form = self.form or "tile"
         with (
             launch.pretend(90),
@@ -69,8 +69,8 @@ class Case(NamedTuple):
                 patched.setattr(matmul_tma, "_MIN_PRODUCTS", 0)
             if self.persistent or self.form == "persistent":
                 # programs have several tiles, which a convolution stores in halves
-                patched.setattr(matmul_tma.kernels, "MULTIPROCESSORS", 1)
-                patched.setattr("tritorch.kernels.conv_tma.SHARED_MEMORY", 0)
+                patched.setattr(matmul_tma.configs, "MULTIPROCESSORS", 1)
+                patched.setattr("tritorch.kernels.conv_tma_configs.SHARED_MEMORY", 0)
                 patched.setattr(multiply, "residents", lambda *_: 2)
             yield names
 
@@ -317,13 +317,13 @@ def test_convolutions_write_moments_beside_their_products(itemsize, entry, varia
     programs on a multiprocessor as without moments.
     """
     x, given = VARIANTS[variant]
-    config = conv_tma.kernels.CONV2D_TMA_CONFIGS[itemsize][entry]
+    config = conv_tma.configs.CONV2D_TMA_CONFIGS[itemsize][entry]
     x, w = (t.to(DTYPES[itemsize]) for t in (x, empty(256, 256, 3, 3)))
     with launch.override("conv2d_tma_config", config), products.allowing_tf32():
         kernel = compiled(x, w, **given)
     assert kernel.kernel == CONVOLVE
     assert kernel.constexprs["PERSISTENT"] == config.kwargs["PERSISTENT"]
-    assert not check(kernel, conv_tma.kernels.residents(config, itemsize)).serialized
+    assert not check(kernel, conv_tma.configs.residents(config, itemsize)).serialized
 
 
 @pytest.mark.compile
@@ -334,16 +334,16 @@ def test_convolutions_write_moments_beside_their_products(itemsize, entry, varia
 )
 def test_products_write_moments_beside_the_next(itemsize, entry, stride):
     """The same; instead of an entry that has no room for them the kernel runs another one."""
-    config = matmul_tma.kernels.MATMUL_TMA_CONFIGS[itemsize][entry]
+    config = matmul_tma.configs.MATMUL_TMA_CONFIGS[itemsize][entry]
     stationary = config.kwargs["FORM"] == "stationary"
     k = config.kwargs["BLOCK_K"] if stationary else 512
     x, w = (t.to(DTYPES[itemsize]) for t in (empty(256, k, 14, 14), empty(512, k, 1, 1)))
     with launch.override("matmul_tma_config", config), products.allowing_tf32():
         kernel = compiled(x, w, stride=stride)
     assert kernel.kernel == MULTIPLY
-    own = matmul_tma.kernels.for_moments(config, itemsize)
+    own = matmul_tma.configs.for_moments(config, itemsize)
     assert kernel.constexprs["FORM"] == config.kwargs["FORM"]
     assert kernel.constexprs["BLOCK_M"] == own.kwargs["BLOCK_M"]
-    used = check(kernel, matmul_tma.kernels.residents(own, itemsize))
+    used = check(kernel, matmul_tma.configs.residents(own, itemsize))
     # one slice has nothing to overlap with
     assert stationary or not used.serialized

@@ -51,7 +51,7 @@ EDGES = {
 @pytest.mark.parametrize("entry", range(6))
 def test_convolutions_write_moments_on_a_gpu(entry, variant):
     x, given = (VARIANTS | EDGES)[variant]
-    config = conv_tma.kernels.CONV2D_TMA_CONFIGS[2][entry]
+    config = conv_tma.configs.CONV2D_TMA_CONFIGS[2][entry]
     with launch.override("conv2d_tma_config", config):
         on_a_gpu(x, empty(x.shape[1], x.shape[1], 3, 3), **given)
 
@@ -59,7 +59,7 @@ def test_convolutions_write_moments_on_a_gpu(entry, variant):
 @pytest.mark.parametrize(("stride", "channels"), [(1, 512), (1, 264), (2, 512)])
 @pytest.mark.parametrize("entry", range(20))
 def test_products_write_moments_on_a_gpu(entry, stride, channels):
-    config = matmul_tma.kernels.MATMUL_TMA_CONFIGS[2][entry]
+    config = matmul_tma.configs.MATMUL_TMA_CONFIGS[2][entry]
     k = config.kwargs["BLOCK_K"] if config.kwargs["FORM"] == "stationary" else 512
     with launch.override("matmul_tma_config", config):
         on_a_gpu(empty(251, k, 14, 14), empty(channels, k, 1, 1), stride=stride)

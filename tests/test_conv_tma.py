@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 @contextlib.contextmanager
 def tiles(case):
-    kernels, weights = conv_tma.kernels, conv_tma.weight_kernels
+    kernels, weights = conv_tma.configs, conv_tma.weight_kernels
     with (
         launch.pretend(90),
         launch.override("conv2d_tma_config", kernels._tile(*case.tile, 4, 2, case.persistent)),
@@ -106,9 +106,9 @@ CASES = {
 def test_values_and_gradients(name, monkeypatch):
     case = CASES[name]
     if case.persistent:
-        monkeypatch.setattr(matmul_tma.kernels, "MULTIPROCESSORS", 1)
+        monkeypatch.setattr(matmul_tma.configs, "MULTIPROCESSORS", 1)
         # tiles are stored in halves
-        monkeypatch.setattr("tritorch.kernels.conv_tma.SHARED_MEMORY", 0)
+        monkeypatch.setattr("tritorch.kernels.conv_tma_configs.SHARED_MEMORY", 0)
     *operands, grad = case.make()
     with tiles(case) as names, detecting() as detector:
         found = gradients(case.run, operands, grad)
@@ -203,8 +203,8 @@ def test_float32_as_tf32(name, monkeypatch):
     case = CASES[name]._replace(dtype=torch.float32)
     monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", 0)
     if case.persistent:
-        monkeypatch.setattr(matmul_tma.kernels, "MULTIPROCESSORS", 1)
-        monkeypatch.setattr("tritorch.kernels.conv_tma.SHARED_MEMORY", 0)
+        monkeypatch.setattr(matmul_tma.configs, "MULTIPROCESSORS", 1)
+        monkeypatch.setattr("tritorch.kernels.conv_tma_configs.SHARED_MEMORY", 0)
     x, w, bias, grad = case.make()
     given = {"input": x, "weight": w, "bias": bias}
     given |= dict(zip(("stride", "padding", "dilation", "groups"), case.geometry(), strict=True))
@@ -324,7 +324,7 @@ def test_a_tile_of_pixels_in_a_table_is_taken_where_it_fits(stride, pixels):
     """Two sizes of an image ask one question where only one of them has pairs of pixels."""
     image = (4, 16, 8, 8) if stride == 1 else (16, 16, 7, 7)
     case = Case(image, (16, 16, 3, 3), stride=stride, tile=(16, 16, 16))
-    config = conv_tma.kernels._tile(*case.tile, 4, 2)
+    config = conv_tma.configs._tile(*case.tile, 4, 2)
     config.kwargs |= dict(zip(("BLOCK_N", "BLOCK_P", "BLOCK_Q"), pixels, strict=True))
     x, w, _, _ = case.make()
     with tiles(case) as names, launch.override("conv2d_tma_config", config):
@@ -467,13 +467,13 @@ def test_configurations_overlap_their_products(itemsize, entry, variant, monkeyp
     """
     monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", 0)
     x, options = VARIANTS[variant]
-    config, dtype = conv_tma.kernels.CONV2D_TMA_CONFIGS[itemsize][entry], DTYPES[itemsize]
+    config, dtype = conv_tma.configs.CONV2D_TMA_CONFIGS[itemsize][entry], DTYPES[itemsize]
     w = empty(256, 256, 3, 3, dtype=dtype)
     with launch.override("conv2d_tma_config", config), products.allowing_tf32():
         kernels = compiled("sm_90", x.to(dtype), w, (True, False), **options)
     kernels = [kernel for kernel in kernels if kernel.kernel == FORWARD]
     check(kernels, 2)
-    together = conv_tma.kernels.residents(config, itemsize)
+    together = conv_tma.configs.residents(config, itemsize)
     for kernel in kernels:
         assert PRODUCT[itemsize] in kernel.compiled.asm["ptx"]
         used = dry.resources(kernel)
@@ -486,7 +486,7 @@ def test_configurations_overlap_their_products(itemsize, entry, variant, monkeyp
 @pytest.mark.parametrize(("itemsize", "entry"), ENTRIES)
 def test_configurations_have_room_for_a_residual(itemsize, entry, activation):
     """Or another takes their place; the loop over the taps is what it is without."""
-    config, dtype = conv_tma.kernels.CONV2D_TMA_CONFIGS[itemsize][entry], DTYPES[itemsize]
+    config, dtype = conv_tma.configs.CONV2D_TMA_CONFIGS[itemsize][entry], DTYPES[itemsize]
     k = 256 if config.kwargs["BLOCK_K"] == 128 else 64
     x, w, residual = (
         empty(*size, dtype=dtype).contiguous(memory_format=last)
@@ -520,7 +520,7 @@ def test_configurations_have_room_for_a_residual(itemsize, entry, activation):
 @pytest.mark.compile
 @pytest.mark.parametrize(("itemsize", "entry"), ENTRIES)
 def test_configurations_have_room_for_a_bias_beside_gelu(itemsize, entry):
-    config, dtype = conv_tma.kernels.CONV2D_TMA_CONFIGS[itemsize][entry], DTYPES[itemsize]
+    config, dtype = conv_tma.configs.CONV2D_TMA_CONFIGS[itemsize][entry], DTYPES[itemsize]
     k = 256 if config.kwargs["BLOCK_K"] == 128 else 64
     x, w = (
         empty(*size, dtype=dtype).contiguous(memory_format=last)
@@ -658,7 +658,7 @@ def test_every_persistent_program_has_tiles_of_all_residues(channels, count):
     geometry = Geometry((2, 2), (1, 1), (1, 1), 1)
     [config] = [
         each
-        for each in conv_tma.kernels.CONV2D_TMA_CONFIGS[2]
+        for each in conv_tma.configs.CONV2D_TMA_CONFIGS[2]
         if each.kwargs["PERSISTENT"] and each.kwargs["BLOCK_K"] == 128
     ][:1]
     with launch.override("conv2d_tma_config", config):

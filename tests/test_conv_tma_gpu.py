@@ -56,7 +56,7 @@ VARIANTS = {
 @pytest.mark.parametrize("entry", range(6))
 def test_forward_and_the_gradient_of_the_image(entry, variant):
     shape, options = VARIANTS[variant]
-    config = conv_tma.kernels.CONV2D_TMA_CONFIGS[2][entry]
+    config = conv_tma.configs.CONV2D_TMA_CONFIGS[2][entry]
     filters = made(256 * options.get("groups", 1), 256, 3, 3, seed=1) / 48
     with launch.override("conv2d_tma_config", config):
         compare(made(*shape), filters, (True, False), FORWARD, **options)

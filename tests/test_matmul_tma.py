@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 from tritorch import backend, launch, ops, tuned
 from tritorch.bench import machine_code
-from tritorch.ops import implicit_gemm, matmul_function, matmul_tma
+from tritorch.ops import implicit_gemm, matmul_function, matmul_tma, shared_tiles
 from tritorch.ops.strided import Layout
 from tritorch.registry import Maker, specs
 from tritorch.testing import cases, dry, interpreter, products
 from tritorch.testing.detectors import detecting
 
-kernels = matmul_tma.kernels
+configs = matmul_tma.configs
 last = torch.channels_last
 KERNEL, SUM, PARTS = "matmul_tma_kernel", "matmul_tma_sum_kernel", "matmul_tma_parts_kernel"
 
@@ -26,12 +26,12 @@ def taking(config):
     blocks = [config.kwargs[f"BLOCK_{axis}"] for axis in "MNK"]
     alike = [
         entry
-        for table in kernels.MATMUL_TMA_CONFIGS.values()
+        for table in configs.MATMUL_TMA_CONFIGS.values()
         for entry in table
         if entry.kwargs["FORM"] == "tile"
         and [entry.kwargs[f"BLOCK_{axis}"] for axis in "MNK"] == blocks
     ]
-    other = (*alike, kernels.MATMUL_TMA_CONFIGS[2][1])[0] if even else config
+    other = (*alike, configs.MATMUL_TMA_CONFIGS[2][1])[0] if even else config
     with (
         launch.override("matmul_tma_even_config", config if even else None),
         launch.override("matmul_tma_config", other),
@@ -42,7 +42,7 @@ def taking(config):
 @contextlib.contextmanager
 def tiles(form, *blocks, halves=2):
     """Everything on descriptors through this tile, in strict mode; the kernels launched."""
-    config = kernels._tile(form, *blocks, 4, 2, halves)
+    config = configs._tile(form, *blocks, 4, 2, halves)
     with (
         launch.pretend(90),
         taking(config),
@@ -55,12 +55,12 @@ def tiles(form, *blocks, halves=2):
         # few programs, so that one has several tiles
         chosen = matmul_tma.processors
         patched.setattr(matmul_tma, "processors", lambda *given: min(1, chosen(*given)))
-        patched.setattr(kernels, "sums_pay", lambda *_: True)
+        patched.setattr(configs, "sums_pay", lambda *_: True)
         if form == "even":
-            patched.setattr(kernels, "MULTIPROCESSORS", 1)
+            patched.setattr(configs, "MULTIPROCESSORS", 1)
             # no more than there are slices
-            patched.setattr(matmul_tma, "_sharing", lambda *_: 3)
-            patched.setattr(matmul_tma, "_COLUMNS", 8)
+            patched.setattr(shared_tiles, "num_programs", lambda *_: 3)
+            patched.setattr(shared_tiles, "COLUMNS", 8)
         yield names
 
 
@@ -124,7 +124,7 @@ def test_programs_that_share_tiles(programs, device):
         watched(device),
         pytest.MonkeyPatch.context() as patched,
     ):
-        patched.setattr(matmul_tma, "_sharing", lambda *_: programs)
+        patched.setattr(shared_tiles, "num_programs", lambda *_: programs)
         y = ops.matmul(a, b)
     assert names == [KERNEL, PARTS]
     assert_close(y, a.double() @ b.double())
@@ -135,7 +135,7 @@ def test_tiles_are_shared_where_there_is_a_slice_for_each_program(device):
     for k, rows, shares in ((80, 56, True), (80, 24, False), (80, 8, False)):
         a, b = made(device, rows, k), made(device, k, 40)
         with tiles("even", 16, 16, 16) as names, pytest.MonkeyPatch.context() as patched:
-            patched.setattr(matmul_tma, "_sharing", lambda *_: 31)
+            patched.setattr(shared_tiles, "num_programs", lambda *_: 31)
             y = ops.matmul(a, b)
         assert (PARTS in names) == shares
         assert_close(y, a.double() @ b.double())
@@ -147,7 +147,7 @@ def test_one_program_of_many_tiles(halves, device):
     """Of three slices each, of which a tile keeps its own place while the next one is loaded."""
     a, b = made(device, 104, 80, dtype=torch.bfloat16), made(device, 80, 56, dtype=torch.bfloat16)
     with tiles("persistent", 16, 16, 32, halves=halves) as names, pytest.MonkeyPatch.context() as m:
-        m.setattr(kernels, "residents", lambda *_: 2)
+        m.setattr(configs, "residents", lambda *_: 2)
         y = ops.matmul(a, b)
     assert names == [KERNEL]
     assert_close(y, a.double() @ b.double())
@@ -158,7 +158,7 @@ def test_one_program_of_many_tiles(halves, device):
 def test_one_tile_of_b_for_all_of_a(k, device):
     a, b = made(device, 104, k), made(device, k, 24)
     with tiles("stationary", 16, 16, 32) as names, pytest.MonkeyPatch.context() as patched:
-        patched.setattr(kernels, "residents", lambda *_: 3)
+        patched.setattr(configs, "residents", lambda *_: 3)
         y = ops.matmul(a, b)
     assert names == [KERNEL]
     assert_close(y, a.double() @ b.double())
@@ -576,13 +576,13 @@ ENTRIES = [*((2, entry) for entry in range(24)), *((4, entry) for entry in range
 
 
 def configuration(itemsize, entry):
-    tables = kernels.MATMUL_TMA_CONFIGS, kernels.MATMUL_TMA_EVEN_CONFIGS
+    tables = configs.MATMUL_TMA_CONFIGS, configs.MATMUL_TMA_EVEN_CONFIGS
     return (*tables[0][itemsize], *tables[1][itemsize])[entry]
 
 
 @pytest.mark.reference
 def test_every_configuration_is_compiled_below():
-    tables = kernels.MATMUL_TMA_CONFIGS, kernels.MATMUL_TMA_EVEN_CONFIGS
+    tables = configs.MATMUL_TMA_CONFIGS, configs.MATMUL_TMA_EVEN_CONFIGS
     for itemsize in (2, 4):
         number = sum(len(table[itemsize]) for table in tables)
         assert [entry for size, entry in ENTRIES if size == itemsize] == list(range(number))
@@ -614,11 +614,11 @@ def test_configurations_overlap_their_products(itemsize, entry):
         # one slice has nothing to overlap with
         assert stationary or not used.serialized
         assert min(used.count("HGMMA"), used.count("UTMALDG"), used.count("UTMASTG")) > 0
-        assert (used.shared + 1024) * kernels.residents(config, itemsize) <= 228 * 1024
+        assert (used.shared + 1024) * configs.residents(config, itemsize) <= 228 * 1024
     for kernel in found[:-1]:
         used = dry.resources(kernel)
         assert used.count("LDS", "LDSM", "LDG") == 0
-        together = kernels.residents(config, itemsize)
+        together = configs.residents(config, itemsize)
         assert used.registers * 32 * kernel.num_warps * together <= 65536
 
 
@@ -631,7 +631,7 @@ PRODUCT = {2: ".f32.bf16.bf16", 4: ".f32.tf32.tf32"}
 def test_configurations_have_room_for_a_residual(itemsize, entry):
     """Or another takes their place; the loop over the slices is what it is without."""
     config, dtype = configuration(itemsize, entry), DTYPES[itemsize]
-    taken = kernels.for_residual(config, itemsize)
+    taken = configs.for_residual(config, itemsize)
     stationary = config.kwargs["FORM"] == "stationary"
     k = config.kwargs["BLOCK_K"] if stationary else 512
     a, b, bias, residual = (
@@ -644,12 +644,12 @@ def test_configurations_have_room_for_a_residual(itemsize, entry):
             a = a.detach().requires_grad_()
             found += compiled(ops.linear, a, b, bias, activation, residual=residual)
             assert len(found) > 1
-            assert kernels.residents(taken, itemsize, True) >= 1
+            assert configs.residents(taken, itemsize, True) >= 1
             for kernel in found:
                 assert dry.problems(kernel, "sm_90") == []
                 assert (kernel.num_stages, kernel.num_warps) == (taken.num_stages, taken.num_warps)
                 used = dry.resources(kernel)
-                together = kernels.residents(taken, itemsize, True)
+                together = configs.residents(taken, itemsize, True)
                 assert (used.shared + 1024) * together <= 228 * 1024
                 # one slice has nothing to overlap with, and its loop is over whole tiles
                 if not stationary:
@@ -665,9 +665,9 @@ def test_configurations_have_room_for_a_residual(itemsize, entry):
 @pytest.mark.parametrize("entry", range(22))
 def test_configurations_sum_up_rows_from_shared_memory(entry, monkeypatch):
     """Where they do at all: by a second product with the same tile, which nothing waits for."""
-    monkeypatch.setattr(kernels, "sums_pay", lambda *_: True)
-    config = kernels.MATMUL_TMA_CONFIGS[2][entry]
-    taken = kernels.for_sums(config)
+    monkeypatch.setattr(configs, "sums_pay", lambda *_: True)
+    config = configs.MATMUL_TMA_CONFIGS[2][entry]
+    taken = configs.for_sums(config)
     if taken is None:
         # short sums alone
         assert config.kwargs["FORM"] == "stationary"
@@ -682,7 +682,7 @@ def test_configurations_sum_up_rows_from_shared_memory(entry, monkeypatch):
         assert dry.problems(kernel, "sm_90") == []
         used = dry.resources(kernel)
         assert not used.serialized
-        residents = kernels.residents(taken, 2)
+        residents = configs.residents(taken, 2)
         assert (used.shared + 1024) * residents <= 228 * 1024
         assert used.registers * 32 * kernel.num_warps * residents <= 65536
         code = machine_code.read(used.code)
@@ -698,7 +698,7 @@ def test_configurations_sum_up_rows_from_shared_memory(entry, monkeypatch):
 @pytest.mark.compile
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_parts_of_tiles_are_added_up_without_a_spill(dtype):
-    config = kernels.MATMUL_TMA_EVEN_CONFIGS[dtype.itemsize][0]
+    config = configs.MATMUL_TMA_EVEN_CONFIGS[dtype.itemsize][0]
     operands = [empty(*shape, dtype=dtype) for shape in ((9000, 512), (512, 512), (512,))]
     residual = empty(9000, 512, dtype=dtype)
     with (
@@ -744,7 +744,7 @@ def test_a_strided_gradient_writes_its_zeros_without_a_spill():
 def test_pointwise_gradients_as_tf32_have_room(entry, stride, monkeypatch):
     """With a copy of the filter, and with a stride zeros beside each pixel."""
     monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", 0)
-    config = kernels.MATMUL_TMA_CONFIGS[4][entry]
+    config = configs.MATMUL_TMA_CONFIGS[4][entry]
     x, w = (empty(*s, dtype=torch.float32) for s in ((64, 256, 28, 28), (512, 256, 1, 1)))
 
     def run():
@@ -835,7 +835,7 @@ def test_a_chosen_configuration_fits_its_product(k, batch, shared):
     """For any sizes: a tile of b is kept where one slice is the whole sum, and b one matrix."""
     for m in (1, 33, 3000, 900000):
         for n in (8, 64, 1000):
-            config = kernels.matmul_tma_config(m, n, k, batch, shared, 2)
+            config = configs.matmul_tma_config(m, n, k, batch, shared, 2)
             if config.kwargs["FORM"] == "stationary":
                 assert shared
                 assert k <= config.kwargs["BLOCK_K"]
@@ -845,7 +845,7 @@ def test_a_chosen_configuration_fits_its_product(k, batch, shared):
 def test_no_estimate_replaces_what_was_measured_or_is_forced():
     """By programs that share tiles, where those were neither."""
     a, b = (Layout(shape, (shape[1], 1), 2) for shape in ((1024, 8192), (8192, 2560)))
-    one, even = kernels.MATMUL_TMA_CONFIGS[2][1], kernels.MATMUL_TMA_EVEN_CONFIGS[2][1]
+    one, even = configs.MATMUL_TMA_CONFIGS[2][1], configs.MATMUL_TMA_EVEN_CONFIGS[2][1]
     sizes = 1024, 2560, 8192, 1, True, 2
     row, shares = ("matmul_tma_config", sizes), ("matmul_tma_even_config", sizes)
 
@@ -872,8 +872,8 @@ def test_no_estimate_replaces_what_was_measured_or_is_forced():
 @pytest.mark.reference
 def test_sums_of_rows_pay_where_reading_them_again_takes_longer():
     def pays(rows, outputs, inputs):
-        plain = kernels.matmul_tma_config(outputs, inputs, rows, 1, True, 2)
-        return kernels.sums_pay(plain, kernels.for_sums(plain), outputs, inputs, rows)
+        plain = configs.matmul_tma_config(outputs, inputs, rows, 1, True, 2)
+        return configs.sums_pay(plain, configs.for_sums(plain), outputs, inputs, rows)
 
     assert pays(4096, 4096, 1024)
     assert pays(8192, 4096, 4096)

@@ -168,7 +168,7 @@ def label_of(row):
     if row["function"] == "conv2d_grad_weight_tma_config":
         return f"K{k} C{c} px{sizes['BLOCK_PIXELS']} taps{sizes['TAPS']} {ends}"
     pixels = sizes["BLOCK_NPQ"]
-    own = launch.kernels("conv_tma").tile_of_pixels(*row["sizes"][:3], pixels)
+    own = launch.kernels("conv_tma_configs").tile_of_pixels(*row["sizes"][:3], pixels)
     blocks = (sizes.get(name, one) for name, one in zip(sorted(TILE_OF_PIXELS), own, strict=True))
     tile = ",".join(map(str, blocks))
     return f"K{k} px{pixels} C{c} {ends} p{int(sizes['PERSISTENT'])} {tile}"

@@ -16,6 +16,7 @@ from tritorch.ops.reduce import accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("conv_tma")
+configs = launch.kernels("conv_tma_configs")
 weight_kernels = launch.kernels("conv_weight_tma")
 
 # slices of channels that one program must have before it pays to split a sum
@@ -104,7 +105,7 @@ def plan_convolve(
     p, q = (math.ceil(size / step) for size, step in zip(image, steps_each, strict=True))
     itemsize = x.itemsize
     config = launch.config(
-        kernels.conv2d_tma_config,
+        configs.conv2d_tma_config,
         *(n * residues, p, q, w.written, w.read, max(r * s // residues, 1), stride_h, transposed),
         *(() if itemsize == 2 else (itemsize,)),
     )
@@ -112,7 +113,7 @@ def plan_convolve(
         return None
     # erf leaves the largest tile no registers for a bias either
     if residual is not None or (has_bias and activation == "gelu"):
-        config = kernels.for_residual(config, computes(activation), itemsize)
+        config = configs.for_residual(config, computes(activation), itemsize)
     block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
     # a tile may not reach into the channels of the next group, or of the next pixel of a pair
     fits = w.read % block_c == 0 and w.written % block_k == 0
@@ -124,7 +125,7 @@ def plan_convolve(
     if groups > 1 and not fits:
         return None
     blocks = block_npq, 1, 1
-    chosen, own = kernels.pixels_of(config)
+    chosen, own = configs.pixels_of(config)
     # without pairs a stride leaves gaps between the pixels of a tile; what a table says is of sizes
     # alone, which images with pairs and images without can share
     is_dense = pairs or (stride_h, stride_w) == (1, 1)
@@ -133,7 +134,7 @@ def plan_convolve(
     else:
         config = own
         if is_dense:
-            blocks = kernels.tile_of_pixels(n, p, q, block_npq)
+            blocks = configs.tile_of_pixels(n, p, q, block_npq)
     tiles = math.prod(
         math.ceil(size / block) for size, block in zip((n, p, q), blocks, strict=True)
     )
@@ -147,7 +148,7 @@ def plan_convolve(
     # the sums of a split are images after the last one, which a tile must not reach into
     if residues == 1 and n % blocks[0] == 0 and not persistent:
         splits, steps = split(2 * tiles * groups, num_steps, _MIN_SLICES)
-    stored = kernels.stored_pixels(config, itemsize, *blocks)
+    stored = configs.stored_pixels(config, itemsize, *blocks)
     views = (
         _pixels(x, blocks, block_c, pairs and not transposed),
         _filters(weight, transposed, block_k, block_c),
@@ -163,7 +164,7 @@ def plan_convolve(
             return None
     programs = tiles
     if persistent:
-        programs = min(tiles, max(count * kernels.residents(config, itemsize) // groups, 1))
+        programs = min(tiles, max(count * configs.residents(config, itemsize) // groups, 1))
         # residues differ in taps: of a common factor a program would have tiles of some of them
         while math.gcd(programs, num_k * residues) > num_k:
             programs -= 1

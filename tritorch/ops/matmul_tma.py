@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from tritorch import launch
+from tritorch.ops import shared_tiles
 from tritorch.ops.matmul_entries import Entries, View
 from tritorch.ops.reduce import accumulator_dtype, split_sum
+from tritorch.ops.shared_tiles import SharedTiles
 from tritorch.ops.strided import Layout, are_alike, dense
 
 kernels = launch.kernels("matmul_tma")
+configs = launch.kernels("matmul_tma_configs")
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # below it a product takes no longer than its launch
@@ -27,8 +30,6 @@ _MIN_PRODUCTS = 1 << 25
 _FEW_ROWS = 32
 # sums of which one thread after the other would read one number at a time
 _MANY_SPLITS = 8
-# of the tiles whose parts one program adds up, lines of 128 bytes
-_COLUMNS = 32
 
 
 class Fill(NamedTuple):
@@ -41,36 +42,6 @@ class Fill(NamedTuple):
 
 
 _DENSE = Fill(1, 0)
-
-
-class Shared(NamedTuple):
-    """The launch that adds up the parts of tiles that programs share."""
-
-    y: View
-    residual: View | None
-    grid: tuple[int]
-    # the kernel's integers but the last
-    numbers: tuple[int, ...]
-    constants: dict[str, Any]
-    # by epilogue, as they are asked for
-    launches: dict[tuple[Any, ...], launch.Prepared]
-
-    def with_epilogue(self, activation: str | None, bias_stride: int) -> launch.Prepared:
-        """The launch with this epilogue."""
-        key = activation, bias_stride
-        prepared = self.launches.get(key)
-        if prepared is None:
-            prepared = self.launches[key] = launch.Prepared(
-                kernels.matmul_tma_parts_kernel,
-                self.grid,
-                (*self.numbers, bias_stride),
-                ACTIVATION=activation,
-                COLUMNS=_COLUMNS,
-                # four have no registers for erf
-                num_warps=8,
-                **self.constants,
-            )
-        return prepared
 
 
 class Plan(NamedTuple):
@@ -89,7 +60,7 @@ class Plan(NamedTuple):
     # whether a launch is to sum up the rows of a
     sums: bool
     # where it writes parts of tiles into y
-    shared: Shared | None
+    shared: SharedTiles | None
     config: Any
     constants: dict[str, Any]
     # by epilogue, as they are asked for
@@ -134,7 +105,7 @@ def processors(precision: str, *operands: Tensor) -> int:
         if operand.dtype != dtype or operand.data_ptr() % 16:
             return 0
     # compiled or interpreted, a kernel is for the GPU that it was written for
-    return _device_processors(first.get_device()) if first.is_cuda else kernels.MULTIPROCESSORS
+    return _device_processors(first.get_device()) if first.is_cuda else configs.MULTIPROCESSORS
 
 
 @functools.cache
@@ -201,18 +172,18 @@ def plan(
         a, b, m, n = b, a, n, m
     batch, k = (1, entries * inner) if sums_batch else (entries, inner)
     sizes = m, n, k, batch, b.shape[0] == 1, itemsize
-    whole = config = launch.config(kernels.matmul_tma_config, *sizes)
+    whole = config = launch.config(configs.matmul_tma_config, *sizes)
     # on fewer multiprocessors some of the programs would take a turn of their own
     may_share = (shares or sums) and not swapped
-    if may_share and count >= kernels.MULTIPROCESSORS:
-        config = _even(sizes) or whole
+    if may_share and count >= configs.MULTIPROCESSORS:
+        config = shared_tiles.choose(sizes) or whole
     if moments and not swapped:
-        config = kernels.for_moments(config, itemsize)
+        config = configs.for_moments(config, itemsize)
     if residual is not None:
-        config = kernels.for_residual(config, itemsize)
+        config = configs.for_residual(config, itemsize)
     if sums:
-        plain, config = config, kernels.for_sums(whole)
-        if swapped or config is None or not kernels.sums_pay(plain, config, m, n, k):
+        plain, config = config, configs.for_sums(whole)
+        if swapped or config is None or not configs.sums_pay(plain, config, m, n, k):
             return None
     block_m, block_n, block_k, form = (
         config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "FORM")
@@ -223,18 +194,18 @@ def plan(
         return None
     splits, steps = 1, slices
     if y.is_contiguous:
-        splits = kernels.num_splits(config, m, n, k, batch)
+        splits = configs.num_splits(config, m, n, k, batch)
         steps = math.ceil(slices / splits)
         splits = math.ceil(slices / steps)
     views = _views(config, a, b, y, itemsize, splits, swapped, residual)
     if views is None:
         return None
-    tiles = kernels.num_tiles(config, m, n) * batch * splits
+    tiles = configs.num_tiles(config, m, n) * batch * splits
     columns = math.ceil(n / block_n)
-    residents = kernels.residents(config, itemsize, residual is not None)
+    residents = configs.residents(config, itemsize, residual is not None)
     grid = tiles if form == "tile" else min(tiles, count * residents)
     if form == "even":
-        grid = _sharing(config, itemsize)
+        grid = shared_tiles.num_programs(config, itemsize)
     if form == "stationary":
         # the same number of programs for every tile of b
         grid = max(grid // columns, 1) * columns
@@ -254,57 +225,11 @@ def plan(
     parts = counts[0] * batch if moments and not swapped and splits == 1 else 0
     shared = None
     if form == "even":
-        a_view, b_view, y_view, residual_view = views
-        added = (n, *counts[:2], steps, batch, grid), constants["BATCH_FIRST"]
-        shared = _shared(config, y_view, residual_view, tiles, *added)
+        given = (n, *counts[:2], steps, batch, grid), constants["BATCH_FIRST"]
+        shared = shared_tiles.plan(config, *views[2:], tiles, *given)
         # a part ends where a tile ends or a program
-        views = a_view, b_view, _of_parts(config, grid + tiles - 1), None
+        views = *views[:2], shared_tiles.view_of_parts(config, grid + tiles - 1), None
     return Plan((grid,), *views, numbers, splits, parts, sums, shared, config, constants, {})
-
-
-def _shared(
-    config: Any,
-    y: View,
-    residual: View | None,
-    tiles: int,
-    numbers: tuple[int, ...],
-    batch_first: bool,
-) -> Shared:
-    constants = {name: config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "GROUP_M")}
-    constants["BATCH_FIRST"] = batch_first
-    grid = tiles * config.kwargs["BLOCK_N"] // _COLUMNS
-    return Shared(y, residual, (grid,), numbers, constants, {})
-
-
-def _of_parts(config: Any, most: int) -> View:
-    """Whole tiles one after the other, stored as those of a result are."""
-    rows, columns, pieces = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "PIECES"))
-    block = 1, rows, columns // pieces
-    return View((most, rows, columns), (rows * columns, columns, 1), block, False)
-
-
-def _sharing(config: Any, itemsize: int) -> int:
-    """Programs that share all tiles: as many on every GPU that has room for them at once, so that
-    sums have the same parts.
-    """
-    return int(kernels.MULTIPROCESSORS * kernels.residents(config, itemsize))
-
-
-def _even(sizes: tuple[Any, ...]) -> Any:
-    """The configuration of programs that share tiles, or None."""
-    shares, whole = kernels.matmul_tma_even_config, kernels.matmul_tma_config
-    # what was measured, or is forced, no estimate replaces
-    if launch.is_decided(whole, *sizes) and not launch.is_decided(shares, *sizes):
-        return None
-    config = launch.config(shares, *sizes)
-    return config if config is not None and _fills(config, *sizes) else None
-
-
-def _fills(config: Any, m: int, n: int, k: int, batch: int, _: bool, itemsize: int) -> bool:
-    """Whether there is a slice for every program, and the kernel can count them."""
-    programs = _sharing(config, itemsize)
-    slices = kernels.num_tiles(config, m, n) * batch * math.ceil(k / config.kwargs["BLOCK_K"])
-    return bool(programs <= slices < 2**31 // programs)
 
 
 def _views(
@@ -326,7 +251,7 @@ def _views(
     )
     stored = (block_n, block_m // pieces) if swapped else (block_m, block_n // pieces)
     if config.kwargs["FORM"] == "even":
-        stored = block_m, _COLUMNS
+        stored = block_m, shared_tiles.COLUMNS
     residual_view = None
     # that of a split is added with the sums
     if residual is not None and splits == 1:
@@ -362,7 +287,10 @@ def run(
     the rows of a.
     """
     if plan.shared is not None:
-        _run_shared(plan, plan.shared, a, b, y, bias, activation, before, residual)
+        parts = y.new_empty(plan.y.shape, dtype=accumulator_dtype(y.dtype))
+        run = plan.with_epilogue(None, None)
+        run(y, plan.a.at(a), plan.b.at(b), None, plan.y.at(parts), None, None, None, None)
+        shared_tiles.add_up(plan.shared, parts, y, bias, activation, before, residual)
         return
     if plan.constants["SWAPPED"]:
         a, b = b, a
@@ -389,29 +317,6 @@ def run(
     _add_up(plan, target, y, bias, activation, before, residual)
     if sums is not None and partial is not None:
         split_sum(partial, sums)
-
-
-def _run_shared(
-    plan: Plan,
-    shared: Shared,
-    a: Tensor,
-    b: Tensor,
-    y: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    before: Tensor | None,
-    residual: Tensor | None,
-) -> None:
-    parts = y.new_empty(plan.y.shape, dtype=accumulator_dtype(y.dtype))
-    operands = plan.a.at(a), plan.b.at(b)
-    run = plan.with_epilogue(None, None)
-    run(y, *operands, None, plan.y.at(parts), None, None, None, None)
-    kept = None if before is None else shared.y.at(before)
-    added = None
-    if residual is not None and shared.residual is not None:
-        added = shared.residual.at(residual)
-    run = shared.with_epilogue(activation, 1 if bias is None else bias.stride(0))
-    run(y, parts, bias, shared.y.at(y), kept, added)
 
 
 def _add_up(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -18,16 +19,21 @@ def entries(spec: OpSpec, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     dtype, as `launch.override` takes them.
     """
     for family in sorted({kernel.partition(".")[0] for kernel in spec.kernels}):
-        for name, table in tables(family).items():
+        found = tables(family)
+        if importlib.util.find_spec(f"tritorch.kernels.{family}_configs"):
+            found = found | tables(f"{family}_configs")
+        for name, table in found.items():
             by_dtype = table.get(dtype.itemsize, ()) if isinstance(table, dict) else table
             for entry in by_dtype:
                 yield name, entry
 
 
 @functools.cache
-def tables(family: str) -> dict[str, Any]:
-    """The entries of each `<KERNEL>_CONFIGS` by the name of the function that chooses."""
-    module = importlib.import_module(f"tritorch.kernels.{family}")
+def tables(file: str) -> dict[str, Any]:
+    """The entries of each `<KERNEL>_CONFIGS` by the name of the function that chooses, of one file
+    of `tritorch/kernels`.
+    """
+    module = importlib.import_module(f"tritorch.kernels.{file}")
     return {
         name: getattr(module, f"{name.upper()}S")
         for name, function in inspect.getmembers(module, inspect.isfunction)

@@ -1,0 +1,117 @@
+"""Tiles of a matrix product that programs share: where that pays, and how their parts are added up.
+
+As many programs as the GPU has room for get even shares of all slices of all tiles. What one has of
+a tile is a part of it, and a second launch adds up the parts of each tile in their order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from tritorch import launch
+from tritorch.ops.matmul_entries import View
+
+kernels = launch.kernels("matmul_tma")
+configs = launch.kernels("matmul_tma_configs")
+
+# of the tiles whose parts one program adds up, lines of 128 bytes
+COLUMNS = 32
+
+
+class SharedTiles(NamedTuple):
+    """The launch that adds up the parts of tiles that programs share."""
+
+    y: View
+    residual: View | None
+    grid: tuple[int]
+    # the kernel's integers but the last
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
+    # by epilogue, as they are asked for
+    launches: dict[tuple[Any, ...], launch.Prepared]
+
+    def with_epilogue(self, activation: str | None, bias_stride: int) -> launch.Prepared:
+        """The launch with this epilogue."""
+        key = activation, bias_stride
+        prepared = self.launches.get(key)
+        if prepared is None:
+            prepared = self.launches[key] = launch.Prepared(
+                kernels.matmul_tma_parts_kernel,
+                self.grid,
+                (*self.numbers, bias_stride),
+                ACTIVATION=activation,
+                COLUMNS=COLUMNS,
+                # four have no registers for erf
+                num_warps=8,
+                **self.constants,
+            )
+        return prepared
+
+
+def choose(sizes: tuple[Any, ...]) -> Any:
+    """The configuration of programs that share tiles, or None."""
+    shares, whole = configs.matmul_tma_even_config, configs.matmul_tma_config
+    # what was measured, or is forced, no estimate replaces
+    if launch.is_decided(whole, *sizes) and not launch.is_decided(shares, *sizes):
+        return None
+    config = launch.config(shares, *sizes)
+    return config if config is not None and _fills(config, *sizes) else None
+
+
+def _fills(config: Any, m: int, n: int, k: int, batch: int, _: bool, itemsize: int) -> bool:
+    """Whether there is a slice for every program, and the kernel can count them."""
+    programs = num_programs(config, itemsize)
+    slices = configs.num_tiles(config, m, n) * batch * math.ceil(k / config.kwargs["BLOCK_K"])
+    return bool(programs <= slices < 2**31 // programs)
+
+
+def num_programs(config: Any, itemsize: int) -> int:
+    """Programs that share all tiles: as many on every GPU that has room for them at once, so that
+    sums have the same parts.
+    """
+    return int(configs.MULTIPROCESSORS * configs.residents(config, itemsize))
+
+
+def view_of_parts(config: Any, most: int) -> View:
+    """Whole tiles one after the other, stored as those of a result are."""
+    rows, columns, pieces = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "PIECES"))
+    block = 1, rows, columns // pieces
+    return View((most, rows, columns), (rows * columns, columns, 1), block, False)
+
+
+def plan(
+    config: Any,
+    y: View,
+    residual: View | None,
+    tiles: int,
+    numbers: tuple[int, ...],
+    batch_first: bool,
+) -> SharedTiles:
+    """For so many tiles that go to y; `numbers` are the kernel's integers but the last."""
+    constants = {name: config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "GROUP_M")}
+    constants["BATCH_FIRST"] = batch_first
+    grid = tiles * config.kwargs["BLOCK_N"] // COLUMNS
+    return SharedTiles(y, residual, (grid,), numbers, constants, {})
+
+
+def add_up(
+    shared: SharedTiles,
+    parts: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    before: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    """Writes activation(sum of the parts + bias + residual) into y, and what the activation is of
+    into `before`.
+    """
+    kept = None if before is None else shared.y.at(before)
+    added = None
+    if residual is not None and shared.residual is not None:
+        added = shared.residual.at(residual)
+    run = shared.with_epilogue(activation, 1 if bias is None else bias.stride(0))
+    run(y, parts, bias, shared.y.at(y), kept, added)
