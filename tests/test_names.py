@@ -211,6 +211,16 @@ def test_own_modules_are_found_before_torchs():
     assert callable(tritorch.convert)
 
 
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("tritorch.kernels.none", "tritorch.kernels.none"), ("tritorch.none.at.all", "tritorch.none")],
+)
+def test_what_neither_has_is_said_under_its_own_name(name, missing):
+    with pytest.raises(ModuleNotFoundError, match=f"No module named '{missing}'"):
+        importlib.import_module(name)
+    assert importlib.util.find_spec("tritorch.kernels.none") is None
+
+
 def test_star_import_brings_layers_and_torchs_names():
     namespace = {}
     exec("from tritorch.nn import *", namespace)

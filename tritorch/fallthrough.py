@@ -25,10 +25,7 @@ class TorchFinder(MetaPathFinder, Loader):
             own = vars(sys.modules[parent]).get("__path__", [])
             if PathFinder.find_spec(name, own) is not None:
                 return None
-        torchs = _torchs(name)
-        if torchs in sys.modules or importlib.util.find_spec(torchs) is not None:
-            return ModuleSpec(name, self)
-        return None
+        return ModuleSpec(name, self) if _exists(_torchs(name)) else None
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
@@ -40,3 +37,15 @@ class TorchFinder(MetaPathFinder, Loader):
 
 def _torchs(name: str) -> str:
     return "torch" + name.removeprefix("tritorch")
+
+
+def _exists(torchs: str) -> bool:
+    if torchs in sys.modules:
+        return True
+    try:
+        return importlib.util.find_spec(torchs) is not None
+    except ModuleNotFoundError as error:
+        # torch has no such package; that one of its packages needs another is not for us to say
+        if error.name is not None and torchs.startswith(f"{error.name}."):
+            return False
+        raise
