@@ -26,22 +26,29 @@ SPATIAL_MEAN_CONFIGS = (
     _tile(64, 32, 4, 1),
     # many channels along memory, whose rows follow each other to shared memory
     _tile(16, 512, 4, 3),
+    # still more of them: each thread has all pixels of its channels, and sums them up by itself
+    _tile(8, 1024, 4, 1),
     # for the search alone
     _tile(16, 512, 4, 1),
     _tile(16, 256, 4, 3),
     _tile(16, 64, 4, 4),
     _tile(32, 64, 4, 3),
 )
-# programs of wide tiles, of fewer of which most of a GPU would be idle
-MANY = 256
+# programs of tiles of 512 channels, of fewer of which most of a GPU would be idle; of 1024, which
+# have half as many bytes under way
+MANY, MORE = 256, 512
 
 
 def spatial_mean_config(channels_last, pixels, channels, images, itemsize):
     """Tile of the mean of whole images, along memory."""
-    along_channels, large, small, many = SPATIAL_MEAN_CONFIGS[:4]
+    along_channels, large, small, many, more = SPATIAL_MEAN_CONFIGS[:5]
+    if channels_last and itemsize == 2:
+        if channels % 1024 == 0 and images * channels >= 1024 * MORE:
+            return more
+        if channels % 512 == 0 and images * channels >= 512 * MANY:
+            return many
     if channels_last:
-        is_many = channels % 512 == 0 and images * channels >= 512 * MANY
-        return many if itemsize == 2 and is_many else along_channels
+        return along_channels
     return small if pixels <= 64 else large
 
 
