@@ -41,6 +41,7 @@ ONLY = {
     "test_inspection.py": "compile",
     "test_gate.py": "compile",
     "test_check_command.py": "compile",
+    "test_check_scripts.py": "compile",
     "test_checking.py": "interpret",
     "test_lab.py": ("interpret", "compile"),
     # builds a wheel, which a machine that only has a GPU need not be able to
