@@ -57,7 +57,7 @@ _OF_FAMILY = {
     "matmul": ["tests/test_residual.py"],
     "norm": ["tests/test_norm.py"],
     "optim": ["tests/test_optim.py", "tests/test_optim_protocol.py"],
-    "pool": ["tests/test_pool.py"],
+    "pool": ["tests/test_pool.py", "tests/test_adaptive_pool.py"],
     "reduce": ["tests/test_reduce.py"],
     "activation": ["tests/test_in_place.py"],
 }
