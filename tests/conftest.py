@@ -4,6 +4,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -28,6 +29,7 @@ ONLY = {
     "test_detectors_lanes.py": "interpret",
     "test_detectors_programs.py": "interpret",
     "test_hosting.py": "interpret",
+    "test_hosting_kernels.py": "interpret",
     "test_hints.py": "interpret",
     "test_promises.py": "interpret",
     "test_memory.py": "interpret",
@@ -149,6 +151,16 @@ def full_products(request):
     yield
     for flags, precision in zip(products, before, strict=True):
         flags.fp32_precision = precision
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """For what is hosted: where there is a GPU after all, torch says that there is none."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # what loads a script puts its folder there
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 @pytest.fixture(scope="session")
