@@ -34,6 +34,7 @@ ONLY = {
     "test_promises.py": "interpret",
     "test_memory.py": "interpret",
     "test_gpu_limits.py": "compile",
+    "test_gpu_limits_errors.py": "compile",
     "test_dry.py": "compile",
     "test_compile.py": "compile",
     # their tiles are those of the interpreter
