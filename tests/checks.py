@@ -7,14 +7,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from click.testing import CliRunner
 
+import tritorch
+from tests import checked
 from tritorch.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKED = str(ROOT / "tests" / "checked.py")
 # one process, few cases
 SHORT = ("--inputs", "x[N]", "--arch", "", "--dtypes", "float32")
+
+
+def check(fn=checked.double, reference=checked.reference, samples="x[N]", **options):
+    """In this process alone, and with few cases."""
+    options = {"targets": (), "dtypes": [torch.float32]} | options
+    return tritorch.check(fn, reference, samples, **options)
+
+
+def kinds(report):
+    return {finding.kind for finding in report.findings}
 
 
 def call(name, *options):

@@ -46,6 +46,7 @@ ONLY = {
     "test_check_command.py": "compile",
     "test_check_scripts.py": "compile",
     "test_checking.py": "interpret",
+    "test_checking_errors.py": "interpret",
     "test_lab.py": ("interpret", "compile"),
     # builds a wheel, which a machine that only has a GPU need not be able to
     "test_packaging.py": "reference",
