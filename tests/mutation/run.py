@@ -63,9 +63,9 @@ _OF_FAMILY = {
 }
 # no other interpreted test takes these for a GPU's
 _OF_DESCRIPTORS = {
-    "kernels/conv_tma.py": "tests/test_conv_tma.py",
-    "kernels/conv_weight_tma.py": "tests/test_conv_tma.py",
-    "kernels/matmul_tma.py": "tests/test_matmul_tma.py",
+    "kernels/conv_tma.py": ["tests/test_conv_tma.py"],
+    "kernels/conv_weight_tma.py": ["tests/test_conv_weight_tma.py", "tests/test_conv_tma.py"],
+    "kernels/matmul_tma.py": ["tests/test_matmul_tma.py"],
 }
 # what has run by then, and what tests no op
 _ELSEWHERE = (
@@ -210,7 +210,7 @@ def _stages(mutant: Mutant, thorough: bool) -> Iterator[tuple[str, list[str]]]:
         yield "compile", ["tests/test_compile.py", "-k", ops]
         yield "interpret", ["tests/test_ops.py", "-k", ops]
         return
-    if file := _OF_DESCRIPTORS.get(mutant.file):
+    for file in _OF_DESCRIPTORS.get(mutant.file, []):
         yield "interpret", [file]
     if file := _FILE_OF_KIND.get(mutant.kind):
         yield "interpret", [file, "-k", ops]
