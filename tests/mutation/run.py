@@ -65,7 +65,11 @@ _OF_FAMILY = {
 _OF_DESCRIPTORS = {
     "kernels/conv_tma.py": ["tests/test_conv_tma.py"],
     "kernels/conv_weight_tma.py": ["tests/test_conv_weight_tma.py", "tests/test_conv_tma.py"],
-    "kernels/matmul_tma.py": ["tests/test_matmul_tma.py"],
+    "kernels/matmul_tma.py": [
+        "tests/test_matmul_tma.py",
+        "tests/test_matmul_tma_float32.py",
+        "tests/test_pointwise_tma.py",
+    ],
 }
 # what has run by then, and what tests no op
 _ELSEWHERE = (
