@@ -8,7 +8,8 @@ TRITON ?= 3.6.0
 NEWEST_TRITON ?= 3.9.0
 # the tiles were chosen for the oldest compiler: the newest one spills a few bytes in some of them, in
 # the persistent convolution 40 of them beside the moments that conv2d_batch_norm asks for
-NEWEST_COMPILE = tests/test_dry.py tests/test_launch.py tests/test_gpu_limits.py tests/test_conv_tma.py tests/test_matmul_tma.py \
+NEWEST_COMPILE = tests/test_dry.py tests/test_launch.py tests/test_gpu_limits.py tests/test_gpu_limits_errors.py \
+	tests/test_conv_tma_compiled.py tests/test_matmul_tma_compiled.py tests/test_matmul_tma_choice.py tests/test_matmul_tma_float32.py \
 	tests/test_compile.py -k "not test_compile or (workloads and sm_90 and (f32 or bf16 or f64) and not conv2d_batch_norm)"
 # processes of one test run
 JOBS ?= 2

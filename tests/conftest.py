@@ -4,6 +4,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -28,20 +29,26 @@ ONLY = {
     "test_detectors_lanes.py": "interpret",
     "test_detectors_programs.py": "interpret",
     "test_hosting.py": "interpret",
+    "test_hosting_kernels.py": "interpret",
     "test_hints.py": "interpret",
     "test_promises.py": "interpret",
     "test_memory.py": "interpret",
     "test_gpu_limits.py": "compile",
+    "test_gpu_limits_errors.py": "compile",
     "test_dry.py": "compile",
     "test_compile.py": "compile",
+    "test_conv_tma_compiled.py": "compile",
     # their tiles are those of the interpreter
-    "test_conv_tma.py": ("interpret", "compile"),
+    "test_conv_tma.py": "interpret",
+    "test_conv_weight_tma.py": "interpret",
     "test_conv_batch_norm.py": ("interpret", "compile"),
     "test_launch.py": "compile",
     "test_inspection.py": "compile",
     "test_gate.py": "compile",
     "test_check_command.py": "compile",
+    "test_check_scripts.py": "compile",
     "test_checking.py": "interpret",
+    "test_checking_errors.py": "interpret",
     "test_lab.py": ("interpret", "compile"),
     # builds a wheel, which a machine that only has a GPU need not be able to
     "test_packaging.py": "reference",
@@ -148,6 +155,16 @@ def full_products(request):
     yield
     for flags, precision in zip(products, before, strict=True):
         flags.fp32_precision = precision
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """For what is hosted: where there is a GPU after all, torch says that there is none."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # what loads a script puts its folder there
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 @pytest.fixture(scope="session")

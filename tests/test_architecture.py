@@ -319,6 +319,22 @@ def test_every_family_is_imported_by_ops():
     assert not forgotten, "\n".join(forgotten)
 
 
+# what a reader keeps in mind at once
+MOST_LINES = 400
+
+
+def test_no_file_is_longer_than_400_lines():
+    """A longer one is about two things: it is split where they part, never squeezed."""
+    lengths = {file: len(source.splitlines()) for file, source in sources().items()}
+    long = [
+        f"{file}: {length} lines, the limit is {MOST_LINES}"
+        for file, length in lengths.items()
+        if length > MOST_LINES
+    ]
+    assert lengths
+    assert not long, "\n".join(long)
+
+
 WITHOUT_TRITON = """
 import sys
 for name in ("triton", "click", "rich", "matplotlib"):

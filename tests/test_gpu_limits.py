@@ -2,75 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import os
-import sys
 import textwrap
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import JITFunction
 
+from tests import limited
 from tests.lab import corpus
+from tests.limited import autotuned, line_of, product, square, square_kernel
 from tritorch.testing import dry, gpu_limits, parts, requests
 from tritorch.testing.gpu_limits import limits
 from tritorch.testing.hosting import hosted, load
 
-pytestmark = pytest.mark.compile
-
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
-    """Where there is a GPU after all, torch says that there is none."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
-@triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr):
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def square_kernel(
-    a_ptr, b_ptr, c_ptr, K, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, P: tl.constexpr
-):
-    offs, offs_k = tl.arange(0, SIZE), tl.arange(0, BLOCK_K)
-    acc = tl.zeros((SIZE, SIZE), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        a = tl.load(a_ptr + offs[:, None] * K + (k + offs_k)[None, :])
-        b = tl.load(b_ptr + (k + offs_k)[:, None] * SIZE + offs[None, :])
-        acc = product(a, b, acc, P)
-    tl.store(c_ptr + offs[:, None] * SIZE + offs[None, :], acc.to(c_ptr.dtype.element_ty))
-
-
-def autotuned(*configs):
-    """`square_kernel` tuned over (SIZE, BLOCK_K, num_warps, num_stages)."""
-    listed = [
-        triton.Config({"SIZE": size, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-        for size, k, warps, stages in configs
-    ]
-    return triton.autotune(listed, key=["K"])(square_kernel)
-
-
-def square(kernel=square_kernel, dtype=torch.float16, precision="ieee", **options):
-    a, b, c = (torch.empty(1 << 16, dtype=dtype, device="cuda") for _ in range(3))
-    kernel[(1,)](a, b, c, 256, P=precision, **options)
-    return c
-
-
-def line_of(function, text):
-    lines, first = inspect.getsourcelines(getattr(function, "fn", function))
-    return next(first + number for number, line in enumerate(lines) if text in line)
-
-
-def shown(findings):
-    return [(finding.kind, finding.message) for finding in findings]
+pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("no_gpu")]
 
 
 def test_a_kernel_within_the_limits_has_no_findings():
@@ -90,7 +36,7 @@ def test_shared_memory_is_compared_with_each_gpu():
         assert finding.kind == "resources"
         assert finding.message.startswith(f"{name}SIZE=128, BLOCK_K=128, P=ieee, num_warps=8")
         assert finding.message.endswith(f" has {limit}")
-        assert (finding.kernel, finding.file) == ("square_kernel", __file__)
+        assert (finding.kernel, finding.file) == ("square_kernel", limited.__file__)
         assert finding.line == line_of(square_kernel, "def square_kernel")
         assert finding.source.startswith("def square_kernel(")
     needed = int(a100.message.split("needs ")[1].split()[0])
@@ -162,116 +108,6 @@ def test_the_first_configuration_alone_can_be_asked_for():
     assert limits(lambda: square(kernel), ["sm_80"], configurations="first") == []
 
 
-def test_an_error_that_autotune_does_not_catch_says_so():
-    kernel = autotuned((32, 32, 4, 2), (24, 32, 4, 2))
-    (finding,) = limits(lambda: square(kernel))
-    assert finding.kind == "tile"
-    assert finding.message == (
-        "sm_80, sm_90: SIZE=24, BLOCK_K=32, num_warps=4, num_stages=2 fails: "
-        "arange's range must be a power of 2; autotune does not catch that and raises"
-    )
-    assert finding.line == line_of(square_kernel, "tl.arange(0, SIZE)")
-    assert not gpu_limits.is_discarded(finding)
-
-
-@triton.jit
-def asserting_kernel(x_ptr, BLOCK: tl.constexpr):
-    tl.static_assert(BLOCK < 10)
-    tl.store(x_ptr, 0.0)
-
-
-@triton.jit
-def misusing_kernel(x_ptr, BLOCK: tl.constexpr):
-    x = tl.load(x_ptr + tl.arange(0, BLOCK))
-    x = product(x, x, x, "ieee")
-    tl.store(x_ptr + tl.arange(0, BLOCK), x)
-
-
-@triton.jit
-def huge_kernel(x_ptr, BLOCK: tl.constexpr):
-    tl.store(x_ptr, tl.sum(tl.zeros((BLOCK, BLOCK), tl.float32)))
-
-
-@pytest.mark.parametrize(
-    ("kernel", "block", "kind", "message", "function", "line"),
-    [
-        (
-            asserting_kernel,
-            16,
-            "compilation",
-            "CompileTimeAssert",
-            asserting_kernel,
-            "static_assert",
-        ),
-        # the place is in the function that is called
-        (misusing_kernel, 16, "compilation", "equal ranks >= 2", product, "tl.dot"),
-        # the language's own functions are no place
-        (huge_kernel, 2048, "tile", "exceeds triton maximum tensor numel", huge_kernel, "tl.zeros"),
-    ],
-    ids=["assertion", "called function", "tile"],
-)
-def test_an_error_of_the_compiler_is_at_the_users_line(
-    kernel, block, kind, message, function, line
-):
-    (finding,) = limits(lambda: kernel[(1,)](torch.empty(16), block), ["sm_90"])
-    assert finding.kind == kind
-    assert message in finding.message
-    assert finding.kernel == kernel.__name__
-    assert (finding.file, finding.line) == (__file__, line_of(function, line))
-    assert line in finding.source
-
-
-@triton.jit
-def packing_kernel(x_ptr, PACK: tl.constexpr, BLOCK: tl.constexpr):
-    x = tl.load(x_ptr + tl.arange(0, BLOCK))
-    x = tl.inline_asm_elementwise("bogus $0, $1;", "=r,r", [x], tl.int32, is_pure=True, pack=PACK)
-    tl.store(x_ptr + tl.arange(0, BLOCK), x)
-
-
-@pytest.fixture
-def standard_error(tmp_path):
-    """Makes standard error a file, as in a process of a check."""
-
-    @contextlib.contextmanager
-    def as_file():
-        kept = os.dup(2)
-        with (tmp_path / "said").open("wb") as file:
-            os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-    return as_file
-
-
-def test_what_the_compiler_prints_is_told_at_its_line(standard_error):
-    with standard_error():
-        (finding,) = limits(lambda: packing_kernel[(1,)](torch.empty(16).int(), 3, 16))
-    assert finding.kind == "compilation"
-    assert finding.message == (
-        "sm_80, sm_90: the compiler says: number of input elements 16 must be a multiple of the "
-        "op's packed_element attribute, 3"
-    )
-    assert finding.line == line_of(packing_kernel, "tl.inline_asm")
-    assert finding.source.startswith("x = tl.inline_asm_elementwise(")
-
-
-@pytest.mark.parametrize(
-    ("target", "said"),
-    [
-        ("sm_90", "Not a name of any known instruction: 'bogus'"),
-        ("gfx942", "invalid instruction: "),
-    ],
-)
-def test_what_an_assembler_prints_is_told(target, said, standard_error):
-    with standard_error():
-        (finding,) = limits(lambda: packing_kernel[(1,)](torch.empty(16).int(), 1, 16), [target])
-    assert finding.message.startswith(f"{target}: the compiler says: {said}")
-    assert finding.line == line_of(packing_kernel, "def packing_kernel")
-
-
 def test_every_compilation_is_told_before_it_begins():
     heard = []
     kernel = autotuned((32, 32, 4, 2), (24, 32, 4, 2))
@@ -291,16 +127,6 @@ def test_every_compilation_is_told_before_it_begins():
     assert heard == []
 
 
-def test_kernels_after_one_that_does_not_compile_are_compiled_too():
-    def call():
-        x = torch.empty(16, device="cuda")
-        asserting_kernel[(1,)](x, 16)
-        misusing_kernel[(1,)](x, 16)
-
-    findings = limits(call, ["sm_90"])
-    assert [finding.kernel for finding in findings] == ["asserting_kernel", "misusing_kernel"]
-
-
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_tf32_is_found_at_the_product(target):
     def call():
@@ -309,7 +135,7 @@ def test_tf32_is_found_at_the_product(target):
     (finding,) = limits(call, [target])
     assert finding.kind == "tf32"
     assert finding.message.startswith(f"{target}: tl.dot multiplies float32 as TF32")
-    assert (finding.kernel, finding.file) == ("square_kernel", __file__)
+    assert (finding.kernel, finding.file) == ("square_kernel", limited.__file__)
     assert finding.line == line_of(product, "tl.dot")
     assert limits(call, [target], contract="tf32") == []
 
@@ -356,20 +182,6 @@ def test_spills_are_told_where_every_configuration_has_them():
     assert limits(lambda: square(kernel), ["sm_80"]) == []
 
 
-def test_host_code_that_raises_is_told_with_its_line():
-    def call():
-        result = square(SIZE=32, BLOCK_K=32, num_stages=2)
-        # what the kernel did not write is zero
-        assert result[0].item() == 0
-        return 1 / result[0].item()
-
-    (finding,) = limits(call)
-    assert finding.kind == "error"
-    assert "sm_80, sm_90: the host code raised ZeroDivisionError: " in finding.message
-    assert "after 1 launches" in finding.message
-    assert finding.line == line_of(call, "1 / result")
-
-
 def test_hooks_leave_what_the_first_configuration_did():
     configs = [
         triton.Config(
@@ -381,16 +193,6 @@ def test_hooks_leave_what_the_first_configuration_did():
     assert limits(lambda: square(kernel), ["sm_80"]) == []
     assert seen == [32, 64, 32]
     assert kernel.best_config is configs[0]
-
-
-def test_nothing_stays_replaced():
-    owners = (torch, torch.cuda, Tensor, Autotuner, JITFunction, triton.compiler.compiler)
-    before = [dict(vars(owner)) for owner in owners]
-    limits(lambda: asserting_kernel[(1,)](torch.empty(1), 16), ["sm_80"])
-    for owner, names in zip(owners, before, strict=True):
-        changed = {n for n in vars(owner).keys() | names if vars(owner).get(n) is not names.get(n)}
-        assert not changed, owner
-    assert dry.active() is None
 
 
 def test_a_target_that_does_not_exist_is_refused():

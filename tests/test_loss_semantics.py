@@ -10,18 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from tritorch import backend, ops
+from tests.losses import kernels_only as kernels_only
+from tritorch import ops
 
 pytestmark = [pytest.mark.reference, pytest.mark.interpret]
 
 INF = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def kernels_only():
-    backend.reset()
-    yield
-    assert backend.explain() == {}
 
 
 def logits(*shape, device, seed=0):

@@ -53,19 +53,23 @@ _FILE_OF_KIND = {
 _OF_FAMILY = {
     "conv": ["tests/test_residual.py"],
     "conv_batch_norm": ["tests/test_conv_batch_norm.py"],
-    "losses": ["tests/test_loss.py"],
+    "losses": ["tests/test_loss.py", "tests/test_cross_entropy.py"],
     "matmul": ["tests/test_residual.py"],
     "norm": ["tests/test_norm.py"],
     "optim": ["tests/test_optim.py", "tests/test_optim_protocol.py"],
-    "pool": ["tests/test_pool.py"],
+    "pool": ["tests/test_pool.py", "tests/test_adaptive_pool.py"],
     "reduce": ["tests/test_reduce.py"],
     "activation": ["tests/test_in_place.py"],
 }
 # no other interpreted test takes these for a GPU's
 _OF_DESCRIPTORS = {
-    "kernels/conv_tma.py": "tests/test_conv_tma.py",
-    "kernels/conv_weight_tma.py": "tests/test_conv_tma.py",
-    "kernels/matmul_tma.py": "tests/test_matmul_tma.py",
+    "kernels/conv_tma.py": ["tests/test_conv_tma.py"],
+    "kernels/conv_weight_tma.py": ["tests/test_conv_weight_tma.py", "tests/test_conv_tma.py"],
+    "kernels/matmul_tma.py": [
+        "tests/test_matmul_tma.py",
+        "tests/test_matmul_tma_float32.py",
+        "tests/test_pointwise_tma.py",
+    ],
 }
 # what has run by then, and what tests no op
 _ELSEWHERE = (
@@ -210,7 +214,7 @@ def _stages(mutant: Mutant, thorough: bool) -> Iterator[tuple[str, list[str]]]:
         yield "compile", ["tests/test_compile.py", "-k", ops]
         yield "interpret", ["tests/test_ops.py", "-k", ops]
         return
-    if file := _OF_DESCRIPTORS.get(mutant.file):
+    for file in _OF_DESCRIPTORS.get(mutant.file, []):
         yield "interpret", [file]
     if file := _FILE_OF_KIND.get(mutant.kind):
         yield "interpret", [file, "-k", ops]
