@@ -38,6 +38,10 @@ MATMUL_TMA_CONFIGS = {
         # few columns, of which wgmma takes eight and more
         _tile("tile", 64, 32, 128, 4, 4),
         _tile("tile", 64, 16, 128, 4, 4),
+        # a wave of tiles or less: what is under way to one multiprocessor hides its own latency
+        _tile("tile", 64, 128, 64, 4, 8),
+        _tile("tile", 64, 32, 128, 4, 7),
+        _tile("tile", 128, 128, 64, 8, 6),
         # one slice: memory is the limit, and b stays where it is
         _tile("stationary", 64, 128, 128, 4, 3),
         _tile("stationary", 128, 64, 64, 4, 4),

@@ -10,7 +10,7 @@ from tritorch.ops import implicit_gemm
 from tritorch.testing import dry, products
 
 # bytes per element, and which of the entries of that size
-ENTRIES = [*((2, entry) for entry in range(24)), *((4, entry) for entry in range(19))]
+ENTRIES = [*((2, entry) for entry in range(27)), *((4, entry) for entry in range(19))]
 
 
 def configuration(itemsize, entry):
