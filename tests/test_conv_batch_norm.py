@@ -330,7 +330,7 @@ def test_convolutions_write_moments_beside_their_products(itemsize, entry, varia
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(
     ("itemsize", "entry"),
-    [*((2, entry) for entry in range(20)), *((4, entry) for entry in range(17))],
+    [*((2, entry) for entry in range(23)), *((4, entry) for entry in range(17))],
 )
 def test_products_write_moments_beside_the_next(itemsize, entry, stride):
     """The same; instead of an entry that has no room for them the kernel runs another one."""

@@ -57,7 +57,7 @@ def test_convolutions_write_moments_on_a_gpu(entry, variant):
 
 
 @pytest.mark.parametrize(("stride", "channels"), [(1, 512), (1, 264), (2, 512)])
-@pytest.mark.parametrize("entry", range(20))
+@pytest.mark.parametrize("entry", range(23))
 def test_products_write_moments_on_a_gpu(entry, stride, channels):
     config = matmul_tma.configs.MATMUL_TMA_CONFIGS[2][entry]
     k = config.kwargs["BLOCK_K"] if config.kwargs["FORM"] == "stationary" else 512

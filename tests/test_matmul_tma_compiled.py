@@ -100,7 +100,7 @@ def test_configurations_have_room_for_a_residual(itemsize, entry):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("entry", range(22))
+@pytest.mark.parametrize("entry", range(25))
 def test_configurations_sum_up_rows_from_shared_memory(entry, monkeypatch):
     """Where they do at all: by a second product with the same tile, which nothing waits for."""
     monkeypatch.setattr(configs, "sums_pay", lambda *_: True)
