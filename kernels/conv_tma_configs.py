@@ -25,6 +25,9 @@ CONV2D_TMA_CONFIGS = {
         _tile(64, 256, 64, 4, 2),
         _tile(64, 256, 64, 4, 2, persistent=True),
         _tile(64, 128, 64, 4, 3),
+        # a wave of tiles or less: a program alone hides its own latency
+        _tile(128, 128, 64, 8, 6),
+        _tile(64, 128, 64, 4, 8),
     ),
     4: (
         _tile(128, 128, 32, 8, 3),
@@ -33,6 +36,8 @@ CONV2D_TMA_CONFIGS = {
         _tile(128, 256, 32, 8, 3, persistent=True),
         _tile(64, 256, 32, 4, 2),
         _tile(64, 128, 32, 4, 3),
+        _tile(128, 128, 32, 8, 6),
+        _tile(64, 128, 32, 4, 8),
     ),
 }
 
@@ -40,9 +45,11 @@ CONV2D_TMA_CONFIGS = {
 MIN_CHANNELS = 32
 MIN_PIXELS = 1024
 
-# of the GPUs that these kernels are for; cycles from a load of single pixels to its data
+# of the GPUs that these kernels are for; cycles from a load to its data, and from one of single
+# pixels
 MULTIPROCESSORS = 132
 SHARED_MEMORY = 227 * 1024
+LATENCY = 1800
 SINGLE_PIXELS = 3500
 
 
@@ -92,10 +99,11 @@ def cycles(config, n, p, q, k, c, taps, itemsize):
     # a warp group reads 64 channels and all pixels of the tile
     reads = triton.cdiv(block_k, 64) * (64 + block_npq)
     step = max(products, itemsize * block_c * (block_k + block_npq + reads) / 128)
-    together = residents(config, itemsize)
-    if block_n == block_npq:
-        # neighbours share nothing, and a stage is loaded while the others of all are multiplied
-        step = max(step, SINGLE_PIXELS / ((config.num_stages - 1) * together))
+    together = min(tiles, residents(config, itemsize))
+    # a stage is loaded while the others of all are multiplied; neighbours of which no two share
+    # anything take longest
+    latency = SINGLE_PIXELS if block_n == block_npq else LATENCY
+    step = max(step, latency / ((config.num_stages - 1) * together))
     # what of a tile's first operands and its stores nothing else runs beside
     ends = 6000
     if config.kwargs["PERSISTENT"]:

@@ -39,9 +39,14 @@ VARIANTS = {
 
 
 # bytes per element, and which of the entries of that size
-ENTRIES = [*((2, entry) for entry in range(6)), *((4, entry) for entry in range(5))]
+ENTRIES = [*((2, entry) for entry in range(8)), *((4, entry) for entry in range(7))]
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 PRODUCT = {2: ".f32.bf16.bf16", 4: ".f32.tf32.tf32"}
+
+
+def test_every_configuration_is_compiled_below():
+    table = conv_tma.configs.CONV2D_TMA_CONFIGS
+    assert ENTRIES == [(size, entry) for size in table for entry in range(len(table[size]))]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

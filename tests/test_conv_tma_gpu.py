@@ -53,7 +53,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("entry", range(6))
+@pytest.mark.parametrize("entry", range(8))
 def test_forward_and_the_gradient_of_the_image(entry, variant):
     shape, options = VARIANTS[variant]
     config = conv_tma.configs.CONV2D_TMA_CONFIGS[2][entry]
