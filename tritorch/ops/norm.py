@@ -416,8 +416,8 @@ register(
         op=batch_norm,
         reference=batch_norm_reference,
         kernels=(
-            "norm.batch_norm_stats_kernel",
-            "norm.batch_norm_gather_stats_kernel",
+            "norm_stats.batch_norm_stats_kernel",
+            "norm_stats.batch_norm_gather_stats_kernel",
             "norm.batch_norm_forward_kernel",
             "norm.batch_norm_backward_reduce_kernel",
             "norm.batch_norm_grad_input_kernel",
