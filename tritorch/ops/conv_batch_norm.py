@@ -12,7 +12,8 @@ from tritorch import backend, binding, checks, repeats
 from tritorch.ops import conv_call
 from tritorch.ops.conv import Pair, conv2d, conv2d_reference
 from tritorch.ops.conv_batch_norm_function import ConvolutionStatistics
-from tritorch.ops.norm import batch_norm, batch_norm_reference, check_shapes, check_statistics
+from tritorch.ops.norm import batch_norm, batch_norm_reference
+from tritorch.ops.norm_checks import check_shapes, check_statistics
 from tritorch.ops.norm_gradient import BatchNorm
 from tritorch.ops.norm_stages import keeps_bits
 from tritorch.ops.reduce import accumulator_dtype
