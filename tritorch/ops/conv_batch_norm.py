@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritorch import backend, binding, checks, repeats
-from tritorch.ops import conv_call
+from tritorch.ops import conv_call, conv_checks
 from tritorch.ops.conv import Pair, conv2d, conv2d_reference
 from tritorch.ops.conv_batch_norm_function import ConvolutionStatistics
 from tritorch.ops.norm import batch_norm, batch_norm_reference
@@ -106,7 +106,7 @@ def conv2d_batch_norm(
         eps = checks.number(_OP, "eps", eps)
     if input.dim() != 4:
         checks.fail(RuntimeError, _OP, "input must have 4 dimensions", input=input)
-    call = conv_call.checked(
+    call = conv_checks.checked(
         _OP, 2, input, weight, None, stride, padding, dilation, groups, activation
     )
     declined = check_shapes(
