@@ -19,6 +19,7 @@ from tritorch.registry import OpSpec, Subject
 from tritorch.testing import (
     battery,
     battery_gpu,
+    battery_gradients,
     battery_torch,
     calls,
     cases,
@@ -283,7 +284,7 @@ class Examination:
             yield Step("rounding", one, partial(battery.scaled, subject, one))
         if subject.gradients:
             one = case()
-            for check in (battery.each_gradient_alone, battery_torch.views):
+            for check in (battery.each_gradient_alone, battery_gradients.views):
                 yield Step("gradients", one, partial(check, subject, one))
             yield from self._second_gradients(case)
 
@@ -298,7 +299,7 @@ class Examination:
             small = small[:1] if self.level == "quick" else small
             chosen = [case(name, torch.float64) for name in small]
         for one in chosen:
-            run = partial(battery_torch.second_gradient, subject, one)
+            run = partial(battery_gradients.second_gradient, subject, one)
             yield Step("gradients", one, run)
 
     def _layouts(self, typical: Case) -> Iterator[Step]:
