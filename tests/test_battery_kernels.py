@@ -19,6 +19,7 @@ from tritorch.testing import (
     errors,
     examine,
     hosting,
+    input_sizes,
     inputs,
     trials,
 )
@@ -37,7 +38,7 @@ def subject_of():
         function = hosting.load(f"{LAB / name}.py:{Path(name).stem}")
         module = function.__globals__
         text = inputs.parse(module["INPUTS"], function)
-        made = text.samples(inputs.choices(text, tiles, "quick", 0))
+        made = text.samples(input_sizes.choices(text, tiles, "quick", 0))
         return describe.describe(function, module["reference"], made, gradients=(), **options)
 
     with hosting.hosted():

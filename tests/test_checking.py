@@ -15,7 +15,7 @@ import torch
 import tritorch
 from tests import checked
 from tritorch.registry import Sample
-from tritorch.testing import cases, errors, inputs, supervise
+from tritorch.testing import cases, errors, input_sizes, inputs, supervise
 
 pytestmark = pytest.mark.interpret
 
@@ -384,7 +384,7 @@ def test_what_is_declined_is_counted():
 
 
 def test_a_large_tile_is_passed_at_level_quick():
-    found = inputs.choices(inputs.parse("x[M, N]"), (4096,), "quick", 0)
+    found = input_sizes.choices(inputs.parse("x[M, N]"), (4096,), "quick", 0)
     assert max(sizes["N"] for sizes in found) > 4096
 
 

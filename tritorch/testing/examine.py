@@ -25,13 +25,13 @@ from tritorch.testing import (
     cases,
     describe,
     hosting,
-    inputs,
+    input_sizes,
     places,
     promises,
     trials,
 )
 from tritorch.testing.findings import Finding
-from tritorch.testing.inputs import Inputs
+from tritorch.testing.inputs import Inputs, Sizes
 from tritorch.testing.report import MEMORY
 from tritorch.testing.trials import Case
 
@@ -185,9 +185,9 @@ class Examination:
         """One call that finds out the tiles, and whether the function has gradients."""
         subject = self.subject
         dtype = subject.dtypes[0]
-        first: inputs.Sizes = {}
+        first: Sizes = {}
         if self.inputs is not None:
-            first = inputs.choices(self.inputs, (), "quick", self.seed)[0]
+            first = input_sizes.choices(self.inputs, (), "quick", self.seed)[0]
             self.subject = subject = self._sized([first])
         name = next(trials.samples_of(subject, dtype)).name
         case = Case(name, dtype, self.device, seed=self.seed)
@@ -205,20 +205,20 @@ class Examination:
             gives = describe.gives_gradients(subject, dtype, self.device)
         if self.device == "cpu" and returned and not launches:
             self.notes.append("no Triton kernel was launched: what is checked is plain PyTorch")
-        self.tiles = inputs.tile_sizes(launches)
+        self.tiles = input_sizes.tile_sizes(launches)
         if subject.gradients and returned and not gives:
             self.notes.append("its result requires no gradient: gradients are not checked")
             self.subject = replace(subject, gradients=())
         if self.inputs is not None:
-            chosen = inputs.choices(self.inputs, self.tiles, self.level, self.seed)
-            chosen += inputs.empties(self.inputs)
+            chosen = input_sizes.choices(self.inputs, self.tiles, self.level, self.seed)
+            chosen += input_sizes.empties(self.inputs)
             if self.inputs.letters:
-                fresh = inputs.apart(self.inputs, [*chosen, first])
+                fresh = input_sizes.apart(self.inputs, [*chosen, first])
                 self._fresh = self.inputs.name(fresh)
                 chosen.append(fresh)
             self.subject = self._sized(chosen)
 
-    def _sized(self, sizes: Iterable[inputs.Sizes]) -> Subject:
+    def _sized(self, sizes: Iterable[Sizes]) -> Subject:
         assert self.inputs is not None
         return replace(self.subject, samples=self.inputs.samples(sizes))
 
@@ -227,7 +227,7 @@ class Examination:
         names = [sample.name for sample in trials.samples_of(subject, subject.dtypes[0])]
         empty = []
         if self.inputs is not None:
-            empty = [self.inputs.name(sizes) for sizes in inputs.empties(self.inputs)]
+            empty = [self.inputs.name(sizes) for sizes in input_sizes.empties(self.inputs)]
             names = [name for name in names if name not in (*empty, self._fresh)]
         # beyond a tile in every direction, small in every direction
         marked = [s.name for s in trials.samples_of(subject, subject.dtypes[0]) if s.layouts]
