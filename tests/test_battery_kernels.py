@@ -21,6 +21,7 @@ from tritorch.testing import (
     hosting,
     input_sizes,
     inputs,
+    schedule,
     trials,
 )
 from tritorch.testing.trials import Case
@@ -96,7 +97,7 @@ def test_a_program_that_waits_in_vain_is_told_once(order, subject_of, monkeypatc
     examination = examine.Examination(subject)
     case = typical(subject)
     run = partial(battery.values, subject, case, order=order)
-    found = examination.watched(examine.Step("rounding", case, run))
+    found = examination.watched(schedule.Step("rounding", case, run))
     assert {finding.kind for finding in found} == {"hang"}
     (key,) = {finding.key for finding in found}
     assert key[1:3] == ("column_sum_kernel", "lock_ptr")
