@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritorch import backend, launch, ops
+from tritorch import backend, descriptors, hardware, launch, ops
 from tritorch.bench import machine_code
 from tritorch.ops import conv_tma, implicit_gemm, matmul_tma
 from tritorch.ops.geometry import Geometry
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 def tiles(case):
     kernels, weights = conv_tma.kernels, conv_tma.weight_kernels
     with (
-        launch.pretend(90),
+        hardware.pretend(90),
         launch.override("conv2d_tma_config", kernels._tile(*case.tile, 4, 2, case.persistent)),
         launch.override("conv2d_grad_weight_tma_config", weights._tile(*case.weight_tile, 4, 2)),
         backend.use("triton"),
@@ -586,8 +586,8 @@ def test_a_loop_that_may_not_run_is_reported_as_serialized():
             run = launch.Prepared(product_kernel, (1,), (256, 3), TOLD=told, num_warps=8)
             run(
                 x,
-                launch.descriptor(x, x.shape, x.stride(), (128, 64)),
-                launch.descriptor(y, y.shape, y.stride(), (128, 128)),
+                descriptors.descriptor(x, x.shape, x.stride(), (128, 64)),
+                descriptors.descriptor(y, y.shape, y.stride(), (128, 128)),
             )
         found.append(dry.resources(recorder.kernels[0]).serialized)
     assert found == [old, False]

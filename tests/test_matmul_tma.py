@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritorch import backend, launch, ops, tuned
+from tritorch import backend, hardware, launch, ops, tuned
 from tritorch.bench import machine_code
 from tritorch.ops import implicit_gemm, matmul_function, matmul_tma
 from tritorch.ops.strided import Layout
@@ -44,7 +44,7 @@ def tiles(form, *blocks, halves=2):
     """Everything on descriptors through this tile, in strict mode; the kernels launched."""
     config = kernels._tile(form, *blocks, 4, 2, halves)
     with (
-        launch.pretend(90),
+        hardware.pretend(90),
         taking(config),
         backend.use("triton"),
         backend.strict(),
