@@ -46,7 +46,9 @@ _KEPT = (
     "registers", "stack", "spills", "shared", "blocks", "instructions", "shapes", "widths", "hot",
     "per_product", "serialized", "problems",
 )  # fmt: skip
-_READERS = ("machine_code.py", "traffic.py", "translation.py", "occupancy.py", "estimate.py")
+_READERS = (
+    "machine_code.py", "traffic.py", "translation.py", "ttir.py", "occupancy.py", "estimate.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

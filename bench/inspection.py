@@ -20,7 +20,7 @@ from tritorch.bench import estimate, machine_code
 from tritorch.bench.occupancy import occupancy
 from tritorch.bench.recording import Recorded, record
 from tritorch.registry import Maker, OpSpec, Sample
-from tritorch.testing import configurations, dry, hosting, redirect, requests
+from tritorch.testing import configurations, dry, hosting, input_guess, redirect, requests
 from tritorch.testing import inputs as texts
 from tritorch.testing.errors import RequestError
 
@@ -274,7 +274,7 @@ def user_function(target: str, inputs: str = "", gradients: Sequence[str] = ()) 
         given = hosting.load(given)
     reference = getattr(module, "reference", None)
     if given == "" and callable(reference):
-        given = texts.guess(function, reference)
+        given = input_guess.guess(function, reference)
     if given == "":
         raise RequestError(
             f"inspect: what the arguments of {target} look like is not known: say it by "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tritorch.testing import dry
+from tritorch.testing.resources import Resources
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ _LIMITS = {
 }
 
 
-def occupancy(used: dry.Resources, target: str) -> Occupancy:
+def occupancy(used: Resources, target: str) -> Occupancy:
     """The occupancy of a kernel with these resources on a target of `dry.TARGETS`."""
     limits, gpu = _LIMITS[target], dry.TARGETS[target]
     # registers are given to a warp in pieces: 256, and on AMD eight for each lane

@@ -7,16 +7,25 @@ often they are loaded, stored and multiplied.
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tritorch.bench.ttir import (
+    COMPARED,
+    PYTHON,
+    argument_of,
+    bytes_of,
+    div,
+    product,
+    python_name,
+    rem,
+    results_of,
+)
+
 # turns of one loop that are followed, of which all others are like
 _TURNS = 2048
-
-_TYPE = re.compile(r"(?:(?P<dims>(?:\d+x)+))?(?P<kind>bf16|f8\w+|f\d+|i\d+|!tt\.ptr<[^>]*>)")
 
 
 @dataclass(frozen=True)
@@ -51,43 +60,6 @@ class Program:
 def translated(ttir: str, parameters: tuple[str, ...]) -> Program:
     """The program of a kernel; `parameters` are the names of what it takes, in order."""
     return _Translator(parameters).translate(ttir)
-
-
-_PYTHON = {
-    "addi": "{0} + {1}",
-    "subi": "{0} - {1}",
-    "muli": "{0} * {1}",
-    "divsi": "_div({0}, {1})",
-    "divui": "_div({0}, {1})",
-    "remsi": "_rem({0}, {1})",
-    "remui": "_rem({0}, {1})",
-    "ceildivsi": "-_div(-{0}, {1})",
-    "minsi": "min({0}, {1})",
-    "minui": "min({0}, {1})",
-    "maxsi": "max({0}, {1})",
-    "maxui": "max({0}, {1})",
-    "andi": "{0} & {1}",
-    "ori": "{0} | {1}",
-    "xori": "{0} ^ {1}",
-    "shli": "{0} << {1}",
-    "shrsi": "{0} >> {1}",
-    "shrui": "{0} >> {1}",
-    "select": "({1} if {0} else {2})",
-    "extsi": "{0}",
-    "extui": "int({0})",
-    "trunci": "{0}",
-    "index_cast": "{0}",
-}
-_COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-
-
-def _div(a: int, b: int) -> int:
-    """Towards zero, as the device divides."""
-    return int(a / b) if abs(a) < 1 << 52 and b else (a // b if b else 0)
-
-
-def _rem(a: int, b: int) -> int:
-    return a - b * _div(a, b)
 
 
 class _Translator:
@@ -127,7 +99,7 @@ class _Translator:
         head = "def run(n, pid, grid, given):"
         body = ["bb = 0", *self.lines, "return"]
         source = "\n".join([head, *("    " * (not b.startswith("    ")) + b for b in body)])
-        names: dict[str, Any] = {"_div": _div, "_rem": _rem, "_TURNS": _TURNS}
+        names: dict[str, Any] = {"_div": div, "_rem": rem, "_TURNS": _TURNS}
         exec(compile(source, "<traffic>", "exec"), names)
         return Program(
             names["run"], self.counters, self.events, self.loops, self.parents, self.unknown
@@ -145,11 +117,11 @@ class _Translator:
         # a descriptor brings its sizes and strides, which have its name
         whole = len(declared) == len(self.parameters)
         for position, (name, kind) in enumerate(declared):
-            argument = self.parameters[position] if whole else _argument(line, name)
+            argument = self.parameters[position] if whole else argument_of(line, name)
             if kind[0] == "!":
                 self.pointers[name] = (argument,)
             elif kind[0] == "i":
-                self._emit(f"{_py(name)} = given.get({argument!r}, 1)")
+                self._emit(f"{python_name(name)} = given.get({argument!r}, 1)")
                 self.known.add(name)
 
     def _line(self, line: str) -> None:
@@ -198,7 +170,7 @@ class _Translator:
                 loaded = op == "tt.load" or op == "tt.int_to_ptr"
                 self.pointers[name] = () if loaded else tuple(dict.fromkeys(sum(origins, ())))
         if len(results) == 1 and (value := self._scalar(op, rest, operands)) is not None:
-            self._emit(f"{_py(results[0])} = {value}")
+            self._emit(f"{python_name(results[0])} = {value}")
             self.known.add(results[0])
 
     def _scalar(self, op: str, rest: str, operands: list[str]) -> str | None:
@@ -214,24 +186,16 @@ class _Translator:
             return None
         if any(name not in self.known for name in operands):
             return None
-        names = [_py(name) for name in operands]
+        names = [python_name(name) for name in operands]
         kind = op.partition(".")[2]
         if kind == "cmpi":
             sign = rest.partition(",")[0].strip()
-            return f"{names[0]} {_COMPARED[sign[-2:]]} {names[1]}"
-        return _PYTHON[kind].format(*names) if kind in _PYTHON and op[:5] == "arith" else None
+            return f"{names[0]} {COMPARED[sign[-2:]]} {names[1]}"
+        return PYTHON[kind].format(*names) if kind in PYTHON and op[:5] == "arith" else None
 
     def _event(self, op: str, rest: str, operands: list[str]) -> None:
         if op.startswith("tt.dot"):
-            # each operand may bring its scales, behind it
-            left, right = (_TYPE.search(t) for t in rest.rpartition(" : ")[2].split(" * ")[:2])
-            assert left is not None
-            assert right is not None
-            kind = left["kind"]
-            flops = 2 * math.prod(_dims(left)) * _dims(right)[-1]
-            precision = re.search(r"inputPrecision = (\w+)", rest)
-            if kind == "f32":
-                kind = "tf32" if precision is not None and precision[1] != "ieee" else "f32"
+            flops, kind = product(rest)
             event = Event("dot", flops, self._loop(), kind=kind)
         else:
             what = (
@@ -239,10 +203,8 @@ class _Translator:
                 if "atomic" in op or "reduce" in op
                 else ("store" if "store" in op or "scatter" in op else "load")
             )
-            types = rest.rpartition(" : ")[2] if " : " in rest else rest
-            sizes = [_size(found) for found in _TYPE.finditer(types.replace("tensor<", ""))]
             pointer = self.pointers.get(operands[0], ()) if operands else ()
-            event = Event(what, max(sizes, default=0), self._loop(), pointer)
+            event = Event(what, bytes_of(rest), self._loop(), pointer)
         number = self._counter()
         self.events[number] = event
         self._emit(f"n[{number}] += 1")
@@ -269,7 +231,7 @@ class _Translator:
         computed = all(bound in self.known for bound in bounds)
         if not computed:
             self.unknown.append("how often a loop turns depends on loaded values")
-        low, high, step = (_py(bound) for bound in bounds)
+        low, high, step = (python_name(bound) for bound in bounds)
         turns = f"max(0, -(({low} - {high}) // max({step}, 1)))" if computed else "1"
         self._emit(f"t{loop} = {turns}")
         names = [name for name, _ in carried]
@@ -277,15 +239,15 @@ class _Translator:
             self.pointers[name] = self.pointers.get(first, ())
             if first in self.known:
                 self.known.add(name)
-                self._emit(f"{_py(name)} = {_py(first)}")
+                self._emit(f"{python_name(name)} = {python_name(first)}")
         self._emit(f"s{loop} = n[:]")
         self._emit(f"for i{loop} in range(min(t{loop}, _TURNS)):")
         self.depth += 1
         self._emit(f"n[{number}] += 1")
         if computed:
-            self._emit(f"{_py(variable)} = {low} + i{loop} * {step}")
+            self._emit(f"{python_name(variable)} = {low} + i{loop} * {step}")
             self.known.add(variable)
-        results = _results(line)
+        results = results_of(line)
         self.open.append({"kind": "for", "results": results, "carried": names, "loop": loop})
 
     def _while(self, line: str) -> None:
@@ -302,13 +264,13 @@ class _Translator:
         self.open.append({"kind": "while", "results": [], "carried": [], "loop": loop})
 
     def _if(self, line: str) -> None:
-        results = _results(line)
+        results = results_of(line)
         found = re.search(r"scf\.if (%[\w#]+)", line)
         assert found is not None
         computed = found[1] in self.known
         if not computed:
             self.unknown.append("which way a branch goes depends on loaded values")
-        self._emit(f"if {_py(found[1]) if computed else 'True'}:")
+        self._emit(f"if {python_name(found[1]) if computed else 'True'}:")
         self.depth += 1
         self._emit("pass")
         self.open.append(
@@ -338,8 +300,8 @@ class _Translator:
                 # what later turns have is not known, and they are taken as the first
                 pairs.append((target, target))
         if pairs:
-            left = ", ".join(_py(target) for target, _ in pairs)
-            self._emit(f"{left} = {', '.join(_py(value) for _, value in pairs)}")
+            left = ", ".join(python_name(target) for target, _ in pairs)
+            self._emit(f"{left} = {', '.join(python_name(value) for _, value in pairs)}")
 
     def _close(self) -> None:
         if not self.open:
@@ -359,7 +321,7 @@ class _Translator:
         for result, name in zip(results, region["carried"], strict=False):
             self.pointers[result] = self.pointers.get(name, ())
             if name in self.known:
-                self._emit(f"{_py(result)} = {_py(name)}")
+                self._emit(f"{python_name(result)} = {python_name(name)}")
                 self.known.add(result)
 
     def _label(self, line: str) -> None:
@@ -378,39 +340,7 @@ class _Translator:
         if len(targets) == 1:
             self._emit(f"bb = {targets[0]}")
         elif names and names[0] in self.known:
-            self._emit(f"bb = {targets[0]} if {_py(names[0])} else {targets[1]}")
+            self._emit(f"bb = {targets[0]} if {python_name(names[0])} else {targets[1]}")
         else:
             self.unknown.append("which way a branch goes depends on loaded values")
             self._emit(f"bb = {targets[1]}")
-
-
-def _results(line: str) -> list[str]:
-    """The names of a region's results: %a:2 is %a#0 and %a#1."""
-    left = line.partition(" = scf.")[0] if " = scf." in line else ""
-    found = re.match(r"(%\w+)(?::(\d+))?$", left)
-    if found is None:
-        return []
-    return [f"{found[1]}#{i}" for i in range(int(found[2]))] if found[2] else [found[1]]
-
-
-def _argument(line: str, name: str) -> str:
-    """The parameter's own name, from its location."""
-    found = re.search(re.escape(name) + r": [^%]*?loc\(\"([^\"]+)\"", line)
-    return name[1:] if found is None else found[1]
-
-
-def _py(name: str) -> str:
-    return "v_" + name[1:].replace("#", "_r")
-
-
-def _dims(found: re.Match[str]) -> list[int]:
-    return [int(size) for size in (found["dims"] or "").split("x") if size]
-
-
-def _size(found: re.Match[str]) -> int:
-    kind = found["kind"]
-    if kind.startswith("!tt.ptr<"):
-        kind = kind[len("!tt.ptr<") : -1].partition(",")[0]
-    bits = re.search(r"\d+", kind)
-    width = 64 if kind.startswith("!") or bits is None else int(bits[0])
-    return math.prod(_dims(found)) * max(1, width // 8)

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from tritorch.kernels.pool import adaptive_end, adaptive_start, tile_indices
+from tritorch.kernels.pool import tile_indices
 from tritorch.kernels.pool3d import split_index
 from tritorch.kernels.tiles import strided_offsets
+from tritorch.kernels.windows import adaptive_end, adaptive_start
 
 
 def _tile(r, c, num_warps, stages):

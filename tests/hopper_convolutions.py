@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from tritorch import backend, launch, ops
+from tritorch import backend, hardware, launch, ops
 from tritorch.ops import conv_tma
 
 last = torch.channels_last
@@ -56,7 +56,7 @@ class Case(NamedTuple):
 def tiles(case):
     convolutions, weights = conv_tma.configs, conv_tma.weight_kernels
     with (
-        launch.pretend(90),
+        hardware.pretend(90),
         launch.override("conv2d_tma_config", convolutions._tile(*case.tile, 4, 2, case.persistent)),
         launch.override("conv2d_grad_weight_tma_config", weights._tile(*case.weight_tile, 4, 2)),
         backend.use("triton"),

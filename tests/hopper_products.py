@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritorch import backend, launch
+from tritorch import backend, hardware, launch
 from tritorch.ops import matmul_tma, shared_tiles
 from tritorch.testing.detectors import detecting
 
@@ -40,7 +40,7 @@ def tiles(form, *blocks, pieces=2):
     """Everything on descriptors through this tile, in strict mode; the kernels launched."""
     config = configs._tile(form, *blocks, 4, 2, pieces)
     with (
-        launch.pretend(90),
+        hardware.pretend(90),
         taking(config),
         backend.use("triton"),
         backend.strict(),

@@ -50,8 +50,8 @@ ROOMS = (
         "tritorch/ops/*.py",
         "an op imports torch, the core and its siblings; binding alone registers ops with torch",
         may="__future__ collections dataclasses functools math typing torch tritorch.backend"
-        " tritorch.binding tritorch.checks tritorch.launch tritorch.ops tritorch.registry"
-        " tritorch.repeats",
+        " tritorch.binding tritorch.checks tritorch.descriptors tritorch.hardware tritorch.launch"
+        " tritorch.ops tritorch.registry tritorch.repeats",
         never="torch.library",
         unused="torch.library",
     ),
@@ -70,8 +70,8 @@ ROOMS = (
     Room(
         "tritorch/launch.py",
         "launch knows no op, and imports triton when the first kernel is launched",
-        may="stdlib torch tritorch.backend tritorch.bound tritorch.tuned tritorch.testing.dry"
-        " tritorch.testing.interpreter",
+        may="stdlib torch tritorch.backend tritorch.bound tritorch.hardware tritorch.tuned"
+        " tritorch.testing.dry tritorch.testing.interpreter",
         lazily="triton",
         unused="torch.library",
     ),
@@ -79,6 +79,18 @@ ROOMS = (
         "tritorch/bound.py",
         "what is bound for launch knows no op, and asks triton when a kernel is compiled",
         may="stdlib",
+        lazily="triton",
+    ),
+    Room(
+        "tritorch/hardware.py",
+        "what kernels are compiled for knows no op and no triton",
+        may="stdlib torch tritorch.backend tritorch.testing.dry",
+        unused="torch.library",
+    ),
+    Room(
+        "tritorch/descriptors.py",
+        "a descriptor knows no op, and imports triton when the first one is made",
+        may="stdlib torch",
         lazily="triton",
     ),
     Room(
@@ -95,7 +107,8 @@ ROOMS = (
     Room(
         "tritorch/repeats.py tritorch/watched.py",
         "what is repeated knows no op, and nothing of autograd",
-        may="stdlib torch tritorch.backend tritorch.checks tritorch.launch tritorch.watched",
+        may="stdlib torch tritorch.backend tritorch.checks tritorch.descriptors tritorch.launch"
+        " tritorch.watched",
         unused="torch.library torch.autograd.Function",
     ),
     Room(
@@ -119,13 +132,15 @@ ROOMS = (
         "programs use what a user has, and record where their results come from",
         may="stdlib click numpy rich torch tritorch",
         lazily="matplotlib triton",
-        never="tritorch.binding tritorch.kernels tritorch.launch",
+        never="tritorch.binding tritorch.descriptors tritorch.hardware tritorch.kernels"
+        " tritorch.launch",
     ),
     Room(
         "tritorch/*.py",
         "the public modules are made of torch, ops and layers",
         may="stdlib torch tritorch",
-        never="tritorch.bench tritorch.binding tritorch.kernels tritorch.launch",
+        never="tritorch.bench tritorch.binding tritorch.descriptors tritorch.hardware"
+        " tritorch.kernels tritorch.launch",
         unused="torch.library",
     ),
     Room(

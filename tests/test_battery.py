@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.subjects import CASE, CUBE, PRODUCT, kinds, product, wrong
-from tritorch.testing import battery, battery_torch, calls, cases, trials
+from tritorch.testing import battery, battery_gradients, battery_torch, calls, cases, trials
 from tritorch.testing.trials import Case
 
 pytestmark = pytest.mark.reference
@@ -18,8 +18,8 @@ PROPERTIES = [
     battery.each_gradient_alone,
     battery.repeatability,
     battery_torch.layout_of_results,
-    battery_torch.views,
-    battery_torch.second_gradient,
+    battery_gradients.views,
+    battery_gradients.second_gradient,
     battery_torch.library,
     battery_torch.compiles,
 ]
@@ -81,7 +81,7 @@ def test_a_wrong_gradient_is_told(name):
     (found,) = battery.values(subject, CASE)
     assert (found.kind, found.argument) == ("gradients", f"gradient of {name}")
     assert "off by the factor 0.5" in found.message
-    (found,) = battery_torch.gradcheck(subject, replace(CASE, dtype=torch.float64))
+    (found,) = battery_gradients.gradcheck(subject, replace(CASE, dtype=torch.float64))
     assert found.kind == "gradients"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tritorch.registry import Sample, Subject
-from tritorch.testing import battery_gpu, cases, examine
+from tritorch.testing import battery_gpu, cases, examine, schedule
 from tritorch.testing.trials import Case
 
 pytestmark = pytest.mark.reference
@@ -150,7 +150,7 @@ def test_what_cannot_be_captured_is_a_note_of_an_examination(gpu):
     subject = synchronizing(gpu)
     examination = examine.Examination(subject, device="cuda")
     run = partial(battery_gpu.cuda_graph, subject, CASE)
-    assert examination.watched(examine.Step("CUDA graphs", CASE, run)) == []
+    assert examination.watched(schedule.Step("CUDA graphs", CASE, run)) == []
     (note,) = examination.notes
     assert note.startswith("the call cannot be captured in a CUDA graph: RuntimeError: ")
 

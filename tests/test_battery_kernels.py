@@ -19,7 +19,9 @@ from tritorch.testing import (
     errors,
     examine,
     hosting,
+    input_sizes,
     inputs,
+    schedule,
     trials,
 )
 from tritorch.testing.trials import Case
@@ -37,7 +39,7 @@ def subject_of():
         function = hosting.load(f"{LAB / name}.py:{Path(name).stem}")
         module = function.__globals__
         text = inputs.parse(module["INPUTS"], function)
-        made = text.samples(inputs.choices(text, tiles, "quick", 0))
+        made = text.samples(input_sizes.choices(text, tiles, "quick", 0))
         return describe.describe(function, module["reference"], made, gradients=(), **options)
 
     with hosting.hosted():
@@ -95,7 +97,7 @@ def test_a_program_that_waits_in_vain_is_told_once(order, subject_of, monkeypatc
     examination = examine.Examination(subject)
     case = typical(subject)
     run = partial(battery.values, subject, case, order=order)
-    found = examination.watched(examine.Step("rounding", case, run))
+    found = examination.watched(schedule.Step("rounding", case, run))
     assert {finding.kind for finding in found} == {"hang"}
     (key,) = {finding.key for finding in found}
     assert key[1:3] == ("column_sum_kernel", "lock_ptr")

@@ -7,7 +7,7 @@ import torch
 
 from tests.subjects import CASE, CUBE, PRODUCT, kinds, wrong
 from tritorch.registry import Sample
-from tritorch.testing import battery, battery_torch
+from tritorch.testing import battery, battery_gradients, battery_torch
 
 pytestmark = pytest.mark.reference
 
@@ -99,20 +99,20 @@ def test_a_gradient_lost_in_a_view_is_told():
         # a view is no leaf
         return (input if input.is_leaf else input.detach()) @ weight
 
-    found = battery_torch.views(wrong(op), CASE)
+    found = battery_gradients.views(wrong(op), CASE)
     assert {f.argument for f in found} == {"gradient of input"}
     assert [f.message.split(": ")[0] for f in found] == ["is leaf.mT", "is leaf[1:]"]
 
 
 def test_a_second_gradient_is_right_or_refused():
     case = replace(CASE, dtype=torch.float64)
-    assert battery_torch.second_gradient(CUBE, case) == []
+    assert battery_gradients.second_gradient(CUBE, case) == []
     wrong_twice = replace(CUBE, op=Squared.apply)
-    assert kinds(battery_torch.second_gradient(wrong_twice, case)) == ["gradients"]
+    assert kinds(battery_gradients.second_gradient(wrong_twice, case)) == ["gradients"]
     once = replace(CUBE, op=OnlyOnce.apply, double_backward=False)
-    assert battery_torch.second_gradient(once, case) == []
-    assert battery_torch.once_differentiable(once, case) == []
-    assert kinds(battery_torch.once_differentiable(CUBE, case)) == ["gradients"]
+    assert battery_gradients.second_gradient(once, case) == []
+    assert battery_gradients.once_differentiable(once, case) == []
+    assert kinds(battery_gradients.once_differentiable(CUBE, case)) == ["gradients"]
 
 
 def test_half_of_a_second_gradient_is_told_where_none_is_claimed():
@@ -124,7 +124,7 @@ def test_half_of_a_second_gradient_is_told_where_none_is_claimed():
 
     subject = replace(CUBE, op=Half.apply, double_backward=False)
     assert battery.values(subject, CASE) == []
-    (found,) = battery_torch.second_gradient(subject, CASE)
+    (found,) = battery_gradients.second_gradient(subject, CASE)
     assert "once_differentiable" in found.message
 
 

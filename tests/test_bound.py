@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from tritorch import bound, launch
+from tritorch import bound, descriptors
 
 driver = pytest.importorskip("triton.backends.nvidia.driver")
 pytestmark = pytest.mark.compile
@@ -73,7 +73,7 @@ def expected(launcher, entry, tensors, numbers, constants):
 
 
 def describe(tensor, block=(16, 32)):
-    return launch.descriptor(tensor, tensor.shape, tensor.stride(), block)
+    return descriptors.descriptor(tensor, tensor.shape, tensor.stride(), block)
 
 
 known = pytest.mark.skipif(

@@ -14,7 +14,7 @@ import torch
 from tests import checked
 from tests.checks import ROOT, check, kinds
 from tritorch.registry import Sample
-from tritorch.testing import inputs, supervise
+from tritorch.testing import input_sizes, inputs, supervise
 
 pytestmark = pytest.mark.interpret
 
@@ -321,7 +321,7 @@ def test_the_fixture_fails_a_test_with_the_report(interprets, tmp_path):
 
 
 def test_a_large_tile_is_passed_at_level_quick():
-    found = inputs.choices(inputs.parse("x[M, N]"), (4096,), "quick", 0)
+    found = input_sizes.choices(inputs.parse("x[M, N]"), (4096,), "quick", 0)
     assert max(sizes["N"] for sizes in found) > 4096
 
 

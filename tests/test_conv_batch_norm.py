@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritorch import backend, launch, ops
+from tritorch import backend, hardware, launch, ops
 from tritorch.ops import conv_tma, implicit_gemm, matmul_tma, norm_stages
 from tritorch.ops.geometry import Geometry
 from tritorch.testing import dry, products
@@ -55,7 +55,7 @@ class Case(NamedTuple):
         convolve, multiply = conv_tma.configs, matmul_tma.configs
         form = self.form or "tile"
         with (
-            launch.pretend(90),
+            hardware.pretend(90),
             launch.override("conv2d_tma_config", convolve._tile(*self.tile, 4, 2, self.persistent)),
             launch.override(
                 "matmul_tma_config", multiply._tile(form, *self.tile, 4, 2, self.halves)
@@ -249,7 +249,7 @@ def test_others_are_followed_by_the_ordinary_kernels(why):
     for op in (ops.conv2d_batch_norm, composition):
         given = arguments(case)
         more = {"case": case} if op is composition else case.given()
-        with case.running() as names, launch.pretend(capability):
+        with case.running() as names, hardware.pretend(capability):
             y = op(x, w, **given, training=training, **more)
         results.append((y, given["running_mean"], given["running_var"], tuple(names)))
     for one, two in zip(*results, strict=True):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.hopper_convolutions import FORWARD, PORTABLE, WEIGHT, last
-from tritorch import backend, launch, ops
+from tritorch import backend, descriptors, launch, ops
 from tritorch.bench import machine_code
 from tritorch.ops import conv_tma, implicit_gemm
 from tritorch.ops.geometry import Geometry
@@ -171,8 +171,8 @@ def test_a_loop_that_may_not_run_is_reported_as_serialized():
             run = launch.Prepared(product_kernel, (1,), (256, 3), TOLD=told, num_warps=8)
             run(
                 x,
-                launch.descriptor(x, x.shape, x.stride(), (128, 64)),
-                launch.descriptor(y, y.shape, y.stride(), (128, 128)),
+                descriptors.descriptor(x, x.shape, x.stride(), (128, 64)),
+                descriptors.descriptor(y, y.shape, y.stride(), (128, 128)),
             )
         found.append(dry.resources(recorder.kernels[0]).serialized)
     assert found == [old, False]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritorch import backend, launch, ops
+from tritorch import backend, hardware, launch, ops
 from tritorch.ops import conv_tma
 
 pytestmark = pytest.mark.cuda
@@ -29,7 +29,7 @@ def compare(x, w, wanted, kernel, **options):
         y = ops.conv2d(*leaves, **options)
         grad = made(*y.shape, seed=2)
         y.backward(grad)
-    assert (kernel in names) == (launch.capability(x) == 90)
+    assert (kernel in names) == (hardware.capability(x) == 90)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = F.conv2d(*exact, **options)
     expected.backward(grad.double())
@@ -85,7 +85,7 @@ def test_the_gradient_of_the_filter(entry, options, gain, monkeypatch):
     with launch.override("conv2d_grad_weight_tma_config", config):
         compare(made(*shape), filters, (False, True), WEIGHT, padding=padding, **options)
     assert {even for _, _, even in chosen} == ({gain > 0} if chosen else set())
-    assert chosen or launch.capability(filters) != 90
+    assert chosen or hardware.capability(filters) != 90
 
 
 @pytest.mark.parametrize("order", [last, torch.contiguous_format])
@@ -130,7 +130,7 @@ def test_statistics_of_the_convolution(name):
                 y = ops.conv2d(*leaves, None, **options)
                 y = ops.batch_norm(y, *running, training=True)
             y.backward(made(*y.shape, seed=2))
-        on_descriptors = launch.capability(x) == 90
+        on_descriptors = hardware.capability(x) == 90
         assert ("batch_norm_stats_kernel" in names) == (not joined or not on_descriptors)
         results.append((*running, y.detach(), *(leaf.grad for leaf in leaves)))
     (mean, var, y, of_x, of_w), others = results

@@ -260,7 +260,7 @@ def test_machine_code_is_disassembled_when_asked_for_and_once(monkeypatch):
             asked.append(command[1])
         return run(command, **options)
 
-    monkeypatch.setattr(dry.subprocess, "run", counted)
+    monkeypatch.setattr(subprocess, "run", counted)
     with dry.compiling_for("sm_80") as recorder:
         copy(torch.float64, n=4096, num_warps=2)
     for _ in range(2):

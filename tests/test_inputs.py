@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tritorch.registry import Maker
-from tritorch.testing import inputs
+from tritorch.testing import input_guess, input_sizes, inputs
 
 pytestmark = pytest.mark.reference
 
@@ -116,23 +116,23 @@ def launched(**constants):
 
 
 def test_tiles_are_the_constants_that_look_like_one():
-    assert inputs.tile_sizes([launched(BLOCK_M=64, BLOCK_K=16, GROUP_M=8, HAS_BIAS=True)]) == (
+    assert input_sizes.tile_sizes([launched(BLOCK_M=64, BLOCK_K=16, GROUP_M=8, HAS_BIAS=True)]) == (
         16,
         64,
     )
-    assert inputs.tile_sizes([launched(N=128, num_warps=4), launched(N=32)]) == (32, 128)
-    assert inputs.tile_sizes([launched(BLOCK=1)]) == ()
+    assert input_sizes.tile_sizes([launched(N=128, num_warps=4), launched(N=32)]) == (32, 128)
+    assert input_sizes.tile_sizes([launched(BLOCK=1)]) == ()
 
 
 def test_sizes_lie_around_the_edges_of_tiles():
-    assert inputs.sizes_around((16, 32, 64), "quick") == (1, 16, 17, 64, 65)
-    assert inputs.sizes_around((16,), "full") == (1, 15, 16, 17, 31, 33)
+    assert input_sizes.sizes_around((16, 32, 64), "quick") == (1, 16, 17, 64, 65)
+    assert input_sizes.sizes_around((16,), "full") == (1, 15, 16, 17, 31, 33)
 
 
 @pytest.mark.parametrize("level", ["quick", "full"])
 def test_every_size_crosses_the_edge_of_a_tile(level):
     text = inputs.parse("x[M, K] weight[N, K]")
-    chosen = inputs.choices(text, (16, 32), level, 0)
+    chosen = input_sizes.choices(text, (16, 32), level, 0)
     for letter in text.letters:
         sizes = {choice[letter] for choice in chosen}
         assert {1, 17, 33} <= sizes
@@ -144,20 +144,20 @@ def test_every_size_crosses_the_edge_of_a_tile(level):
     assert all(size > 16 for size in chosen[1].values())
     assert len(chosen) == len({tuple(choice.values()) for choice in chosen})
     assert len(chosen) <= {"quick": 12, "full": 60}[level]
-    assert chosen == inputs.choices(text, (16, 32), level, 0)
+    assert chosen == input_sizes.choices(text, (16, 32), level, 0)
 
 
 def test_constraints_and_memory_bound_what_is_chosen():
     text = inputs.parse("x[M%8, K%16]")
-    chosen = inputs.choices(text, (16,), "full", 0)
+    chosen = input_sizes.choices(text, (16,), "full", 0)
     assert all(c["M"] % 8 == 0 and c["K"] % 16 == 0 and c["M"] and c["K"] for c in chosen)
-    large = inputs.choices(inputs.parse("x[A, B, C]"), (128,), "quick", 0)
+    large = input_sizes.choices(inputs.parse("x[A, B, C]"), (128,), "quick", 0)
     assert all(c["A"] * c["B"] * c["C"] <= 1 << 14 for c in large)
 
 
 def test_empty_tensors_are_tried_one_size_at_a_time_but_for_bounds():
     text = inputs.parse("weight[V, D] index[M]:int64<V")
-    assert [[n for n, size in c.items() if size == 0] for c in inputs.empties(text)] == [
+    assert [[n for n, size in c.items() if size == 0] for c in input_sizes.empties(text)] == [
         ["D"],
         ["M"],
     ]
@@ -165,8 +165,8 @@ def test_empty_tensors_are_tried_one_size_at_a_time_but_for_bounds():
 
 def test_sizes_apart_are_nobody_elses():
     text = inputs.parse("x[M, K%8]")
-    chosen = inputs.choices(text, (16, 17, 24), "full", 0)
-    found = inputs.apart(text, chosen)
+    chosen = input_sizes.choices(text, (16, 17, 24), "full", 0)
+    found = input_sizes.apart(text, chosen)
     assert found["K"] % 8 == 0
     assert all(c["M"] != found["M"] and c["K"] != found["K"] for c in chosen)
 
@@ -176,7 +176,7 @@ def test_sizes_apart_are_nobody_elses():
 def test_no_choice_is_larger_than_its_level_bears(text, level):
     parsed = inputs.parse(text)
     most = {"quick": 1 << 14, "full": 1 << 17, "soak": 1 << 19}[level]
-    chosen = inputs.choices(parsed, (16, 128), level, 3)
+    chosen = input_sizes.choices(parsed, (16, 128), level, 3)
     assert len(chosen) > 3
     for sizes in chosen:
         # what is larger has one letter beyond a large tile, and the least of the others
@@ -187,12 +187,12 @@ def test_no_choice_is_larger_than_its_level_bears(text, level):
             if size in others
         )
         assert parsed.elements(sizes) <= (4 * most if small else most)
-    assert parsed.elements(inputs.apart(parsed, chosen)) <= most
+    assert parsed.elements(input_sizes.apart(parsed, chosen)) <= most
 
 
 def test_where_nothing_is_small_enough_the_smallest_is_tried():
     parsed = inputs.parse("x[A%256, B%256]")
-    assert inputs.choices(parsed, (16,), "quick", 0) == [{"A": 256, "B": 256}]
+    assert input_sizes.choices(parsed, (16,), "quick", 0) == [{"A": 256, "B": 256}]
 
 
 def test_a_pinned_text_makes_the_same_call():
@@ -201,7 +201,7 @@ def test_a_pinned_text_makes_the_same_call():
     again = inputs.parse(parsed.pinned(sizes))
     assert again.letters == ()
     assert again.fixed == {"N": 3, "M": 5, "K": 8}
-    (alone,) = inputs.choices(again, (16,), "full", 0)
+    (alone,) = input_sizes.choices(again, (16,), "full", 0)
     one, other = parsed.sample(sizes, Maker()), again.sample(alone, Maker())
     assert one.arguments.keys() == other.arguments.keys()
     for name, value in one.arguments.items():
@@ -271,11 +271,11 @@ def outer(x, y):
     ids=lambda one: one.__name__ if callable(one) else "",
 )
 def test_common_functions_are_guessed(function, text):
-    assert inputs.guess(function, function) == text
+    assert input_guess.guess(function, function) == text
 
 
 def test_a_reference_may_have_other_names():
-    assert inputs.guess(matmul, torch.matmul) == "a[M, K] b[K, N]"
+    assert input_guess.guess(matmul, torch.matmul) == "a[M, K] b[K, N]"
 
 
 def test_what_cannot_be_guessed_is_said():
@@ -283,10 +283,10 @@ def test_what_cannot_be_guessed_is_said():
         return x
 
     with pytest.raises(ValueError, match=r"strange\(x, y, z, w\) takes cannot be guessed: say"):
-        inputs.guess(strange, strange)
+        input_guess.guess(strange, strange)
 
     def refusing(x):
         raise RuntimeError
 
     with pytest.raises(ValueError, match=r"refusing\(x\) takes cannot be guessed"):
-        inputs.guess(refusing, refusing)
+        input_guess.guess(refusing, refusing)

@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.errors import InterpreterError
 
-from tritorch import launch
+from tritorch import hardware
 from tritorch.testing import corrections, interpreter
 from tritorch.testing.interpreter import corrected
 
@@ -379,10 +379,10 @@ def test_a_process_that_does_not_interpret_is_told_so():
 
 def test_the_interpreter_takes_the_kernels_that_a_test_asks_for():
     x = torch.ones(1)
-    assert launch.capability(x) == 80
-    with launch.pretend(90):
-        assert launch.capability(x) == 90
-        with launch.pretend(80):
-            assert launch.capability(x) == 80
-        assert launch.capability(x) == 90
-    assert launch.capability(x) == 80
+    assert hardware.capability(x) == 80
+    with hardware.pretend(90):
+        assert hardware.capability(x) == 90
+        with hardware.pretend(80):
+            assert hardware.capability(x) == 80
+        assert hardware.capability(x) == 90
+    assert hardware.capability(x) == 80

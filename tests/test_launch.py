@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from tritorch import backend, bound, launch, ops
+from tritorch import backend, bound, descriptors, hardware, launch, ops
 from tritorch.testing import dry
 
 pytestmark = pytest.mark.compile
@@ -151,7 +151,7 @@ def test_what_a_profiler_compiled_does_not_outlive_it(launches):
 
 
 def describe(tensor, block):
-    return launch.descriptor(tensor, tensor.shape, tensor.stride(), block)
+    return descriptors.descriptor(tensor, tensor.shape, tensor.stride(), block)
 
 
 @pytest.fixture
@@ -178,19 +178,19 @@ def test_a_launch_with_descriptors_is_remembered_by_dtype_and_tile(launches, cop
 
 def test_what_a_descriptor_takes():
     half = torch.float16.itemsize
-    assert launch.describable(256, (5, 3, 8), (24, 8, 1), half)
-    assert not launch.describable(264, (5, 3, 8), (24, 8, 1), half)
-    assert not launch.describable(256, (5, 3, 8), (20, 8, 1), half)
-    assert not launch.describable(256, (5, 8), (8, 2), half)
-    assert not launch.describable(256, (0, 8), (8, 1), half)
-    assert not launch.describable(256, (2**32, 8), (8, 1), half)
-    assert not launch.describable(256, (2, 8), (2**39, 1), half)
-    assert not launch.describable(256, (1, 1, 1, 1, 1, 8), (8, 8, 8, 8, 8, 1), half)
+    assert descriptors.describable(256, (5, 3, 8), (24, 8, 1), half)
+    assert not descriptors.describable(264, (5, 3, 8), (24, 8, 1), half)
+    assert not descriptors.describable(256, (5, 3, 8), (20, 8, 1), half)
+    assert not descriptors.describable(256, (5, 8), (8, 2), half)
+    assert not descriptors.describable(256, (0, 8), (8, 1), half)
+    assert not descriptors.describable(256, (2**32, 8), (8, 1), half)
+    assert not descriptors.describable(256, (2, 8), (2**39, 1), half)
+    assert not descriptors.describable(256, (1, 1, 1, 1, 1, 8), (8, 8, 8, 8, 8, 1), half)
 
 
 def test_the_capability_is_that_of_the_target():
     x = torch.ones(1)
-    assert launch.capability(x) == 0
+    assert hardware.capability(x) == 0
     for target, capability in (("sm_80", 80), ("sm_90", 90), ("sm_100", 100), ("gfx942", 0)):
         with dry.compiling_for(target):
-            assert launch.capability(x) == capability
+            assert hardware.capability(x) == capability

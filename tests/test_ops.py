@@ -8,7 +8,7 @@ import torch
 import tritorch.ops  # noqa: F401  declares the specs
 from tritorch import backend
 from tritorch.registry import Maker, specs
-from tritorch.testing import battery, battery_torch, cases, trials
+from tritorch.testing import battery, battery_gradients, battery_torch, cases, trials
 from tritorch.testing.trials import Case
 
 pytestmark = pytest.mark.interpret
@@ -164,7 +164,7 @@ def test_each_gradient_alone(spec, device):
 @pytest.mark.parametrize("spec", by_op(differentiable))
 def test_views(spec, device):
     """Gradients reach the tensor that an argument is a view of."""
-    check(battery_torch.views(spec, typical(spec, device)))
+    check(battery_gradients.views(spec, typical(spec, device)))
 
 
 @pytest.mark.parametrize("spec", by_op())
@@ -192,7 +192,7 @@ def test_layout_of_results(spec, channels_last, device):
     samples(lambda spec, sample: sample.gradcheck, dtypes=(torch.float64,), where=differentiable),
 )
 def test_gradcheck(spec, dtype, name, device):
-    check(battery_torch.gradcheck(spec, Case(name, dtype, device)))
+    check(battery_gradients.gradcheck(spec, Case(name, dtype, device)))
 
 
 @pytest.mark.parametrize(
@@ -202,9 +202,9 @@ def test_gradcheck(spec, dtype, name, device):
 def test_gradgradcheck(spec, dtype, name, device):
     case = Case(name, dtype, device)
     if spec.double_backward:
-        check(battery_torch.second_gradient(spec, case))
+        check(battery_gradients.second_gradient(spec, case))
     else:
-        check(battery_torch.once_differentiable(spec, case))
+        check(battery_gradients.once_differentiable(spec, case))
 
 
 @pytest.mark.parametrize("spec", by_op())

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch.testing.tolerances import compare, derive_conditions, derive_scales
+from tritorch.testing.scales import derive_conditions, derive_scales
+from tritorch.testing.tolerances import compare
 
 pytestmark = pytest.mark.reference
 

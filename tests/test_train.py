@@ -23,7 +23,7 @@ RELU_OFF_BY_ONE_PERCENT = (
     "nn.ReLU.forward = lambda self, x: ops.relu(x) * 1.01;"
 )
 GRADIENT_OFF_BY_ONE_PERCENT = (
-    "from tritorch.ops.matmul import Linear;"
+    "from tritorch.ops.matmul_function import Linear;"
     "right = Linear.backward;"
     "wrong = lambda ctx, g: tuple(x if x is None else x * 1.01 for x in right(ctx, g));"
     "Linear.backward = staticmethod(wrong);"

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from tritorch import backend, launch, ops, tune_command, tuned
+from tritorch import backend, hardware, launch, ops, tune_command, tuned
 from tritorch.bench import candidates, timing, tune, tuned_table
 from tritorch.bench.tuned_table import TunedTable
 from tritorch.cli import main
@@ -57,7 +57,7 @@ def test_a_call_that_runs_another_configuration_than_it_asks_for_is_not_tuned(de
         False: lambda: ops.conv2d_batch_norm(x, w, None, None, training=True),
     }
     for is_tuned, call in calls.items():
-        with launch.pretend(90), backend.use("triton"):
+        with hardware.pretend(90), backend.use("triton"):
             asked = tune.asked_by([call])
         assert ("matmul_tma_config" in {function for function, _ in asked}) == is_tuned
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from tritorch import backend, bound, tuned
+from tritorch import backend, bound, hardware, tuned
 from tritorch.testing import dry, interpreter
 
 # programs along the second and the third axis of a grid, of which CUDA takes no more
@@ -27,7 +27,6 @@ _overrides: dict[str, Any] = {}
 _recorders: list[list[str]] = []
 _choices: list[list[tuple[str, Any]]] = []
 _questions: list[list[tuple[str, tuple[int, ...]]]] = []
-_pretended = 80
 
 
 class Watcher(Protocol):
@@ -179,7 +178,7 @@ def circumstances() -> tuple[Any, ...] | None:
     ):
         return None
     target = dry.active()
-    return backend.current(), _pretended, target and target.name
+    return backend.current(), hardware.pretended, target and target.name
 
 
 def is_captured() -> bool:
@@ -197,81 +196,6 @@ def recorded() -> Iterator[list[str]]:
     finally:
         # nested blocks end innermost first
         _recorders.pop()
-
-
-def capability(on: Tensor) -> int:
-    """Compute capability that kernels on the device of `on` are chosen for: 80, 90, 100, ...
-
-    That of the GPU, or of the dry driver's target; 0 for AMD.  The interpreter has that of the
-    portable kernels, 80, except inside `pretend`.
-    """
-    if backend.INTERPRETING:
-        return _pretended
-    target = dry.active()
-    if target is not None:
-        return target.arch if isinstance(target.arch, int) else 0
-    return _device_capability(on.get_device()) if on.is_cuda else 0
-
-
-@functools.cache
-def _device_capability(device: int) -> int:
-    if torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@contextlib.contextmanager
-def pretend(capability: int) -> Iterator[None]:
-    """Inside the block the interpreter takes the kernels of GPUs of this compute capability."""
-    global _pretended
-    previous, _pretended = _pretended, capability
-    try:
-        yield
-    finally:
-        _pretended = previous
-
-
-def descriptor(
-    base: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]
-) -> Any:
-    """A `TensorDescriptor` of what begins where `base` does, in elements, outermost first.
-
-    The caller has made sure of what a launch requires (`describable`), because Triton's own checks
-    take longer than the launch.
-    """
-    described = object.__new__(_descriptor_class())
-    described.base = base
-    # tuples, as keys of what is remembered
-    described.shape = tuple(shape)
-    described.strides = tuple(strides)
-    described.block_shape = tuple(block)
-    described.padding = "zero"
-    return described
-
-
-@functools.cache
-def _descriptor_class() -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor
-
-
-def describable(address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
-    """Whether the tensor memory accelerator takes a tensor at this address: 1 to 5 dimensions,
-    none empty and none of 2**32 elements or more, the last one contiguous, everything else on 16
-    bytes and below 2**40.
-    """
-    return (
-        0 < len(shape) <= 5
-        and address % 16 == 0
-        and strides[-1] == 1
-        and all(0 < size < 2**32 for size in shape)
-        and all(
-            stride * itemsize % 16 == 0 and 0 <= stride * itemsize < 2**40
-            for stride in strides[:-1]
-        )
-    )
 
 
 class Prepared:
@@ -323,7 +247,7 @@ class Prepared:
         if found is None:
             arguments = (*tensors, *self.numbers, *floats)
             compiled = self._by_triton(on, arguments)
-            options = _options(self.config, self.constants)
+            options = hardware.options(self.config, self.constants)
             self._bound[key] = bound.bind(self.kernel, compiled, arguments, options)
             return
         run, head, maps, constants = found
@@ -361,7 +285,7 @@ class Prepared:
             )
         for names in _recorders:
             names.append(name)
-        launch, options = self.kernel[self.grid], _options(self.config, self.constants)
+        launch, options = self.kernel[self.grid], hardware.options(self.config, self.constants)
         if backend.INTERPRETING:
             # CUDA tensors too: the interpreter copies them to the CPU and back
             with interpreter.corrected():
@@ -418,30 +342,6 @@ def _is_watched() -> bool:
         or getattr(leave, "calls", leave)
         or getattr(knobs.compilation, "instrumentation_mode", "")
     )
-
-
-def _options(config: Any, constants: dict[str, Any]) -> dict[str, Any]:
-    """Constants, and what a configuration adds to them, as Triton takes them by keyword."""
-    if config is None:
-        return constants
-    options: dict[str, Any] = constants | config.kwargs
-    options["num_warps"] = config.num_warps
-    options["num_stages"] = _num_stages(config.num_stages)
-    if config.maxnreg is not None and not is_amd():
-        options["maxnreg"] = config.maxnreg
-    return options
-
-
-def _num_stages(stages: int) -> int:
-    # AMD's pipeliner counts the stage being computed: two is its double buffering, more overflows
-    # 64 KiB
-    return min(stages, 2) if is_amd() else stages
-
-
-def is_amd() -> bool:
-    """Whether kernels compile for an AMD GPU."""
-    target = dry.active()
-    return target.backend == "hip" if target is not None else torch.version.hip is not None
 
 
 def input_precision(dtype: torch.dtype, family: Literal["matmul", "conv"]) -> str:

@@ -24,7 +24,8 @@ from tritorch import backend
 from tritorch.convert import revert
 from tritorch.registry import specs
 from tritorch.testing import cases, tolerances
-from tritorch.testing.tolerances import Scale, Verdict
+from tritorch.testing.scales import Scale, derive_conditions, derive_scales
+from tritorch.testing.tolerances import Verdict
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _scales(call: _Call, kind: str) -> dict[str, Scale]:
         made: Tensor = torch.func.functional_call(layer, named, values[:count])
         return made
 
-    derive = tolerances.derive_scales if kind == "multilinear" else tolerances.derive_conditions
+    derive = derive_scales if kind == "multilinear" else derive_conditions
     derived = derive(output, [*call.arguments, *parameters.values()], _grad(call))
     names = ["input", *[""] * (count - 1), *parameters]
     grads = zip(names, derived.grads, strict=True)

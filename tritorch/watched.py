@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
-from tritorch import backend, checks, launch
+from tritorch import backend, checks, descriptors, launch
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset(
@@ -56,7 +56,7 @@ class Described(NamedTuple):
     block: tuple[int, ...]
 
     def __call__(self, values: Sequence[Any]) -> Any:
-        return launch.descriptor(values[self.place], self.shape, self.strides, self.block)
+        return descriptors.descriptor(values[self.place], self.shape, self.strides, self.block)
 
 
 class Allocation(NamedTuple):

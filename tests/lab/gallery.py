@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 from tritorch.check_command import check
-from tritorch.testing import examine, findings, inputs
+from tritorch.testing import findings, input_sizes, inputs, schedule
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = (ROOT / "docs" / "check.md", ROOT / "README.md")
@@ -157,8 +157,8 @@ def levels() -> str:
     """What each level tries of one description of inputs."""
     text = inputs.parse(_LEVEL_INPUTS)
     rows = []
-    for level in examine.LEVELS:
-        chosen = inputs.choices(text, _LEVEL_TILES, level, seed=0)
+    for level in schedule.LEVELS:
+        chosen = input_sizes.choices(text, _LEVEL_TILES, level, seed=0)
         largest = max(max(sizes.values()) for sizes in chosen)
         most = max(map(text.elements, chosen))
         rows.append((f"`{level}`", str(len(chosen)), str(largest), str(most)))

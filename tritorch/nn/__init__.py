@@ -7,15 +7,13 @@ convolution and a batch norm takes the op's `activation` and `residual` too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules import batchnorm, conv
 
 from tritorch import ops
+from tritorch.nn import arguments
 from tritorch.nn import functional as functional
 
 # what `from tritorch.nn import *` brings
@@ -37,18 +35,10 @@ class Linear(torch.nn.Linear):
         return ops.linear(input, self.weight, self.bias, activation, residual=residual)
 
 
-def _padded(layer: conv._ConvNd, input: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
-    """The input with what its padding mode adds, and the zeros that are left to add."""
-    if layer.padding_mode == "zeros":
-        return input, layer.padding
-    pads = layer._reversed_padding_repeated_twice
-    return F.pad(input, pads, mode=layer.padding_mode), (0,) * len(layer.stride)
-
-
 class Conv1d(torch.nn.Conv1d):
     # not forward: subclasses call this one with a weight of their own
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, padding = _padded(self, input)
+        input, padding = arguments.padded(self, input)
         return ops.conv1d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
@@ -61,7 +51,7 @@ class Conv2d(torch.nn.Conv2d):
         activation: str | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        input, padding = _padded(self, input)
+        input, padding = arguments.padded(self, input)
         geometry = self.stride, padding, self.dilation, self.groups
         return ops.conv2d(input, weight, bias, *geometry, activation, residual=residual)
 
@@ -76,47 +66,23 @@ class Conv2d(torch.nn.Conv2d):
 
 class Conv3d(torch.nn.Conv3d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, padding = _padded(self, input)
+        input, padding = arguments.padded(self, input)
         return ops.conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
-
-
-def _transposed(
-    layer: Any, op: Callable[..., Tensor], input: Tensor, output_size: list[int] | None
-) -> Tensor:
-    output_padding = layer._output_padding(
-        input,
-        output_size,
-        layer.stride,
-        layer.padding,
-        layer.kernel_size,
-        len(layer.stride),
-        layer.dilation,
-    )
-    return op(
-        input,
-        layer.weight,
-        layer.bias,
-        layer.stride,
-        layer.padding,
-        output_padding,
-        layer.groups,
-        layer.dilation,
-    )
 
 
 class ConvTranspose1d(torch.nn.ConvTranspose1d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return _transposed(self, ops.conv_transpose1d, input, output_size)
+        return arguments.transposed(self, ops.conv_transpose1d, input, output_size)
 
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return _transposed(self, ops.conv_transpose2d, input, output_size)
+        return arguments.transposed(self, ops.conv_transpose2d, input, output_size)
 
 
 class ConvTranspose3d(torch.nn.ConvTranspose3d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return _transposed(self, ops.conv_transpose3d, input, output_size)
+        return arguments.transposed(self, ops.conv_transpose3d, input, output_size)
 
 
 class MaxPool1d(torch.nn.MaxPool1d):
@@ -216,46 +182,12 @@ class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
         return ops.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
-def _norm_of_batch(layer: batchnorm._BatchNorm) -> tuple[Any, ...]:
-    """What `ops.batch_norm` takes behind the input; counts the batch, as torch does before it looks
-    at it.
-    """
-    tracks = layer.training and layer.track_running_stats
-    momentum = layer.momentum
-    if tracks and layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(layer.num_batches_tracked)
-    # running statistics are passed where they are to be updated, or used
-    passes = tracks or not layer.training
-    return (
-        layer.running_mean if passes else None,
-        layer.running_var if passes else None,
-        layer.weight,
-        layer.bias,
-        layer.training or (layer.running_mean is None and layer.running_var is None),
-        0.0 if momentum is None else momentum,
-        layer.eps,
-    )
-
-
-def _batch_norm(
-    layer: batchnorm._BatchNorm,
-    input: Tensor,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    layer._check_input_dim(input)
-    given = _norm_of_batch(layer)
-    return ops.batch_norm(input, *given, activation=activation, residual=residual)
-
-
 class BatchNorm1d(torch.nn.BatchNorm1d):
-    forward = _batch_norm
+    forward = arguments.batch_norm
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
-    forward = _batch_norm
+    forward = arguments.batch_norm
 
     def behind(
         self,
@@ -265,7 +197,7 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
         residual: Tensor | None = None,
     ) -> Tensor:
         """self(convolution(input)) of one without bias that pads with zeros, in training."""
-        *given, training, momentum, eps = _norm_of_batch(self)
+        *given, training, momentum, eps = arguments.norm_of_batch(self)
         return ops.conv2d_batch_norm(
             input,
             convolution.weight,
@@ -283,7 +215,7 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
 
 
 class BatchNorm3d(torch.nn.BatchNorm3d):
-    forward = _batch_norm
+    forward = arguments.batch_norm
 
 
 class GroupNorm(torch.nn.GroupNorm):

@@ -41,7 +41,7 @@ from tritorch.ops.l1_loss import huber_loss as huber_loss
 from tritorch.ops.l1_loss import l1_loss as l1_loss
 from tritorch.ops.l1_loss import smooth_l1_loss as smooth_l1_loss
 from tritorch.ops.layer_norm import layer_norm as layer_norm
-from tritorch.ops.matmul import linear as linear
+from tritorch.ops.linear import linear as linear
 from tritorch.ops.matmul import matmul as matmul
 from tritorch.ops.mse_loss import mse_loss as mse_loss
 from tritorch.ops.nll_loss import nll_loss as nll_loss

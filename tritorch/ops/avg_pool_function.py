@@ -17,6 +17,7 @@ from tritorch.ops.windows import Window
 
 kernels = launch.kernels("pool")
 kernels3d = launch.kernels("pool3d")
+window_kernels = launch.kernels("windows")
 
 
 def _averages(
@@ -73,7 +74,7 @@ def _plan_avg_pool(
         (input, y),
         (*stride, *padding, divisor),
         **windows.named("T R S", extents),
-        UNROLL=kernels.unrolled_taps(*extents),
+        UNROLL=window_kernels.unrolled_taps(*extents),
         **means,
     )
 
@@ -132,7 +133,7 @@ def _plan_avg_pool_backward(
         n * math.prod(pixels),
         (grad_output, grad_input),
         (*extents, *stride, *padding, divisor_override or 1),
-        **windows.counts(tuple(map(kernels.windows_per_cell, extents, stride, dilation))),
+        **windows.counts(tuple(map(window_kernels.windows_per_cell, extents, stride, dilation))),
         COUNT_INCLUDE_PAD=count_include_pad,
         HAS_DIVISOR=divisor_override is not None,
     )

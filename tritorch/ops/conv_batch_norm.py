@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tritorch import backend, binding, checks, repeats
-from tritorch.ops import conv_call
+from tritorch.ops import conv_call, conv_checks
 from tritorch.ops.conv import Pair, conv2d, conv2d_reference
 from tritorch.ops.conv_batch_norm_function import ConvolutionStatistics
-from tritorch.ops.norm import batch_norm, batch_norm_reference, check_shapes, check_statistics
+from tritorch.ops.norm import batch_norm, batch_norm_reference
+from tritorch.ops.norm_checks import check_shapes, check_statistics
 from tritorch.ops.norm_gradient import BatchNorm
 from tritorch.ops.norm_stages import keeps_bits
 from tritorch.ops.reduce import accumulator_dtype
@@ -105,7 +106,7 @@ def conv2d_batch_norm(
         eps = checks.number(_OP, "eps", eps)
     if input.dim() != 4:
         checks.fail(RuntimeError, _OP, "input must have 4 dimensions", input=input)
-    call = conv_call.checked(
+    call = conv_checks.checked(
         _OP, 2, input, weight, None, stride, padding, dilation, groups, activation
     )
     declined = check_shapes(
@@ -337,8 +338,8 @@ register(
             "depthwise.depthwise_conv2d_grad_weight_kernel",
             "matmul_tma.matmul_tma_kernel",
             "matmul_tma.matmul_tma_sum_kernel",
-            "norm.batch_norm_stats_kernel",
-            "norm.batch_norm_gather_stats_kernel",
+            "norm_stats.batch_norm_stats_kernel",
+            "norm_stats.batch_norm_gather_stats_kernel",
             "norm.batch_norm_forward_kernel",
             "norm.batch_norm_backward_reduce_kernel",
             "norm.batch_norm_grad_input_kernel",

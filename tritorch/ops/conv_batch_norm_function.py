@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tritorch import binding
 from tritorch.ops import depthwise, implicit_gemm
-from tritorch.ops.conv_function import Ints, describe, empty, gradients
+from tritorch.ops.conv_function import Ints, describe, gradients
+from tritorch.ops.conv_library import empty
 from tritorch.ops.geometry import Geometry
 from tritorch.ops.norm_stages import batch_norm_gather_stats, batch_norm_stats
 from tritorch.ops.reduce import accumulator_dtype

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritorch import launch
+from tritorch import descriptors, launch
 from tritorch.ops.activation_function import computes
 from tritorch.ops.geometry import Geometry, oriented, split
 from tritorch.ops.reduce import accumulator_dtype, split_sum
@@ -35,11 +35,11 @@ class _View(NamedTuple):
     block: tuple[int, ...]
 
     def at(self, tensor: Tensor) -> Any:
-        return launch.descriptor(tensor, *self)
+        return descriptors.descriptor(tensor, *self)
 
     def is_describable(self, itemsize: int) -> bool:
         # nor does the hardware take a stride of 0, which an expanded tensor has
-        return all(self.strides) and launch.describable(0, self.shape, self.strides, itemsize)
+        return all(self.strides) and descriptors.describable(0, self.shape, self.strides, itemsize)
 
 
 class Plan(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tritorch import launch
+from tritorch import descriptors
 
 
 class Entries(NamedTuple):
@@ -46,7 +46,7 @@ class Entries(NamedTuple):
         over_height = over_height if height > 1 else 8 * math.ceil(width / 8)
         over_batch = over_batch if batch > 1 else height * over_height
         strides = over_batch, over_height, over_width
-        if 0 in strides or not launch.describable(0, entries.shape, strides, itemsize):
+        if 0 in strides or not descriptors.describable(0, entries.shape, strides, itemsize):
             return None
         return View(entries.shape, strides, block, transposed)
 
@@ -61,4 +61,4 @@ class View(NamedTuple):
     transposed: bool
 
     def at(self, tensor: Tensor) -> Any:
-        return launch.descriptor(tensor, self.shape, self.strides, self.block)
+        return descriptors.descriptor(tensor, self.shape, self.strides, self.block)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritorch import launch
+from tritorch import hardware, launch
 from tritorch.ops import shared_tiles
 from tritorch.ops.matmul_entries import Entries, View
 from tritorch.ops.reduce import accumulator_dtype, split_sum
@@ -99,7 +99,7 @@ def processors(precision: str, *operands: Tensor) -> int:
     dtype = first.dtype
     if dtype not in _DTYPES and not (dtype == torch.float32 and precision == "tf32"):
         return 0
-    if not 90 <= launch.capability(first) < 100:
+    if not 90 <= hardware.capability(first) < 100:
         return 0
     for operand in operands:
         if operand.dtype != dtype or operand.data_ptr() % 16:

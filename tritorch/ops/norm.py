@@ -1,8 +1,7 @@
-"""Batch normalisation: reference, public function, checks, declaration."""
+"""Batch normalisation: reference, public function, declaration."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, binding, checks, repeats
-from tritorch.ops import strided
-from tritorch.ops.activation import check_epilogue, epilogue_reference
+from tritorch.ops.activation import epilogue_reference
+from tritorch.ops.norm_checks import check_shapes, check_statistics
 from tritorch.ops.norm_gradient import BatchNorm
 from tritorch.ops.norm_stages import keeps_bits
 from tritorch.ops.reduce import accumulator_dtype
@@ -147,85 +146,6 @@ def batch_norm(
         activation,
     )
     return output
-
-
-@checks.remembered
-def check_shapes(
-    op: str,
-    input: torch.Size,
-    residual: torch.Size | None,
-    running_mean: torch.Size | None,
-    running_var: torch.Size | None,
-    weight: torch.Size | None,
-    bias: torch.Size | None,
-    training: bool,
-    eps: float,
-    activation: str | None,
-    of: str = "input",
-    prefix: str = "",
-) -> str | None:
-    """Why the kernels do not take the call; `of` names what is normalised, and `prefix` begins the
-    names of weight and bias.
-    """
-    checks.flag(op, "training", training)
-    if (running_mean is None) != (running_var is None):
-        checks.fail(
-            ValueError if training else RuntimeError,
-            op,
-            "running_mean and running_var must both be tensors or both be None",
-            running_mean=running_mean,
-            running_var=running_var,
-        )
-    if not training and running_mean is None:
-        checks.fail(RuntimeError, op, "running statistics are needed outside training", input=input)
-    if training and len(input) and math.prod((*input[:1], *input[2:])) == 1:
-        checks.fail(
-            ValueError, op, "expected more than one value per channel in training", **{of: input}
-        )
-    if training and eps <= 0:
-        checks.fail(ValueError, op, "eps must be positive in training", eps=eps)
-    check_epilogue(op, activation)
-    vectors = {
-        "running_mean": running_mean,
-        "running_var": running_var,
-        f"{prefix}weight": weight,
-        f"{prefix}bias": bias,
-    }
-    channels = input[1] if len(input) > 1 else 0
-    for name, vector in vectors.items():
-        # of an empty input torch asks nothing of them
-        if vector is not None and math.prod(vector) != channels and 0 not in input:
-            checks.fail(
-                RuntimeError,
-                op,
-                f"{name} must have {channels} elements",
-                **{of: input, name: vector},
-            )
-    if len(input) < 2 and 0 not in input:
-        checks.fail(IndexError, op, "input must have a batch and a channel dimension", input=input)
-    if residual is not None and residual != input:
-        checks.fail(
-            RuntimeError,
-            op,
-            f"residual must have the {of}'s shape",
-            **{of: input, "residual": residual},
-        )
-    if len(input) > strided.RANK:
-        return f"{len(input)} dimensions"
-    if any(vector is not None and len(vector) != 1 for vector in vectors.values()):
-        return "parameters or statistics that are not vectors"
-    return None
-
-
-def check_statistics(op: str, training: bool, **running: Tensor | None) -> None:
-    """RuntimeError where running statistics require a gradient, or training cannot write them."""
-    for name, statistic in running.items():
-        if statistic is None:
-            continue
-        if statistic.requires_grad and torch.is_grad_enabled():
-            checks.fail(RuntimeError, op, f"{name} cannot require a gradient", **{name: statistic})
-        if training:
-            checks.writable(op, statistic)
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
@@ -416,8 +336,8 @@ register(
         op=batch_norm,
         reference=batch_norm_reference,
         kernels=(
-            "norm.batch_norm_stats_kernel",
-            "norm.batch_norm_gather_stats_kernel",
+            "norm_stats.batch_norm_stats_kernel",
+            "norm_stats.batch_norm_gather_stats_kernel",
             "norm.batch_norm_forward_kernel",
             "norm.batch_norm_backward_reduce_kernel",
             "norm.batch_norm_grad_input_kernel",

@@ -16,118 +16,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import strided
-from tritorch.ops.activation_function import computes, needs_output
+from tritorch.ops.norm_walk import FORWARD, GRAD_INPUT, REDUCE, STATS, walk_of
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype
-from tritorch.ops.strided import Layout
 
-kernels = launch.kernels("norm")
-reduce_kernels = launch.kernels("reduce")
-
-_STATS = "batch_norm_stats_kernel"
-_FORWARD = "batch_norm_forward_kernel"
-_REDUCE = "batch_norm_backward_reduce_kernel"
-_GRAD_INPUT = "batch_norm_grad_input_kernel"
+kernels = launch.kernels("norm_stats")
 
 # channels whose bits lie together: those of the widest tile
 _PANEL = 64
-
-
-class _Walk(NamedTuple):
-    """How programs share out tensors of one shape."""
-
-    # programs per block of channels
-    slices: int
-    run: launch.Prepared
-
-
-def _walk(
-    kernel: str,
-    *tensors: Tensor | None,
-    activation: str | None = None,
-    count: int | None = None,
-    in_order: bool = False,
-) -> _Walk:
-    """The walk of a kernel along the memory of the last tensor, or over its rows in their order."""
-    layouts = [None if tensor is None else Layout.of(tensor) for tensor in tensors]
-    return _plan_walk(kernel, activation, count, in_order, *layouts)
-
-
-@launch.planned
-def _plan_walk(
-    kernel: str,
-    activation: str | None,
-    count: int | None,
-    in_order: bool,
-    *tensors: Layout | None,
-) -> _Walk:
-    reduces = kernel in (_STATS, _REDUCE)
-    given = [tensor for tensor in tensors if tensor is not None]
-    last = given[-1]
-    channels = last.shape[1]
-    rows = math.prod(last.shape) // channels
-    images = [(tensor.strides[0], *tensor.strides[2:]) for tensor in given]
-    nest_of = strided.nest_in_order if in_order else strided.nest_of
-    nest = nest_of("batch_norm", (last.shape[0], *last.shape[2:]), *images)
-    vector = _vector(given, nest)
-    config = launch.config(
-        kernels.batch_norm_config,
-        channels > 1 and last.stride(1) == 1,
-        channels,
-        max(vector),
-        last.itemsize,
-        computes(activation),
-    )
-    blocks = math.ceil(channels / config.kwargs["BLOCK_C"])
-    tiles = math.ceil(rows / config.kwargs["BLOCK_R"])
-    if reduces:
-        least = kernels.MIN_STEPS
-        splits = reduce_kernels.num_splits(blocks, tiles, least, kernels.REDUCTIONS)
-        steps = math.ceil(tiles / splits)
-    else:
-        steps = kernels.num_steps(blocks * tiles)
-    slices = math.ceil(tiles / steps)
-    along = iter(nest.strides)
-    # of each tensor along the channels and along the nest; zeros for None
-    strides: tuple[int, ...] = ()
-    for tensor in tensors:
-        strides += (0,) * 6 if tensor is None else (tensor.stride(1), *next(along))
-    # the rows of the last tiles pass the end
-    overrun = (steps + 1) * config.kwargs["BLOCK_R"]
-    wide = rows + overrun >= 2**31 or any(strided.is_wide(t.shape, t.strides) for t in given)
-    constants = {"INDEX_64": wide, "VECTOR_R": vector[0], "VECTOR_C": vector[1]}
-    if kernel != _STATS:
-        constants["ACTIVATION"] = activation
-    if kernel in (_REDUCE, _GRAD_INPUT):
-        constants["FROM_OUTPUT"] = activation is not None and needs_output(activation)
-    # channels, rows, tiles of a program, and the loop nest over the rows without the outermost
-    sizes = (channels, rows, steps, *nest.sizes[1:])
-    numbers = (*sizes, *strides) if count is None else (*sizes, count, *strides)
-    prepared = launch.Prepared(
-        getattr(kernels, kernel), (blocks * slices,), numbers, config, **constants
-    )
-    return _Walk(slices, prepared)
-
-
-def _vector(tensors: Sequence[Layout], nest: strided.Nest) -> tuple[int, int]:
-    """Rows and channels, 16 bytes at most, that lie together and aligned in every tensor."""
-    vector = 16 // tensors[0].itemsize
-    along_channels = [tensor.stride(1) for tensor in tensors]
-    if all(stride == 1 for stride in along_channels):
-        strides = (stride for along in nest.strides for stride in along)
-        return 1, math.gcd(vector, tensors[0].shape[1], *strides)
-    # the innermost dimension of the nest; behind it is padding
-    inner = max((dim for dim, size in enumerate(nest.sizes) if size > 1), default=0)
-    if any(along[inner] != 1 for along in nest.strides):
-        return 1, 1
-    outer = (s for along in nest.strides for dim, s in enumerate(along) if dim != inner)
-    return math.gcd(vector, nest.sizes[inner], *along_channels, *outer), 1
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -159,7 +61,7 @@ def batch_norm_stats(
 
 def _statistics(input: Tensor) -> Tensor:
     """Mean, sum of squared deviations and count of each channel of each slice, (slices, 3, C)."""
-    walk = _walk(_STATS, input)
+    walk = walk_of(STATS, input)
     dtype = accumulator_dtype(input.dtype)
     statistics = input.new_empty((walk.slices, 3, input.shape[1]), dtype=dtype)
     walk.run(input, input, statistics)
@@ -281,7 +183,7 @@ def batch_norm_elemt(
     `mean`, `var`, `weight` and `bias` are (C,); the output has the input's order of dimensions.
     """
     output = strided.empty_like(input)
-    walk = _walk(_FORWARD, input, residual, output, activation=activation)
+    walk = walk_of(FORWARD, input, residual, output, activation=activation)
     channels = map(_contiguous, (mean, var, weight, bias))
     walk.run(input, input, residual, *channels, output, None, floats=(eps,))
     return output
@@ -329,7 +231,7 @@ def batch_norm_elemt_bits(
     lowest bit on, and the rows are batch and pixels in their order, whatever the strides.
     """
     output, bits = _bits_outputs(input)
-    walk = _walk(_FORWARD, input, residual, output, activation=activation, in_order=True)
+    walk = walk_of(FORWARD, input, residual, output, activation=activation, in_order=True)
     channels = map(_contiguous, (mean, var, weight, bias))
     walk.run(input, input, residual, *channels, output, bits, floats=(eps,))
     return output, bits
@@ -375,7 +277,7 @@ def batch_norm_backward_reduce(
     written = None if saved is None else masked
     in_bits = saved is not None and saved.dtype == torch.uint8
     tensors = grad_output, None if in_bits else saved, written, input
-    walk = _walk(_REDUCE, *tensors, activation=activation, in_order=in_bits)
+    walk = walk_of(REDUCE, *tensors, activation=activation, in_order=in_bits)
     partial = sums
     if walk.slices > 1:
         partial = sums.new_empty((walk.slices, *sums.shape))
@@ -416,7 +318,7 @@ def batch_norm_backward_elemt(
     else its operand is computed again.
     """
     grad_input = grad_output.new_empty_strided(grad_output.shape, stride)
-    walk = _walk(_GRAD_INPUT, grad_output, input, grad_input, activation=activation, count=count)
+    walk = walk_of(GRAD_INPUT, grad_output, input, grad_input, activation=activation, count=count)
     channels = map(_contiguous, (mean, var, weight, bias))
     walk.run(grad_output, grad_output, input, *channels, sums, grad_input, floats=(eps,))
     return grad_input

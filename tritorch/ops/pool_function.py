@@ -17,6 +17,7 @@ from tritorch.ops.windows import Window
 
 kernels = launch.kernels("pool")
 kernels3d = launch.kernels("pool3d")
+window_kernels = launch.kernels("windows")
 
 
 def _outputs(
@@ -71,7 +72,7 @@ def _plan_max_pool(
         [number for numbers in spacing for number in numbers],
         **_adaptive(window, input.shape[2:], size),
         **windows.named("T R S", extents),
-        UNROLL=kernels.unrolled_taps(*extents),
+        UNROLL=window_kernels.unrolled_taps(*extents),
         **kept,
     )
 
@@ -114,7 +115,11 @@ def _plan_max_pool_backward(window: Window, *images: Layout) -> launch.Prepared:
         return rows
     extents, stride, padding, dilation = windows.split(window)
     adaptive = windows.is_adaptive(window)
-    if len(size) == 2 and not adaptive and kernels.holds_windows(*extents, *stride, *dilation):
+    if (
+        len(size) == 2
+        and not adaptive
+        and window_kernels.holds_windows(*extents, *stride, *dilation)
+    ):
         cells = tuple(
             (size - 1 + before) // step + 1
             for size, before, step in zip(pixels, padding, stride, strict=True)
@@ -132,7 +137,7 @@ def _plan_max_pool_backward(window: Window, *images: Layout) -> launch.Prepared:
     if adaptive:
         counts = tuple(map(windows.largest, size, pixels))
     else:
-        counts = tuple(map(kernels.windows_per_cell, extents, stride, dilation))
+        counts = tuple(map(window_kernels.windows_per_cell, extents, stride, dilation))
     over_pixels = (sizes, n * math.prod(pixels), images)
     if len(size) == 2:
         kernel = kernels.max_pool2d_backward_loop_kernel

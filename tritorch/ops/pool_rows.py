@@ -12,7 +12,7 @@ from tritorch.ops.strided import Layout
 from tritorch.ops.windows import Window
 
 kernels = launch.kernels("pool_rows")
-pool_kernels = launch.kernels("pool")
+window_kernels = launch.kernels("windows")
 
 
 def forward(
@@ -47,10 +47,10 @@ def backward(
         return None
     sizes, counts = _volume(grad_input.shape[2:]), _volume(grad_output.shape[2:])
     extents, stride, padding, dilation = windows.split(_of_a_volume(window))
-    reaching = tuple(map(pool_kernels.windows_per_cell, extents[:2], stride[:2], dilation[:2]))
+    reaching = tuple(map(window_kernels.windows_per_cell, extents[:2], stride[:2], dilation[:2]))
     first, reaching_w = kernels.column_windows(extents[2], stride[2], padding[2], dilation[2])
     reaching = (*reaching, reaching_w)
-    if not pool_kernels.are_held(math.prod(reaching), math.prod(stride)):
+    if not window_kernels.are_held(math.prod(reaching), math.prod(stride)):
         return None
     cells = tuple(
         (size - 1 + before) // step + 1
@@ -78,7 +78,7 @@ def _takes(window: Window, images: Sequence[Layout]) -> bool:
     return (
         stride[-1] in kernels.STEPS
         and images[0].shape[-1] == images[1].shape[-1] * stride[-1]
-        and math.prod(extents) <= pool_kernels.MAX_UNROLL
+        and math.prod(extents) <= window_kernels.MAX_UNROLL
         and all(_is_dense(image) for image in images)
     )
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from tritorch import checks, launch
 from tritorch.ops import geometry, strided
 
-kernels = launch.kernels("pool")
+kernels = launch.kernels("windows")
+pool_kernels = launch.kernels("pool")
 kernels3d = launch.kernels("pool3d")
 
 # one number for every axis, or one for each
@@ -265,7 +266,7 @@ def prepared(
     written = images[-1]
     channels, channels_last = written.shape[1], written.stride(1) == 1
     if len(written.shape) == 4 or flat:
-        config = launch.config(kernels.pool_config, channels_last, channels, written.itemsize)
+        config = launch.config(pool_kernels.pool_config, channels_last, channels, written.itemsize)
     else:
         config = launch.config(kernels3d.pool3d_config, channels_last, written.itemsize)
     block_pixels, block_c = config.kwargs["BLOCK_PIXELS"], config.kwargs["BLOCK_C"]

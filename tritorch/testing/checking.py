@@ -20,12 +20,12 @@ from tritorch.registry import Maker, OpSpec, Sample
 from tritorch.testing import (
     describe,
     dry,
-    examine,
     hosting,
     interpreter,
     parts,
     reproduction,
     requests,
+    schedule,
     supervise,
 )
 from tritorch.testing.errors import RequestError
@@ -46,7 +46,7 @@ def check(
     reference: Callable[..., Any] | str | None = None,
     samples: Samples | None = None,
     *,
-    level: examine.Level = "quick",
+    level: schedule.Level = "quick",
     seed: int = 0,
     case: str | Mapping[str, Any] = "",
     dtypes: Iterable[torch.dtype] | None = None,
@@ -112,7 +112,7 @@ def check(
     if reproductions is not None:
         # before minutes of work
         Path(reproductions).mkdir(parents=True, exist_ok=True)
-    _must_be_one_of("level", level, examine.LEVELS)
+    _must_be_one_of("level", level, schedule.LEVELS)
     _must_be_one_of("contract", contract, ("ieee", "tf32"))
     _must_be_one_of("device", device or "cpu", ("cpu", "cuda"))
     targets = tuple(targets)

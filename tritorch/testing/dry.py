@@ -13,15 +13,14 @@ import functools
 import inspect
 import math
 import re
-import subprocess
-import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+
+from tritorch.testing.resources import Resources, of_compiled
 
 
 @dataclass(frozen=True)
@@ -304,99 +303,14 @@ def _describe(
     return f"{shown} on ({', '.join(f'{name} {kind}' for name, kind in pointers.items())})"
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one compiled kernel takes on the device.
-
-    `registers`: 32-bit registers per thread.  `stack`: bytes of local memory per thread, which is
-    where spilled registers live.  `shared`: bytes of shared memory per block.  The rest is read off
-    the machine code, which is disassembled when first asked for.
-    """
-
-    registers: int
-    stack: int
-    shared: int
-    num_warps: int
-    _spilled: int | None = field(repr=False, compare=False)
-    _code: bytes | str = field(repr=False, compare=False)
-
-    @property
-    def code(self) -> str:
-        """The machine code as text: SASS, or AMD's assembly."""
-        return self._code if isinstance(self._code, str) else _disassembly(self._code)
-
-    @property
-    def opcodes(self) -> Counter[str]:
-        """How often each instruction occurs, by its name with modifiers (`LDG.E.128`)."""
-        return _opcodes(self._code)
-
-    def count(self, *names: str) -> int:
-        """Instructions whose opcode without modifiers is one of `names`."""
-        return sum(n for opcode, n in self.opcodes.items() if opcode.split(".")[0] in names)
-
-    @property
-    def spills(self) -> int:
-        """CUDA: instructions that access local memory (LDL, STL); AMD: registers spilled."""
-        return self.count("LDL", "STL") if self._spilled is None else self._spilled
-
-    @property
-    def tensor_core_instructions(self) -> int:
-        """HMMA, HGMMA, UTCHMMA, QGMMA, DMMA and the like; mfma on AMD."""
-        return sum(n for opcode, n in self.opcodes.items() if _TENSOR_CORE.match(opcode))
-
-    @property
-    def serialized(self) -> bool:
-        """Hopper: every product is waited for before the next one is issued.
-
-        The compiler does so, and says it where Triton does not show it, if other instructions write
-        the sums between the first product and the last: those of a loop that may not run at all.
-        """
-        products = "" if isinstance(self._code, str) else _products(self._code)
-        return products.count("p") > 1 and products == "pw" * products.count("p")
-
-    @property
-    def wide_loads(self) -> int:
-        """Global loads of 128 bits or more per thread, asynchronous copies included."""
-        return sum(n for opcode, n in self.opcodes.items() if _WIDE_LOAD.match(opcode))
-
-    @property
-    def wide_stores(self) -> int:
-        """Global stores of 128 bits or more per thread."""
-        return sum(n for opcode, n in self.opcodes.items() if _WIDE_STORE.match(opcode))
-
-
-_TENSOR_CORE = re.compile(r"[A-Z]+MMA(\.|$)|v_(s?mfma|wmma|smfmac)")
 _MATRIX_PRODUCT = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_(s?mfma|wmma|smfmac))")
-_WIDE_LOAD = re.compile(r"(LDG|LDGSTS)\..*(128|256)|(global|buffer)_load_(dwordx4|b128)")
-_WIDE_STORE = re.compile(r"STG\..*(128|256)|(global|buffer)_store_(dwordx4|b128)")
 # a 16-bit product in Triton's own intermediate language, before any target has had its say
 _SIXTEEN_BIT_DOT = re.compile(r"\btt\.dot\b[^\n]*: tensor<[0-9x]+x(?:bf16|f16)")
 
 
 def resources(kernel: Any) -> Resources:
     """The resources of a `Launch`, or of Triton's own CompiledKernel."""
-    compiled = kernel.compiled if isinstance(kernel, Launch) else kernel
-    metadata = compiled.metadata
-    if metadata.target.backend == "cuda":
-        cubin = compiled.asm["cubin"]
-        registers, stack = _usage(cubin)
-        return Resources(registers, stack, metadata.shared, metadata.num_warps, None, cubin)
-    text = compiled.asm["amdgcn"]
-
-    def directive(name: str) -> int:
-        found = re.search(rf"^\s+\.{name}:\s+(\d+)", text, re.MULTILINE)
-        if found is None:
-            raise RuntimeError(f"dry.resources: {metadata.name} has no .{name} in its assembly")
-        return int(found[1])
-
-    return Resources(
-        registers=directive("vgpr_count"),
-        stack=directive("private_segment_fixed_size"),
-        shared=metadata.shared,
-        num_warps=metadata.num_warps,
-        _spilled=directive("vgpr_spill_count") + directive("sgpr_spill_count"),
-        _code=text,
-    )
+    return of_compiled(kernel.compiled if isinstance(kernel, Launch) else kernel)
 
 
 def problems(launch: Launch, target: str | Target) -> list[str]:
@@ -408,7 +322,7 @@ def problems(launch: Launch, target: str | Target) -> list[str]:
         found.append(f"needs {used.shared} bytes of shared memory of {limits.shared_memory}")
     if used.registers > limits.registers:
         found.append(f"needs {used.registers} registers per thread of {limits.registers}")
-    if used.stack or used._spilled:
+    if used.stack or used.spilled:
         kind = "local-memory instructions" if limits.backend == "cuda" else "spilled registers"
         found.append(f"spills: {used.stack} bytes of stack per thread, {used.spills} {kind}")
     assembly = launch.compiled.asm
@@ -418,43 +332,3 @@ def problems(launch: Launch, target: str | Target) -> list[str]:
     if dots and not _MATRIX_PRODUCT.search(assembly.get("ptx") or assembly["amdgcn"]):
         found.append(f"has {dots} 16-bit dot products and no tensor-core instruction")
     return [f"{launch.kernel} on {limits.name} {text} ({launch.config})" for text in found]
-
-
-@functools.cache
-def _usage(cubin: bytes) -> tuple[int, int]:
-    text = _cuobjdump(cubin, "-res-usage")
-    # a kernel and the functions it does not inline each have a line
-    used = re.findall(r"REG:(\d+) STACK:(\d+)", text)
-    if not used:
-        raise RuntimeError(f"dry: cuobjdump printed no resource usage: {text}")
-    return max(int(r) for r, _ in used), max(int(s) for _, s in used)
-
-
-@functools.cache
-def _opcodes(code: bytes | str) -> Counter[str]:
-    if isinstance(code, str):
-        return Counter(re.findall(r"^\t([a-z]\w*_\w+)", code, re.MULTILINE))
-    text = _disassembly(code)
-    return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text))
-
-
-@functools.cache
-def _products(cubin: bytes) -> str:
-    """The machine code's products of warp groups, p, and its waits until none is left, w."""
-    found = re.findall(r"(HGMMA)|WARPGROUP\.DEPBAR\.LE gsb0, 0x0", _disassembly(cubin))
-    return "".join("p" if product else "w" for product in found)
-
-
-@functools.cache
-def _disassembly(cubin: bytes) -> str:
-    return _cuobjdump(cubin, "-sass")
-
-
-def _cuobjdump(cubin: bytes, *flags: str) -> str:
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, *flags, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

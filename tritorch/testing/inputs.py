@@ -1,4 +1,4 @@
-"""What the arguments of a function look like, in a line of text, and the sizes to try it with.
+"""What the arguments of a function look like, in a line of text.
 
     x[M, K] weight[N, K%16] index[M]:int64<K eps=1e-5 shape=(M, 2) N=64
 
@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-import itertools
 import math
-import random
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +23,6 @@ import torch
 from torch import Tensor
 
 from tritorch.registry import Argument, Maker, Sample
-from tritorch.testing import calls
 from tritorch.testing.errors import RequestError
 
 Sizes = Mapping[str, int]
@@ -33,12 +30,6 @@ Sizes = Mapping[str, int]
 _TENSOR = re.compile(r"(?P<name>\w+)\[(?P<sizes>[^\]]*)\](?::(?P<dtype>\w+)(?:<(?P<bound>\w+))?)?")
 _VALUE = re.compile(r"(?P<name>\w+)=(?P<value>\([^)]*\)|\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[^\s]+)")
 _SIZE = re.compile(r"(?P<size>\w+)(?:%(?P<multiple>\d+))?")
-# elements of one tensor that the interpreter goes through in a moment
-_MOST = {"quick": 1 << 14, "full": 1 << 17, "soak": 1 << 19}
-# times as many, where a tile is that large
-_BEYOND = 4
-# small, different from each other, and no multiples of each other
-_SMALL = (5, 3, 7, 2, 11, 13)
 
 
 @dataclass(frozen=True)
@@ -245,171 +236,3 @@ def _tensor(tensor: TensorInput, sizes: Sizes, make: Maker) -> Tensor:
         return make(*shape).to(dtype)
     bound = sizes[tensor.bound] if isinstance(tensor.bound, str) else tensor.bound
     return make.classes(*shape, count=2 if bound is None else bound, dtype=dtype)
-
-
-def tile_sizes(launches: Iterable[Any]) -> tuple[int, ...]:
-    """The sizes of tiles that launches used: their constants that look like one, ascending.
-
-    `launches` have `constants`, as the detectors and the dry driver record them.
-    """
-    named: set[int] = set()
-    others: set[int] = set()
-    for launch in launches:
-        for name, value in launch.constants.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 1 << 16:
-                continue
-            is_tile = re.search(r"block|tile|chunk|^b[a-z]$", name, re.IGNORECASE) is not None
-            if is_tile:
-                named.add(value)
-            elif value & (value - 1) == 0 and not re.search(
-                r"warp|stage|group|num|split", name, re.IGNORECASE
-            ):
-                others.add(value)
-    return tuple(sorted(named or others))
-
-
-def sizes_around(tiles: Sequence[int], level: str) -> tuple[int, ...]:
-    """Sizes at the edges of tiles: 1, one less, the tile, one more, just over two."""
-    edges = {1}
-    chosen = tiles if level != "quick" else sorted({*tiles[:1], *tiles[-1:]})
-    for tile in chosen:
-        edges |= {tile, tile + 1}
-        if level != "quick":
-            edges |= {tile - 1, 2 * tile - 1, 2 * tile + 1}
-    return tuple(sorted(edges - {0}))
-
-
-def choices(inputs: Inputs, tiles: Sequence[int], level: str, seed: int) -> list[dict[str, int]]:
-    """The sizes to try, the most telling first: each size in turn crosses every edge.
-
-    One size is varied while the others are small, because the interpreter's time goes with the
-    number of programs; then all are beyond a tile, and beyond quick some are drawn at random.
-    """
-    letters = inputs.letters
-    small = {
-        letter: inputs.allowed(letter, size)
-        for letter, size in zip(letters, itertools.cycle(_SMALL), strict=False)
-    }
-    found = [small]
-    tiles = tiles or (16,)
-    least = min(tiles)
-    # beyond one tile in every direction, by another number in each
-    found.append({letter: small[letter] + least for letter in letters})
-    # a whole number of tiles tells least
-    edges = sorted(
-        sizes_around(tiles, level),
-        key=lambda edge: (edge in tiles, edge != max(tiles) + 1, edge > 1, -edge),
-    )
-    for edge in edges:
-        for letter in letters:
-            found.append(small | {letter: edge})
-    if level != "quick":
-        found += [dict.fromkeys(letters, edge) for edge in edges]
-        draw = random.Random(seed)
-        most = 2 * max(tiles) + 1
-        for _ in range(10 if level == "full" else 200):
-            found.append({letter: draw.randint(1, min(most, 80)) for letter in letters})
-    allowed = [
-        {letter: inputs.allowed(letter, size) for letter, size in sizes.items()} for sizes in found
-    ]
-    kept = []
-    for number, sizes in enumerate(allowed):
-        # the second, beyond a tile in every direction, is left out where it is too large
-        if number != 1 and inputs.elements(sizes) > _MOST[level]:
-            # a size beyond a large tile is worth more than the others are
-            longest = max(sizes, key=lambda letter: sizes[letter])
-            ones = {letter: inputs.allowed(letter, 1) for letter in letters}
-            sizes = ones | {longest: sizes[longest]}
-        if inputs.elements(sizes) <= (1 if number < 2 else _BEYOND) * _MOST[level]:
-            kept.append(sizes)
-    unique = list({tuple(sizes.items()): sizes for sizes in kept or allowed[:1]}.values())
-    return unique[: {"quick": 12, "full": 60, "soak": 400}[level]]
-
-
-def apart(inputs: Inputs, taken: Iterable[Sizes]) -> dict[str, int]:
-    """Small sizes none of which is taken, so that no cache can know them."""
-    known = [dict(sizes) for sizes in taken]
-    found: dict[str, int] = {}
-    # of many dimensions smaller ones
-    for least in (17, 9, 4):
-        found = {}
-        for letter in inputs.letters:
-            used = {sizes.get(letter) for sizes in known} | set(found.values())
-            candidates = (inputs.allowed(letter, size) for size in itertools.count(least))
-            found[letter] = next(size for size in candidates if size not in used)
-        if inputs.elements(found) <= _MOST["quick"]:
-            break
-    return found
-
-
-def empties(inputs: Inputs) -> list[dict[str, int]]:
-    """One choice of sizes for each letter that is 0."""
-    small = dict(zip(inputs.letters, itertools.cycle(_SMALL), strict=False))
-    small = {letter: inputs.allowed(letter, size) for letter, size in small.items()}
-    # there is no index into nothing
-    bounds = {tensor.bound for tensor in inputs.tensors}
-    return [small | {letter: 0} for letter in inputs.letters if letter not in bounds]
-
-
-# what functions of one to three tensors commonly look like; before each its more general forms
-_COMMON = {
-    1: ("{0}[M, N]", "{0}[N]", "{0}[N, C, H, W]", "{0}[B, M, N]"),
-    2: (
-        "{0}[M, K] {1}[K, N]",
-        "{0}[M, K] {1}[N, K]",
-        "{0}[M, N] {1}[M, N]",
-        "{0}[N] {1}[N]",
-        "{0}[M, N] {1}[N]",
-        "{0}[M, V] {1}[M]:int64<V",
-        "{0}[V, D] {1}[M]:int64<V",
-        "{0}[M]:int64<V {1}[V, D]",
-        "{0}[N, C, H, W] {1}[K, C, 3, 3]",
-    ),
-    3: (
-        "{0}[M, K] {1}[K, N] {2}[N]",
-        "{0}[M, K] {1}[N, K] {2}[N]",
-        "{0}[B, H, M, D] {1}[B, H, N, D] {2}[B, H, N, D]",
-        "{0}[M, N] {1}[M, N] {2}[M, N]",
-        "{0}[M, N] {1}[N] {2}[N]",
-        "{0}[N] {1}[N] {2}[N]",
-    ),
-}
-_INDEX = re.compile(r"target|label|ind(ex|ices)|idx|ids?$|token", re.IGNORECASE)
-_AFFINE = re.compile(r"weight|bias|gamma|beta|scale|shift|^[wb]$", re.IGNORECASE)
-
-
-def guess(fn: Callable[..., Any], reference: Callable[..., Any]) -> str:
-    """The first common description with which the reference works, those first that suit the names.
-
-    Parameters with defaults keep them.  Raises ValueError where none fits.
-    """
-    parameters = inspect.signature(fn).parameters.values()
-    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    names = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
-    patterns = sorted(_COMMON.get(len(names), ()), key=lambda text: _unlikely(text, names))
-    for pattern in patterns:
-        text = pattern.format(*names)
-        inputs = parse(text)
-        sizes = dict(zip(inputs.letters, itertools.cycle(_SMALL), strict=False))
-        arguments = inputs.sample(sizes, Maker(seed="guess")).arguments
-        try:
-            result = calls.outputs_of(calls.call(reference, arguments))
-        except Exception:
-            continue
-        if result:
-            return text
-    raise RequestError(
-        f"inputs: what {getattr(fn, '__name__', fn)}({', '.join(names)}) takes cannot be guessed: "
-        "say what its arguments look like, for example 'x[M, K] weight[N, K] eps=1e-5'"
-    )
-
-
-def _unlikely(pattern: str, names: Sequence[str]) -> int:
-    """How many of the names suggest another thing: a target is an index, a bias has no rows."""
-    tensors = parse(pattern.format(*names)).tensors
-    wrong = 0
-    for tensor in tensors:
-        wrong += (tensor.dtype is not None) != (_INDEX.search(tensor.name) is not None)
-        broadcasts = tensor is not tensors[0] and _AFFINE.search(tensor.name) is not None
-        wrong += broadcasts and tensor.sizes == tensors[0].sizes
-    return wrong

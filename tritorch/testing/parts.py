@@ -13,7 +13,7 @@ import torch
 
 from tritorch import backend, launch
 from tritorch.registry import Maker, OpSpec, Sample, Subject
-from tritorch.testing import configurations, errors, examine, gpu_limits, hints, steps
+from tritorch.testing import configurations, errors, gpu_limits, hints, schedule, steps
 from tritorch.testing.findings import Finding
 from tritorch.testing.inputs import Inputs
 from tritorch.testing.requests import Asked, Request, Say, find, folder_of
@@ -67,11 +67,11 @@ def battery_part(request: Request, found: Asked, say: Say) -> None:
         again=request.step,
     )
 
-    def name_of(step: examine.Step) -> str:
+    def name_of(step: schedule.Step) -> str:
         # a case in words need not be one of those that the inputs, level and seed give
         return steps.id_of(steps.words_of(step)) if request.step is None else ""
 
-    def doing(step: examine.Step, of: examine.Step | None = None) -> None:
+    def doing(step: schedule.Step, of: schedule.Step | None = None) -> None:
         say(
             "doing",
             property=step.section,
@@ -81,7 +81,7 @@ def battery_part(request: Request, found: Asked, say: Say) -> None:
             folder=folder,
         )
 
-    def in_words(step: examine.Step) -> steps.Words:
+    def in_words(step: schedule.Step) -> steps.Words:
         """What another process needs to know of a step, some of which only all of them tell."""
         words = steps.words_of(step)
         if examination.subject.gradients != found.subject.gradients:
@@ -92,7 +92,7 @@ def battery_part(request: Request, found: Asked, say: Say) -> None:
             words["configurations"] = examination.shown_configurations(number)
         return words
 
-    def mistakes(step: examine.Step) -> bool:
+    def mistakes(step: schedule.Step) -> bool:
         found = examination.mistakes()
         for mistake in found:
             if mistake.key not in known:

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tritorch.testing import absent_gpu, dry
+from tritorch.testing import absent_gpu, dry, resources
 
 _CPU = torch.device("cpu")
 
@@ -255,7 +255,7 @@ class _Driver:
         module, function, *rest = self._inner.load_binary(name, binary, shared, device)
         # host code divides by the registers of a kernel to find how many blocks fit
         cuda = absent_gpu.target().backend == "cuda"
-        return module, function, dry._usage(binary)[0] if cuda else 128, *rest[1:]
+        return module, function, resources.usage(binary)[0] if cuda else 128, *rest[1:]
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         known: dict[str, int] = self._inner.get_device_properties(device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tritorch.registry import FLOATING, Maker, OpSpec, Sample, Subject
-from tritorch.testing import describe, examine, hosting, steps
+from tritorch.testing import describe, hosting, input_guess, input_sizes, schedule, steps
 from tritorch.testing import inputs as texts
 from tritorch.testing.calls import map_tensors
 from tritorch.testing.errors import RequestError
@@ -35,7 +35,7 @@ class Request:
     target: str
     reference: str = ""
     inputs: str = ""
-    level: examine.Level = "quick"
+    level: schedule.Level = "quick"
     seed: int = 0
     case: str = ""
     # a case in words, see `steps`: it alone, of whatever other inputs, level and seed would do
@@ -124,11 +124,11 @@ def asked(
         shown = getattr(reference, "__name__", "")
         guessing = "guess of inputs, the first calls of the reference"
         say("doing", property=guessing, case=shown, folder=folder_of(reference))
-        samples = texts.guess(fn, reference)
+        samples = input_guess.guess(fn, reference)
         notes.append(f"inputs guessed: {samples}")
     if isinstance(samples, str):
         text = texts.parse(samples, fn)
-        first = texts.choices(text, (), "quick", 0)
+        first = input_sizes.choices(text, (), "quick", 0)
         make = text.samples(first)
     elif callable(samples):
         make = _named(samples)

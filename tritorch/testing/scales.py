@@ -1,16 +1,136 @@
-"""Derives from its reference how large the terms of a subject's results are, for each result."""
+"""Derives how large the terms of results are, from the function or from a subject's reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from tritorch.registry import Argument, Subject
-from tritorch.testing import tolerances
 from tritorch.testing.calls import call, map_tensors, outputs_of, tensors_of
+from tritorch.testing.tolerances import COMPOSITE_TERMS, root_mean_square
+
+# far above the roundoff of float64, far below what makes the second order matter
+_STEP = 2.0**-20
+_PROBES = 16
+
+
+class Scale(TypedDict, total=False):
+    """K, s1 and s2 of one tensor, each of its shape, float64: keyword arguments of `compare`.
+
+    A composite op has no `magnitude`.
+    """
+
+    terms: Tensor
+    magnitude: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of a function's output and, argument by argument, of its gradients.
+
+    A gradient's is None for an argument that has none, and for all without a `grad_output`.
+    """
+
+    output: Scale
+    grads: tuple[Scale | None, ...]
+
+
+def derive_scales(
+    function: Callable[..., Tensor], args: Sequence[Any], grad_output: Tensor | None = None
+) -> Scales:
+    """K, s1 and s2 of `function(*args)`, and of its gradients with respect to `args`.
+
+    `function` is linear in each floating-point tensor of `args`, with no negative coefficient of
+    its own (matmul, convolution, average pooling; an added bias is one more term).  Other
+    arguments, None included, pass through.  It runs in float64 on ones, on magnitudes and on
+    squares, and is differentiated by autograd with ones, |grad_output| and grad_output^2.  Of an
+    average over k elements K comes out as 1 and s2 as sqrt(k) times too large: their product
+    sqrt(K) s2, which is what the rule uses, comes out right.
+    """
+    kinds = torch.ones_like, torch.abs, torch.square
+    results = [_evaluate(function, args, grad_output, kind) for kind in kinds]
+    output, *grads = (
+        None
+        if terms is None or magnitude is None or squares is None
+        else Scale(terms=terms, magnitude=magnitude, scale=squares.sqrt())
+        for terms, magnitude, squares in zip(*results, strict=True)
+    )
+    assert output is not None
+    return Scales(output, tuple(grads))
+
+
+def derive_conditions(
+    function: Callable[..., Tensor], args: Sequence[Any], grad_output: Tensor | None = None
+) -> Scales:
+    """K and s2 of a composite function, and of its gradients.
+
+    s2 is |t| + rms(t) plus the root mean square of the result's change, per unit, over random
+    relative perturbations of every floating-point tensor of `args` and of `grad_output`: a stable
+    algorithm's result is a slightly perturbed problem's.  Where the function refuses that, as one
+    of probabilities refuses more than 1, the perturbations are towards zero.  The function, which
+    runs in float64, must be differentiable where it is asked.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draws(tensor: Tensor) -> Tensor:
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        return drawn.to(tensor.device)
+
+    def shake(tensor: Tensor) -> Tensor:
+        return tensor * (1 + _STEP * draws(tensor))
+
+    def shrink(tensor: Tensor) -> Tensor:
+        return tensor * (1 - _STEP * draws(tensor).abs())
+
+    def evaluate(kind: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+        return _evaluate(function, args, grad_output, kind)
+
+    results = [evaluate(torch.clone)]
+    try:
+        results += [evaluate(shake) for _ in range(_PROBES)]
+    except (RuntimeError, ValueError):
+        results[1:] = [evaluate(shrink) for _ in range(_PROBES)]
+    output, *grads = (_condition(*found) for found in zip(*results, strict=True))
+    assert output is not None
+    return Scales(output, tuple(grads))
+
+
+def _condition(still: Tensor | None, *shaken: Tensor | None) -> Scale | None:
+    if still is None:
+        return None
+    moves = torch.stack([result - still for result in shaken if result is not None]) / _STEP
+    moved = moves.square().mean(0).sqrt()
+    scale = moved + still.abs() + root_mean_square(still[still.isfinite()])
+    return Scale(terms=torch.full_like(still, COMPOSITE_TERMS), scale=scale)
+
+
+def _evaluate(
+    function: Callable[..., Tensor],
+    args: Sequence[Any],
+    grad_output: Tensor | None,
+    transform: Callable[[Tensor], Tensor],
+) -> list[Tensor | None]:
+    """The output of `function(*args)` and the gradients, of arguments put through `transform`."""
+    leaves = [
+        transform(arg.detach().double()).requires_grad_()
+        if isinstance(arg, Tensor) and arg.is_floating_point()
+        else arg
+        for arg in args
+    ]
+    with torch.enable_grad():
+        output = function(*leaves)
+    if grad_output is None:
+        return [output.detach(), *[None] * len(leaves)]
+    differentiable = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+    inputs = [leaf for leaf, yes in zip(leaves, differentiable, strict=True) if yes]
+    incoming = transform(grad_output.detach().double())
+    found = iter(torch.autograd.grad(output, inputs, incoming, allow_unused=True))
+    return [output.detach(), *(next(found) if yes else None for yes in differentiable)]
 
 
 def scales_of(
@@ -29,7 +149,7 @@ def scales_of(
     if spec.accuracy == "exact" or (spec.mutates and not gradients):
         return {}
     multilinear = spec.accuracy == "multilinear"
-    derive = tolerances.derive_scales if multilinear else tolerances.derive_conditions
+    derive = derive_scales if multilinear else derive_conditions
     names = list(arguments)
     # by the number of an output, filled by the first call
     floating: list[int] = []

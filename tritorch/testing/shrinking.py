@@ -7,9 +7,10 @@ from dataclasses import replace
 from functools import partial
 
 from tritorch.testing import battery, inputs
-from tritorch.testing.examine import MEMORY_KINDS, Examination, Step
+from tritorch.testing.examine import MEMORY_KINDS, Examination
 from tritorch.testing.findings import Finding
 from tritorch.testing.inputs import Inputs
+from tritorch.testing.schedule import Step
 
 
 def shrink(

@@ -20,9 +20,9 @@ import torch
 from tritorch.registry import Subject
 from tritorch.testing import battery, examine, shrinking
 from tritorch.testing.errors import InternalError, RequestError
-from tritorch.testing.examine import Step
 from tritorch.testing.findings import Finding
 from tritorch.testing.inputs import Inputs, Sizes
+from tritorch.testing.schedule import Step
 from tritorch.testing.trials import Case
 
 Words: TypeAlias = dict[str, Any]

@@ -4,7 +4,7 @@
 Write o for the result, t for the truth, r for the truth rounded to the result's dtype, u for the
 unit roundoff of that dtype, v for that of the accumulator (2^-24; 2^-53 for float64), and, for
 each element, K for the number of products summed, s1 for the sum of their magnitudes, s2 for the
-root of the sum of their squares (`derive_scales` finds all three).  A result is accepted if it has
+root of the sum of their squares (`scales.py` derives all three).  A result is accepted if it has
 
     C0  for an `exact` comparison: o = r everywhere; else NaN and infinity exactly where r has them,
     C1  every element within   u |t| + 6 sqrt(2) ((sqrt(K) v + w) s2 + sqrt(K) v |t| / 3)
@@ -33,19 +33,14 @@ grows by sum |t| d / <t, t>: the rounding of one mean or root is in every elemen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 # one rounding error in 5e8 leaves six standard deviations
 _LAMBDA = 6.0
-_COMPOSITE_TERMS = 16.0
-# far above the roundoff of float64, far below what makes the second order matter
-_STEP = 2.0**-20
-_PROBES = 16
+COMPOSITE_TERMS = 16.0
 
 
 @dataclass(frozen=True)
@@ -70,124 +65,9 @@ class Verdict:
     wrong: Tensor | None = field(default=None, compare=False, repr=False)
 
 
-class Scale(TypedDict, total=False):
-    """K, s1 and s2 of one tensor, each of its shape, float64: keyword arguments of `compare`.
-
-    A composite op has no `magnitude`.
-    """
-
-    terms: Tensor
-    magnitude: Tensor
-    scale: Tensor
-
-
-@dataclass(frozen=True)
-class Scales:
-    """The scales of a function's output and, argument by argument, of its gradients.
-
-    A gradient's is None for an argument that has none, and for all without a `grad_output`.
-    """
-
-    output: Scale
-    grads: tuple[Scale | None, ...]
-
-
 def unit_roundoff(dtype: torch.dtype) -> float:
     """The largest relative error of rounding to `dtype`: 2^-24 for float32, 2^-8 for bfloat16."""
     return float(torch.finfo(dtype).eps) / 2
-
-
-def derive_scales(
-    function: Callable[..., Tensor], args: Sequence[Any], grad_output: Tensor | None = None
-) -> Scales:
-    """K, s1 and s2 of `function(*args)`, and of its gradients with respect to `args`.
-
-    `function` is linear in each floating-point tensor of `args`, with no negative coefficient of
-    its own (matmul, convolution, average pooling; an added bias is one more term).  Other
-    arguments, None included, pass through.  It runs in float64 on ones, on magnitudes and on
-    squares, and is differentiated by autograd with ones, |grad_output| and grad_output^2.  Of an
-    average over k elements K comes out as 1 and s2 as sqrt(k) times too large: their product
-    sqrt(K) s2, which is what the rule uses, comes out right.
-    """
-    kinds = torch.ones_like, torch.abs, torch.square
-    results = [_evaluate(function, args, grad_output, kind) for kind in kinds]
-    output, *grads = (
-        None
-        if terms is None or magnitude is None or squares is None
-        else Scale(terms=terms, magnitude=magnitude, scale=squares.sqrt())
-        for terms, magnitude, squares in zip(*results, strict=True)
-    )
-    assert output is not None
-    return Scales(output, tuple(grads))
-
-
-def derive_conditions(
-    function: Callable[..., Tensor], args: Sequence[Any], grad_output: Tensor | None = None
-) -> Scales:
-    """K and s2 of a composite function, and of its gradients.
-
-    s2 is |t| + rms(t) plus the root mean square of the result's change, per unit, over random
-    relative perturbations of every floating-point tensor of `args` and of `grad_output`: a stable
-    algorithm's result is a slightly perturbed problem's.  Where the function refuses that, as one
-    of probabilities refuses more than 1, the perturbations are towards zero.  The function, which
-    runs in float64, must be differentiable where it is asked.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def draws(tensor: Tensor) -> Tensor:
-        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        return drawn.to(tensor.device)
-
-    def shake(tensor: Tensor) -> Tensor:
-        return tensor * (1 + _STEP * draws(tensor))
-
-    def shrink(tensor: Tensor) -> Tensor:
-        return tensor * (1 - _STEP * draws(tensor).abs())
-
-    def evaluate(kind: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
-        return _evaluate(function, args, grad_output, kind)
-
-    results = [evaluate(torch.clone)]
-    try:
-        results += [evaluate(shake) for _ in range(_PROBES)]
-    except (RuntimeError, ValueError):
-        results[1:] = [evaluate(shrink) for _ in range(_PROBES)]
-    output, *grads = (_condition(*found) for found in zip(*results, strict=True))
-    assert output is not None
-    return Scales(output, tuple(grads))
-
-
-def _condition(still: Tensor | None, *shaken: Tensor | None) -> Scale | None:
-    if still is None:
-        return None
-    moves = torch.stack([result - still for result in shaken if result is not None]) / _STEP
-    moved = moves.square().mean(0).sqrt()
-    scale = moved + still.abs() + _rms(still[still.isfinite()])
-    return Scale(terms=torch.full_like(still, _COMPOSITE_TERMS), scale=scale)
-
-
-def _evaluate(
-    function: Callable[..., Tensor],
-    args: Sequence[Any],
-    grad_output: Tensor | None,
-    transform: Callable[[Tensor], Tensor],
-) -> list[Tensor | None]:
-    """The output of `function(*args)` and the gradients, of arguments put through `transform`."""
-    leaves = [
-        transform(arg.detach().double()).requires_grad_()
-        if isinstance(arg, Tensor) and arg.is_floating_point()
-        else arg
-        for arg in args
-    ]
-    with torch.enable_grad():
-        output = function(*leaves)
-    if grad_output is None:
-        return [output.detach(), *[None] * len(leaves)]
-    differentiable = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
-    inputs = [leaf for leaf, yes in zip(leaves, differentiable, strict=True) if yes]
-    incoming = transform(grad_output.detach().double())
-    found = iter(torch.autograd.grad(output, inputs, incoming, allow_unused=True))
-    return [output.detach(), *(next(found) if yes else None for yes in differentiable)]
 
 
 def compare(
@@ -295,10 +175,10 @@ def _budget(
     unit_acc = unit_roundoff(torch.float64 if dtype == torch.float64 else torch.float32)
     size = truth.abs()
     if terms is None:
-        terms = _COMPOSITE_TERMS if scale is None and magnitude is None else 1.0
+        terms = COMPOSITE_TERMS if scale is None and magnitude is None else 1.0
     walk = torch.as_tensor(terms, dtype=torch.float64, device=truth.device).sqrt() * unit_acc
     if magnitude is None:
-        guess = size + _rms(truth[rounded.isfinite()])
+        guess = size + root_mean_square(truth[rounded.isfinite()])
         scale = (guess if scale is None else scale).to(truth)
         slack, in_step = 2 * (walk + _excess(truth, rounded, baseline, scale)) * scale, 1.0
     else:
@@ -360,13 +240,13 @@ def _judge(
             f"{index}: {actual[index].item()} where the truth is {t[worst].item()}, "
             f"error {abs(float(error[worst])):.3g}, bound {float(bound[worst]):.3g}"
         )
-    rms, least = _rms(error), _rms(unavoidable)
-    rms_limit = least + (1 + _LAMBDA / math.sqrt(2 * t.numel())) * _rms(noise)
+    rms, least = root_mean_square(error), root_mean_square(unavoidable)
+    rms_limit = least + (1 + _LAMBDA / math.sqrt(2 * t.numel())) * root_mean_square(noise)
     if of_torch is not None:
-        rms_limit = max(rms_limit, 2 * _rms(of_torch))
+        rms_limit = max(rms_limit, 2 * root_mean_square(of_torch))
     overall = _share(max(rms - least, 0), rms_limit - least)
     if overall > 1:
-        compared = "" if of_torch is None else f", torch's {_rms(of_torch):.3g}"
+        compared = "" if of_torch is None else f", torch's {root_mean_square(of_torch):.3g}"
         failures.append(f"C2 rms: error {rms:.3g}, limit {rms_limit:.3g}{compared}")
     slope = _slope(error, t)
     excused = [0.0, _slope(unavoidable, t)]
@@ -385,7 +265,7 @@ def _judge(
     return Verdict(
         accepted=not failures,
         headroom=max(float(elements[worst]), overall, bias),
-        ratio=None if of_torch is None else _share(rms, _rms(of_torch)),
+        ratio=None if of_torch is None else _share(rms, root_mean_square(of_torch)),
         failure="; ".join(failures),
         index=index,
         actual=float(actual[index]),
@@ -411,7 +291,7 @@ def _slope_noise(noise: Tensor, t: Tensor, unit: float) -> float:
     return _LAMBDA * math.sqrt(float(variance)) / power if power > 0 else 0.0
 
 
-def _rms(values: Tensor) -> float:
+def root_mean_square(values: Tensor) -> float:
     return float(values.square().mean().sqrt()) if values.numel() else 0.0
 
 
