@@ -175,6 +175,16 @@ def sums_pay(plain, summing, m, n, k):
     return _cycles(summing, m, n, k, 1, 2, sums=True) + added <= apart
 
 
+def without_idle_stages(config, slices):
+    """The same but for stages that none of so many slices comes to, whose shared memory is what
+    another program can have.
+    """
+    if config.kwargs["FORM"] != "tile" or config.num_stages <= slices + 1:
+        return config
+    return Config(config.kwargs, num_warps=config.num_warps, num_stages=slices + 1,
+                  maxnreg=config.maxnreg)
+
+
 def num_splits(config, m, n, k, batch):
     """Into how many sums each of the result is split, so that most multiprocessors have work."""
     tiles = num_tiles(config, m, n) * batch
@@ -238,11 +248,12 @@ def _cycles(config, m, n, k, batch, itemsize, sums=False):
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
     splits = num_splits(config, m, n, k, batch)
     slices = triton.cdiv(triton.cdiv(k, block_k), splits)
+    fitted = without_idle_stages(config, slices)
     all_tiles = num_tiles(config, m, n) * batch * splits
     tiles = triton.cdiv(all_tiles, MULTIPROCESSORS)
-    together = min(tiles, residents(config, itemsize))
+    together = min(tiles, residents(fitted, itemsize))
     if form == "even":
-        together = residents(config, itemsize)
+        together = residents(fitted, itemsize)
         programs = MULTIPROCESSORS * together
         steps = together * triton.cdiv(all_tiles * slices, programs)
         # of tiles, that each of them writes
@@ -260,12 +271,12 @@ def _cycles(config, m, n, k, batch, itemsize, sums=False):
         return steps * max(multiplied, others) + START + ALONE * parts + added
     stored = block_m * block_n * (4 if splits > 1 else itemsize) / STORED
     ends = START
-    if form == "tile" and residents(config, itemsize) == 1:
+    if form == "tile" and residents(fitted, itemsize) == 1:
         ends = tiles * ALONE
     elif form == "tile":
         # most of it while others multiply
         stored /= 4
-        ends *= triton.cdiv(tiles, residents(config, itemsize))
+        ends *= triton.cdiv(tiles, residents(fitted, itemsize))
     if sums:
         # only in tiles of the first column
         summing = slices * max(multiplied + block_m * SUMMING * block_k / PAIRS, others)

@@ -88,6 +88,50 @@ def test_a_chosen_configuration_fits_its_product(k, batch, shared):
                 assert k <= config.kwargs["BLOCK_K"]
 
 
+def form_of(form, *blocks):
+    """The first entry of this form and tile."""
+    for entry in configs.MATMUL_TMA_CONFIGS[2]:
+        sizes = entry.kwargs
+        if (sizes["FORM"], *(sizes[f"BLOCK_{axis}"] for axis in "MNK")) == (form, *blocks):
+            return entry
+    raise ValueError(f"no entry is {form} {blocks}")
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("k", "stages"), [(64, 2), (104, 3), (192, 4), (4096, 4)])
+def test_stages_that_no_slice_comes_to_are_left_to_other_programs(k, stages):
+    a, b = Layout((8192, k), (k, 1), 2), Layout((k, 1024), (1, k), 2)
+    for form, expected in (("tile", stages), ("persistent", 4)):
+        blocks = (64, 128, 64) if form == "tile" else (128, 128, 64)
+        with launch.override("matmul_tma_config", form_of(form, *blocks)):
+            plan = matmul_tma.plan_matmul(a, b, 132, None)
+        assert plan.config.num_stages == expected
+        assert plan.config.kwargs == form_of(form, *blocks).kwargs
+
+
+@pytest.mark.compile
+def test_a_product_of_one_slice_leaves_room_for_others():
+    """Four programs of 64x128 on a multiprocessor, as its registers allow."""
+    a, b = empty(4096, 64), empty(256, 64)
+    config = form_of("tile", 64, 128, 64)
+    with (
+        launch.override("matmul_tma_config", config),
+        backend.use("triton"),
+        backend.strict(),
+        dry.compiling_for("sm_90") as recorder,
+    ):
+        ops.linear(a, b)
+    (kernel,) = recorder.kernels
+    used = dry.resources(kernel)
+    assert (kernel.kernel, kernel.num_stages) == (KERNEL, 2)
+    assert dry.problems(kernel, "sm_90") == []
+    assert min(used.count("HGMMA"), used.count("UTMALDG"), used.count("UTMASTG")) > 0
+    fitted = configs.without_idle_stages(config, 1)
+    assert configs.residents(fitted, 2) == 4
+    assert (used.shared + 1024) * 4 <= 228 * 1024
+    assert used.registers * 32 * kernel.num_warps * 4 <= 65536
+
+
 @pytest.mark.reference
 def test_no_estimate_replaces_what_was_measured_or_is_forced():
     """By programs that share tiles, where those were neither."""

@@ -197,6 +197,7 @@ def plan(
         splits = configs.num_splits(config, m, n, k, batch)
         steps = math.ceil(slices / splits)
         splits = math.ceil(slices / steps)
+    config = configs.without_idle_stages(config, steps)
     views = _views(config, a, b, y, itemsize, splits, swapped, residual)
     if views is None:
         return None
