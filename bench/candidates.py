@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from tritorch import kernels, tuned
+from tritorch import kernels, launch, tuned
 from tritorch.testing import configurations
 
 # whose configurations may say the axes of a tile of pixels in place of the kernel
 _TILED, _PIXELS = "conv2d_tma_config", ("BLOCK_N", "BLOCK_P", "BLOCK_Q")
+# files without such a function whose kernels another file's function chooses for
+_BESIDE = {"norm": ("norm_stats",)}
 # how many times the fewest tiles another shape of them may need
 _MOST_TILES = 1.25
 
@@ -24,8 +26,24 @@ def own(function: str, sizes: tuple[int, ...]) -> Any:
     return getattr(family(function), function)(*sizes)
 
 
+def like(function: str, sizes: tuple[int, ...]) -> Any:
+    """A configuration with the numbers that the kernel takes: its own choice, else an entry."""
+    found = own(function, sizes)
+    return launch.entry_of(getattr(family(function), function)) if found is None else found
+
+
+def kernels_of(function: str) -> frozenset[str]:
+    """The names of the kernels that a function chooses for: of its own file, or of that which its
+    file has the configurations of.
+    """
+    stem = family(function).__name__.rpartition(".")[2].removesuffix("_configs")
+    stems = (stem, *_BESIDE.get(stem, ()))
+    files = (importlib.import_module(f"tritorch.kernels.{one}") for one in stems)
+    return frozenset(name for file in files for name in vars(file) if name.endswith("_kernel"))
+
+
 def family(function: str) -> ModuleType:
-    """The kernel module that a function chooses for."""
+    """The file of `tritorch/kernels` in which a choosing function is."""
     for module in pkgutil.iter_modules(kernels.__path__):
         if function in configurations.tables(module.name):
             return importlib.import_module(f"tritorch.kernels.{module.name}")

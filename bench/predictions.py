@@ -27,7 +27,15 @@ from tritorch.bench.resnet50 import Shapes
 _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 # what decides which kernels run, and in which configuration
-_KERNELS = ("kernels", "tritorch/ops", "tritorch/launch.py")
+_KERNELS = (
+    "kernels",
+    "tritorch/ops",
+    "tritorch/launch.py",
+    "tritorch/hardware.py",
+    "tritorch/descriptors.py",
+    "tritorch/tuned.py",
+    "tritorch/data/tuned",
+)
 # errors that a reader may ask about, in either direction
 _NEAR = (0.1, 0.2, 0.5)
 

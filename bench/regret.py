@@ -112,4 +112,5 @@ def _of_product(config: Any) -> str:
     m, n, _ = blocks
     label = f"{form} {'x'.join(map(str, blocks))} w{config.num_warps} s{config.num_stages}"
     is_usual = config.kwargs["PIECES"] == (2 if n > 128 or m * n > 128 * 128 else 1)
+    # the sweep's word for two pieces where one is usual
     return label if is_usual else f"{label} halves"

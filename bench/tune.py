@@ -216,12 +216,12 @@ def _timed(
     """The medians of one call by name, and why the others have none."""
     clock = timing.clock(device)
     ring = _ring(task, device, clock)
-    family = vars(candidates.family(function))
+    kernels = candidates.kernels_of(function)
     with tuned.using({}):
         with launch.recorded() as names:
             expected = _results(task, ring[0])
         # a plan may decline what was chosen, and then another family's kernel runs
-        must = configs["own"] is None or any(name in family for name in names)
+        must = configs["own"] is None or any(name in kernels for name in names)
         sides: dict[str, list[timing.Call]] = {"own": [_call(task, one) for one in ring]}
         refused = []
         for name, config in configs.items():
@@ -235,7 +235,7 @@ def _timed(
                 continue
             if differs:
                 refused.append(f"{config}: another result")
-            elif must and not any(name in family for name in names):
+            elif must and not any(name in kernels for name in names):
                 refused.append(f"{config}: another kernel runs")
             else:
                 sides[name] = [_call(task, one, function, config) for one in ring]
@@ -286,7 +286,7 @@ def tune(
     """Answers what is asked and the table does not know yet, and keeps every answer at once."""
     for (function, sizes), tasks in asked.items():
         on_question(function, sizes)
-        if table.knows(function, sizes, candidates.own(function, sizes)):
+        if table.knows(function, sizes, candidates.like(function, sizes)):
             continue
         found = answer(function, sizes, tasks, device, plan)
         if found is not None:

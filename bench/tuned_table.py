@@ -50,10 +50,10 @@ class TunedTable:
                 " name another file by --out"
             )
 
-    def knows(self, function: str, sizes: tuple[int, ...], own: Any) -> bool:
-        """Whether launches take what it has; `own` is what the kernel chooses today."""
+    def knows(self, function: str, sizes: tuple[int, ...], like: Any) -> bool:
+        """Whether launches take what it has; `like` is a configuration of today."""
         key = function, sizes
-        return key in self._known and not tuned.missing(self._known[key], own)
+        return key in self._known and not tuned.missing(self._known[key], like)
 
     def add(self, row: Mapping[str, Json], config: Any) -> None:
         """Writes the file with this row, in place of one that launches do not take."""

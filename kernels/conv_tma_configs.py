@@ -53,9 +53,10 @@ LATENCY = 1800
 SINGLE_PIXELS = 3500
 
 
-def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed, itemsize=2):
+def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed, itemsize=2, groups=1):
     """What the estimate takes for the fastest; None where most of a tile or of the GPU would be
-    idle.  Of 16-bit numbers, of which the measured tables are, nobody says the itemsize.
+    idle.  k and c are those of one of the groups.  Of 16-bit numbers, of which the measured tables
+    are, nobody says the itemsize, nor of one group that it is one.
     """
     if min(c, k) < MIN_CHANNELS or n * p * q < MIN_PIXELS:
         return None
@@ -65,7 +66,7 @@ def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed, itemsize=2):
         for each in CONV2D_TMA_CONFIGS[itemsize]
         if narrow == (each.kwargs["BLOCK_K"] == 64)
     ]
-    return min(configs, key=lambda config: cycles(config, n, p, q, k, c, taps, itemsize))
+    return min(configs, key=lambda config: cycles(config, n, p, q, k, c, taps, itemsize, groups))
 
 
 def for_residual(config, computes, itemsize):
@@ -86,7 +87,7 @@ def for_residual(config, computes, itemsize):
     return config
 
 
-def cycles(config, n, p, q, k, c, taps, itemsize):
+def cycles(config, n, p, q, k, c, taps, itemsize, groups=1):
     """An estimate of the cycles that one multiprocessor is busy: products of 16-bit numbers (half
     as many of TF32), or traffic of shared memory, whichever takes longer, and what is not
     overlapped at a tile's ends.
@@ -94,7 +95,7 @@ def cycles(config, n, p, q, k, c, taps, itemsize):
     block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
     block_n, block_p, block_q = tile_of_pixels(n, p, q, block_npq)
     pixel_tiles = triton.cdiv(n, block_n) * triton.cdiv(p, block_p) * triton.cdiv(q, block_q)
-    tiles = triton.cdiv(pixel_tiles * triton.cdiv(k, block_k), MULTIPROCESSORS)
+    tiles = triton.cdiv(pixel_tiles * triton.cdiv(k, block_k) * groups, MULTIPROCESSORS)
     products = itemsize * block_k * block_npq * block_c / 4096
     # a warp group reads 64 channels and all pixels of the tile
     reads = triton.cdiv(block_k, 64) * (64 + block_npq)

@@ -293,3 +293,12 @@ def test_few_channels_of_a_network_in_torchs_own_order():
     for one, other in zip(found, exact, strict=True):
         error = (one.double() - other).abs().max()
         assert error <= torch.finfo(case.dtype).eps * other.abs().max()
+
+
+@pytest.mark.parametrize(("groups", "stages"), [(1, 8), (8, 3)])
+def test_tiles_of_all_groups_are_counted(groups, stages):
+    """Those of one group would be a wave, whose programs have a multiprocessor each."""
+    sizes = (32, 64 * groups, 14, 14), (64 * groups, 64, 3, 3)
+    x, w = (Layout.of(torch.empty(s, dtype=torch.bfloat16).to(memory_format=last)) for s in sizes)
+    plan = conv_tma.plan_convolve(x, w, x, Geometry((1, 1), (1, 1), (1, 1), groups), False, 132)
+    assert plan.config.num_stages == stages

@@ -161,6 +161,32 @@ def test_no_estimate_replaces_what_was_measured_or_is_forced():
 
 
 @pytest.mark.reference
+def test_a_row_that_nobody_can_launch_leaves_the_choice_to_the_estimate():
+    """Of a kernel with other numbers, told once, or of a tile that no multiprocessor has room for,
+    whatever the kernel itself would choose.
+    """
+    even = configs.MATMUL_TMA_EVEN_CONFIGS[2][0]
+    lacking = type(even)(
+        {name: value for name, value in even.kwargs.items() if name != "PIECES"}, num_warps=8
+    )
+    large = type(even)(even.kwargs | {"PIECES": 1}, num_warps=8, num_stages=4)
+    assert configs.residents(large, 2) == 0
+
+    def form(m, n, k):
+        a, b = Layout((m, k), (k, 1), 2), Layout((k, n), (1, k), 2)
+        return matmul_tma.plan_matmul(a, b, 132, None).config.kwargs["FORM"]
+
+    for m, n, k, own in ((1024, 2560, 8192, "even"), (4096, 4096, 4096, "persistent")):
+        key = "matmul_tma_even_config", (m, n, k, 1, True, 2)
+        assert form(m, n, k) == own
+        with tuned.using({key: lacking}), pytest.warns(UserWarning, match="has no PIECES") as told:
+            assert form(m, n, k) == own
+        assert len(told) == 1
+        with tuned.using({key: large}):
+            assert form(m, n, k) != "even"
+
+
+@pytest.mark.reference
 def test_sums_of_rows_pay_where_reading_them_again_takes_longer():
     def pays(rows, outputs, inputs):
         plain = configs.matmul_tma_config(outputs, inputs, rows, 1, True, 2)

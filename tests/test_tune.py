@@ -2,17 +2,19 @@
 
 import io
 import json
+import pkgutil
 
 import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from tritorch import backend, hardware, launch, ops, tune_command, tuned
+from tritorch import backend, hardware, kernels, launch, ops, tune_command, tuned
 from tritorch.bench import candidates, timing, tune, tuned_table
 from tritorch.bench.tuned_table import TunedTable
 from tritorch.cli import main
 from tritorch.ops import matmul_tma
+from tritorch.testing import configurations
 
 pytestmark = pytest.mark.interpret
 
@@ -172,6 +174,21 @@ def test_a_call_that_another_kernel_takes_is_refused(device, two, monkeypatch, c
     monkeypatch.setattr(tune, "_results", portable)
     found = tune.answer(*question, tasks, torch.device(device), PLAN)
     assert found.refused == (f"{two[1]}: another kernel runs",)
+
+
+def test_every_function_chooses_for_kernels():
+    functions = [
+        function
+        for module in pkgutil.iter_modules(kernels.__path__)
+        for function in configurations.tables(module.name)
+    ]
+    assert {"matmul_tma_config", "conv2d_tma_config", "batch_norm_config"} <= set(functions)
+    assert all(map(candidates.kernels_of, functions))
+    assert "matmul_tma_kernel" in candidates.kernels_of("matmul_tma_config")
+    assert "conv2d_tma_kernel" in candidates.kernels_of("conv2d_tma_config")
+    assert "batch_norm_stats_kernel" in candidates.kernels_of("batch_norm_config")
+    # of the portable kernel another function does
+    assert "conv2d_kernel" not in candidates.kernels_of("conv2d_tma_config")
 
 
 def test_a_kernel_that_declines_by_itself_is_asked_too(device, two, tmp_path, monkeypatch, clock):

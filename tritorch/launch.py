@@ -11,7 +11,7 @@ import functools
 import importlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -93,7 +93,7 @@ def config(choose: Callable[..., Any], *sizes: int) -> Any:
         chosen = _overrides[name]
     else:
         own = choose(*sizes)
-        chosen = tuned.find(name, sizes, own) or own
+        chosen = tuned.find(name, sizes, own or entry_of(choose)) or own
     for questions in _questions:
         questions.append((name, sizes))
     if chosen is not None:
@@ -105,7 +105,16 @@ def config(choose: Callable[..., Any], *sizes: int) -> Any:
 def is_decided(choose: Callable[..., Any], *sizes: int) -> bool:
     """Whether the configuration for these sizes is forced or measured, and no estimate."""
     name = choose.__name__
-    return name in _overrides or tuned.find(name, sizes, choose(*sizes)) is not None
+    if name in _overrides:
+        return True
+    return tuned.find(name, sizes, choose(*sizes) or entry_of(choose), warns=False) is not None
+
+
+def entry_of(choose: Callable[..., Any]) -> Any:
+    """Of the table that it chooses from the first, which has the numbers that its kernel takes."""
+    table = getattr(sys.modules[choose.__module__], f"{choose.__name__.upper()}S", ())
+    entries = next(iter(table.values())) if isinstance(table, Mapping) else table
+    return entries[0] if entries else None
 
 
 @contextlib.contextmanager

@@ -76,15 +76,17 @@ def _file_of(gpu: str | None) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
 
 
-def find(function: str, sizes: Sequence[int], own: Any) -> Any:
-    """The measured `triton.Config` for these sizes, or None; `own` is what the kernel itself chose.
+def find(function: str, sizes: Sequence[int], like: Any, warns: bool = True) -> Any:
+    """The measured `triton.Config` for these sizes, or None; `like` is a configuration of today.
 
     Where no GPU runs the kernel, in the interpreter or ahead of time, there is none.  Warns of one
-    that lacks what `own` has, which another version of the kernel was measured with.
+    that lacks what `like` has, which another version of the kernel was measured with.
     """
     table = forced if forced is not None else _of_this_machine()
     found = table.get((function, tuple(sizes))) if table else None
-    if lacks := missing(found, own):
+    if lacks := missing(found, like):
+        if not warns:
+            return None
         warnings.warn(
             f"tuned: the row of {function}{tuple(sizes)} has no {', '.join(lacks)} and is not"
             " taken: another version wrote it, and tritorch tune writes it anew",
@@ -95,11 +97,11 @@ def find(function: str, sizes: Sequence[int], own: Any) -> Any:
     return found
 
 
-def missing(found: Any, own: Any) -> list[str]:
-    """The numbers that a measured configuration lacks of those that the kernel's own has."""
-    if found is None or own is None:
+def missing(found: Any, like: Any) -> list[str]:
+    """The numbers that a measured configuration lacks of those that one of today has."""
+    if found is None or like is None:
         return []
-    return sorted(own.kwargs.keys() - found.kwargs.keys())
+    return sorted(like.kwargs.keys() - found.kwargs.keys())
 
 
 @contextlib.contextmanager

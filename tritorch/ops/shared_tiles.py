@@ -64,6 +64,9 @@ def choose(sizes: tuple[Any, ...]) -> Any:
 def _fills(config: Any, m: int, n: int, k: int, batch: int, _: bool, itemsize: int) -> bool:
     """Whether there is a slice for every program, and the kernel can count them."""
     programs = num_programs(config, itemsize)
+    if programs == 0:
+        # what a table or a caller says may have room nowhere
+        return False
     slices = configs.num_tiles(config, m, n) * batch * math.ceil(k / config.kwargs["BLOCK_K"])
     return bool(programs <= slices < 2**31 // programs)
 
