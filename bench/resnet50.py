@@ -47,12 +47,16 @@ CONVOLUTIONS = (
 # channels, height and width of the activations between them
 ACTIVATIONS = ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))
 SQUARES = (1024, 2048, 4096, 8192)
-# rows, outputs and inputs: tiles that are a wave of programs and a bit, and the perceptron of a
-# vision transformer on 256 images of 197 patches
+# rows, outputs and inputs: tiles that are a wave of programs and a bit, the perceptron of a
+# vision transformer on 256 images of 197 patches, and a wave or less: a layer of 64 tokens, and
+# 1x1 convolutions of batch 32
 ODD = (
     ("few-tiles", 1024, 2560, 8192),
     ("vit.fc1", 50432, 3072, 768),
     ("vit.fc2", 50432, 768, 3072),
+    ("tokens", 64, 4096, 4096),
+    ("s3.conv3-32", 6272, 1024, 256),
+    ("s4.conv1-32", 1568, 512, 2048),
 )
 
 GRAD_INPUT, GRAD_WEIGHT = "grad_input", "grad_weight"

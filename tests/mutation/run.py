@@ -53,6 +53,7 @@ _FILE_OF_KIND = {
 _OF_FAMILY = {
     "conv": ["tests/test_residual.py"],
     "conv_batch_norm": ["tests/test_conv_batch_norm.py"],
+    "depthwise": ["tests/test_residual.py"],
     "losses": ["tests/test_loss.py", "tests/test_cross_entropy.py"],
     "matmul": ["tests/test_residual.py"],
     "norm": ["tests/test_norm.py"],
