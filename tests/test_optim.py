@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tritorch import backend, launch, optim
+from tests.optimizers import kernels as kernels
+from tritorch import launch, optim
 from tritorch.testing import tolerances
 
 pytestmark = [pytest.mark.reference, pytest.mark.interpret]
@@ -29,14 +30,6 @@ OPTIONS = [
 
 def name_of(given):
     return "-".join(name for name, value in given.items() if value) or "plain"
-
-
-@pytest.fixture
-def kernels(rung):
-    """Whether this rung runs the kernels: then no call may leave them."""
-    backend.reset()
-    yield rung != "reference"
-    assert backend.explain() == {}
 
 
 def integers(shape, seed, dtype=torch.float64):

@@ -6,25 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.optimizers import fallbacks as fallbacks
+from tests.optimizers import kernels as kernels
 from tritorch import backend, launch, ops, optim
 
 pytestmark = [pytest.mark.reference, pytest.mark.interpret]
-
-
-@pytest.fixture
-def kernels(rung):
-    """Whether this rung runs the kernels: then no call may leave them."""
-    backend.reset()
-    yield rung != "reference"
-    assert backend.explain() == {}
-
-
-@pytest.fixture
-def fallbacks(rung):
-    """Returns the reasons for which steps left the kernels; none are counted where none run."""
-    backend.reset()
-    yield lambda: list(backend.explain().get("sgd_step", {})) if rung != "reference" else None
-    backend.reset()
 
 
 class Run:
