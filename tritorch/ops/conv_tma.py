@@ -105,11 +105,11 @@ def plan_convolve(
     p, q = (math.ceil(size / step) for size, step in zip(image, steps_each, strict=True))
     itemsize = x.itemsize
     # said only where they are not 2 and 1
-    defaults = (itemsize, groups) if groups > 1 else (itemsize,) if itemsize > 2 else ()
+    others = (itemsize, groups) if groups > 1 else (itemsize,) if itemsize > 2 else ()
     config = launch.config(
         configs.conv2d_tma_config,
         *(n * residues, p, q, w.written, w.read, max(r * s // residues, 1), stride_h, transposed),
-        *defaults,
+        *others,
     )
     if config is None:
         return None
