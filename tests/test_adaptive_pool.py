@@ -85,6 +85,10 @@ def test_gradient_of_a_global_mean_is_written_once(dtype, device):
         # 256 programs of 512 channels, and one less
         ((128, 1024, 7, 7), torch.float16, torch.channels_last, (16, 512)),
         ((255, 512, 7, 7), torch.float16, torch.channels_last, (64, 64)),
+        # 512 programs of 1024 channels, one less, and channels of which they would have half a tile
+        ((256, 2048, 7, 7), torch.bfloat16, torch.channels_last, (8, 1024)),
+        ((511, 1024, 7, 7), torch.bfloat16, torch.channels_last, (16, 512)),
+        ((512, 1536, 7, 7), torch.bfloat16, torch.channels_last, (16, 512)),
         # the same number of programs, the last ones of which would have half a tile
         ((256, 768, 7, 7), torch.bfloat16, torch.channels_last, (64, 64)),
         ((256, 512, 7, 7), torch.bfloat16, torch.channels_last, (16, 512)),
@@ -96,11 +100,24 @@ def test_gradient_of_a_global_mean_is_written_once(dtype, device):
     ],
 )
 def test_tile_of_a_global_mean(shape, dtype, order, tile):
-    """Rows of 512 channels where 16 bits of many images are whole tiles of them."""
+    """Rows of 512 channels and more where 16 bits of many images are whole tiles of them."""
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=order)
     # as of a view, so that small images are not taken whole
     _, run = spatial_mean._plan(Layout.of(x), False)
     assert (run.config.kwargs["BLOCK_R"], run.config.kwargs["BLOCK_C"]) == tile
+
+
+@pytest.mark.parametrize("entry", range(9))
+def test_every_tile_gives_a_global_mean(entry, device):
+    """Of more and of fewer channels and pixels than it has."""
+    from tritorch.kernels.adaptive_pool import SPATIAL_MEAN_CONFIGS
+
+    assert len(SPATIAL_MEAN_CONFIGS) == 9
+    for shape in ((1, 1040, 3, 3), (2, 24, 7, 11)):
+        x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+        with launch.override("spatial_mean_config", SPATIAL_MEAN_CONFIGS[entry]):
+            y = ops.adaptive_avg_pool2d(x, 1)
+        assert_close(y, x.mean((2, 3), keepdim=True))
 
 
 @pytest.mark.parametrize("images", [40000, 65536])

@@ -179,9 +179,11 @@ def test_a_row_that_nobody_can_launch_leaves_the_choice_to_the_estimate():
     for m, n, k, own in ((1024, 2560, 8192, "even"), (4096, 4096, 4096, "persistent")):
         key = "matmul_tma_even_config", (m, n, k, 1, True, 2)
         assert form(m, n, k) == own
-        with tuned.using({key: lacking}), pytest.warns(UserWarning, match="has no PIECES") as told:
-            assert form(m, n, k) == own
-        assert len(told) == 1
+        for row in (key, ("matmul_tma_config", key[1])):
+            table = {row: lacking}
+            with tuned.using(table), pytest.warns(UserWarning, match="has no PIECES") as told:
+                assert form(m, n, k) == own
+            assert len(told) == 1
         with tuned.using({key: large}):
             assert form(m, n, k) != "even"
 

@@ -268,13 +268,16 @@ def test_what_does_not_say_where_it_was_measured_is_not_continued(one_row, chang
         TunedTable(file)
 
 
-def test_a_row_that_launches_do_not_take_is_written_anew(one_row, two):
+def test_a_row_that_launches_do_not_take_is_written_anew(one_row, two, monkeypatch):
     file, key = one_row
     content = json.loads(file.read_text())
     del content["rows"][0]["kwargs"]["BLOCK_K"]
     file.write_text(json.dumps(content))
     table = TunedTable(file)
     assert not table.knows(*key, two[0])
+    # where the kernel by itself would decline, too
+    monkeypatch.setattr(candidates, "own", lambda function, sizes: None)
+    assert not table.knows(*key, candidates.like(*key))
     table.add(tuned.row(*key, two[0]), two[0])
     assert table.knows(*key, two[0])
     assert {key: str(config) for key, config in tuned.read(file).items()} == {key: str(two[0])}
