@@ -5,7 +5,8 @@
 Tensors on the CPU stand for a GPU's: kernels are compiled for sm_90 and bound as on a GPU, and the
 launcher that they are bound to does nothing.  What is missing is Triton's launcher in C and the
 driver, some 6 microseconds a launch.  Beside it stands torch's own call on the same tiny tensors,
-which on a CPU computes something too.  Times are of this machine, and the least of many rounds; the
+which on a CPU computes something too.  Each call is timed without gradients, and with them and the
+backward pass.  Times are of this machine, and the least of many rounds; the
 Python functions that a call enters do not depend on it.
 """
 
@@ -22,6 +23,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tritorch import backend, bound, launch, ops
 from tritorch.bench import timing
@@ -68,56 +70,84 @@ def _nothing(*arguments: Any) -> None:
 
 def calls() -> dict[str, Pair]:
     """By name our call and torch's, on tensors of a few elements."""
+    return {name: (ours, torchs) for name, (ours, torchs, _) in _calls().items()}
+
+
+def steps() -> dict[str, Pair]:
+    """The same with gradients of all that has any."""
+
+    def step(call: Callable[[], Any], leaves: tuple[Tensor, ...]) -> Callable[[], object]:
+        grad = torch.ones_like(call())
+        return lambda: torch.autograd.grad(call(), leaves, grad)
+
+    def pair(
+        ours: Callable[[], Any], torchs: Callable[[], Any], leaves: tuple[Tensor, ...]
+    ) -> Pair:
+        for leaf in leaves:
+            leaf.requires_grad_()
+        return step(ours, leaves), step(torchs, leaves)
+
+    return {name: pair(*each) for name, each in _calls().items()}
+
+
+def _calls() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[Tensor, ...]]]:
     last = torch.channels_last
     x = torch.randn(8, 64, 8, 8, dtype=torch.bfloat16).contiguous(memory_format=last)
     w = torch.randn(64, 64, 3, 3, dtype=torch.bfloat16).contiguous(memory_format=last)
     # a call with twice the same tensor is none of a layer's
-    a, b = torch.randn(2, 64, 64, dtype=torch.bfloat16)
+    a, b = (one.clone() for one in torch.randn(2, 64, 64, dtype=torch.bfloat16))
     scale, shift = torch.ones(64), torch.zeros(64)
     target = torch.zeros(64, dtype=torch.long)
     return {
-        "relu": (lambda: ops.relu(x), lambda: F.relu(x)),
-        "gelu": (lambda: ops.gelu(x), lambda: F.gelu(x)),
-        "conv2d": (lambda: ops.conv2d(x, w, None, 1, 1), lambda: F.conv2d(x, w, None, 1, 1)),
+        "relu": (lambda: ops.relu(x), lambda: F.relu(x), (x,)),
+        "gelu": (lambda: ops.gelu(x), lambda: F.gelu(x), (x,)),
+        "conv2d": (
+            lambda: ops.conv2d(x, w, None, 1, 1),
+            lambda: F.conv2d(x, w, None, 1, 1),
+            (x, w),
+        ),
         "batch_norm": (
             lambda: ops.batch_norm(x, None, None, scale, shift, True),
             lambda: F.batch_norm(x, None, None, scale, shift, True),
+            (x, scale, shift),
         ),
-        "layer_norm": (lambda: ops.layer_norm(a, (64,)), lambda: F.layer_norm(a, (64,))),
-        "matmul": (lambda: ops.matmul(a, b), lambda: torch.matmul(a, b)),
-        "linear": (lambda: ops.linear(a, b), lambda: F.linear(a, b)),
-        "max_pool2d": (lambda: ops.max_pool2d(x, 2), lambda: F.max_pool2d(x, 2)),
-        "avg_pool2d": (lambda: ops.avg_pool2d(x, 2), lambda: F.avg_pool2d(x, 2)),
-        "softmax": (lambda: ops.softmax(a, 1), lambda: F.softmax(a, 1)),
+        "layer_norm": (lambda: ops.layer_norm(a, (64,)), lambda: F.layer_norm(a, (64,)), (a,)),
+        "matmul": (lambda: ops.matmul(a, b), lambda: torch.matmul(a, b), (a, b)),
+        "linear": (lambda: ops.linear(a, b), lambda: F.linear(a, b), (a, b)),
+        "max_pool2d": (lambda: ops.max_pool2d(x, 2), lambda: F.max_pool2d(x, 2), (x,)),
+        "avg_pool2d": (lambda: ops.avg_pool2d(x, 2), lambda: F.avg_pool2d(x, 2), (x,)),
+        "softmax": (lambda: ops.softmax(a, 1), lambda: F.softmax(a, 1), (a,)),
         "cross_entropy": (
             lambda: ops.cross_entropy(a, target),
             lambda: F.cross_entropy(a, target),
+            (a,),
         ),
     }
 
 
 def rows() -> list[Json]:
     """A row for each call: microseconds of ours and of torch's, and Python functions entered."""
-    found: list[Json] = []
-    with stub_driver(), torch.no_grad():
-        for name, (ours, torchs) in calls().items():
-            for _ in range(WARM_UP):
-                ours()
-            least, baseline = (_microseconds(call) for call in (ours, torchs))
-            with launch.recorded() as launches:
-                ours()
-            found.append(
-                {
-                    "op": name,
-                    "pass": "host",
-                    "median_us": least,
-                    "baseline_us": baseline,
-                    "functions": functions_entered(ours),
-                    "launches": len(launches),
-                    "verified": True,
-                }
-            )
-    return found
+    with stub_driver():
+        with torch.no_grad():
+            found = [_row(name, "host", *pair) for name, pair in calls().items()]
+        return found + [_row(name, "host_both", *pair) for name, pair in steps().items()]
+
+
+def _row(name: str, which: str, ours: Callable[[], object], torchs: Callable[[], object]) -> Json:
+    for _ in range(WARM_UP):
+        ours()
+    least, baseline = (_microseconds(call) for call in (ours, torchs))
+    with launch.recorded() as launches:
+        ours()
+    return {
+        "op": name,
+        "pass": which,
+        "median_us": least,
+        "baseline_us": baseline,
+        "functions": functions_entered(ours),
+        "launches": len(launches),
+        "verified": True,
+    }
 
 
 def functions_entered(call: Callable[[], object]) -> int:
@@ -158,11 +188,12 @@ def main(arguments: list[str] | None = None) -> int:
     found: list[Any] = rows()
     for row in found:
         print(
-            f"{row['op']:<14} {row['median_us']:6.1f} us, torch on the CPU "
+            f"{row['op']:<14} {row['pass']:<10} {row['median_us']:6.1f} us, torch on the CPU "
             f"{row['baseline_us']:6.1f}, {row['functions']} functions, {row['launches']} launches"
         )
-    mean = statistics.fmean(row["median_us"] for row in found)
-    print(f"mean of {len(found)} calls: {mean:.1f} us")
+    for which in ("host", "host_both"):
+        times = [row["median_us"] for row in found if row["pass"] == which]
+        print(f"mean of {len(times)} calls, {which}: {statistics.fmean(times):.1f} us")
     if options.json is not None:
         write_result(options.json, "host", found, overwrite=options.force)
     return 0

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tritorch import backend, repeats, watched
+from tritorch import backend, composed, nodes, seen, watched
 
 # the whole op, the forward pass of its Function and its library ops: each is tried on its own
 LEVELS = 3
@@ -15,7 +15,7 @@ LEVELS = 3
 @pytest.fixture(autouse=True)
 def kernels_only():
     # the second call is watched
-    with backend.use("triton"), backend.strict(), mock.patch.object(repeats, "_WATCHED", 2):
+    with backend.use("triton"), backend.strict(), mock.patch.object(seen, "_WATCHED", 2):
         yield
 
 
@@ -48,3 +48,52 @@ _widths = itertools.count(4)
 def images(device):
     """Images of a size that no test before has seen."""
     return torch.randn(2, 3, 4, next(_widths), device=device)
+
+
+# calls until a node is repeated, and the backward pass of a repeated one
+ENOUGH = 5
+
+
+@pytest.fixture
+def again():
+    """What was repeated with a gradient: "node" for each node, "call" for each whole call."""
+    found = []
+    forward, call = nodes.Node.forward, composed.Composition.__call__
+
+    def of_node(self, ctx, arguments):
+        if self.is_repeatable:
+            found.append("node")
+        return forward(self, ctx, arguments)
+
+    def of_call(self, arguments):
+        found.append("call")
+        return call(self, arguments)
+
+    with (
+        mock.patch.object(nodes.Node, "forward", of_node),
+        mock.patch.object(composed.Composition, "__call__", of_call),
+    ):
+        yield found
+
+
+def leaf(tensor):
+    return tensor.detach().clone().requires_grad_()
+
+
+def trained(call, times=ENOUGH):
+    """The result of the last of that many calls."""
+    for _ in range(times):
+        result = call()
+    return result
+
+
+def gradient(function, tensor):
+    """Of the sum of what torch's function makes of a tensor."""
+    x = leaf(tensor)
+    return torch.autograd.grad(function(x).sum(), x)[0]
+
+
+def backward(y, x):
+    x.grad = None
+    y.sum().backward()
+    return x.grad

@@ -100,14 +100,21 @@ ROOMS = (
     Room(
         "tritorch/binding.py",
         "binding ties any op to torch and knows none",
-        may="stdlib torch tritorch.launch tritorch.repeats",
+        may="stdlib torch tritorch.launch tritorch.nodes tritorch.seen",
     ),
     Room(
-        "tritorch/repeats.py tritorch/watched.py",
+        "tritorch/seen.py tritorch/watched.py",
         "what is repeated knows no op, and nothing of autograd",
         may="stdlib torch tritorch.backend tritorch.checks tritorch.descriptors tritorch.launch"
         " tritorch.watched",
         unused="torch.library torch.autograd.Function",
+    ),
+    Room(
+        "tritorch/repeats.py tritorch/composed.py tritorch/nodes.py",
+        "what is repeated under autograd knows no op",
+        may="stdlib torch tritorch.binding tritorch.checks tritorch.composed tritorch.launch"
+        " tritorch.nodes tritorch.seen tritorch.watched",
+        unused="torch.library",
     ),
     Room(
         "pytest_tritorch.py",

@@ -19,10 +19,17 @@ def stubbed():
         yield
 
 
+@pytest.mark.parametrize("which", ["host", "host_both"])
 @pytest.mark.parametrize("name", host.calls())
-def test_no_call_enters_more_functions_than_before(name, stubbed):
-    [row] = [row for row in json.loads(BASELINE.read_text())["rows"] if row["op"] == name]
-    call, _ = host.calls()[name]
+def test_no_call_enters_more_functions_than_before(name, which, stubbed):
+    rows = json.loads(BASELINE.read_text())["rows"]
+    [row] = [row for row in rows if (row["op"], row["pass"]) == (name, which)]
+    with torch.set_grad_enabled(which == "host_both"):
+        call, _ = (host.calls() if which == "host" else host.steps())[name]
+        check(call, row)
+
+
+def check(call, row):
     for _ in range(host.WARM_UP):
         call()
     with launch.recorded() as launches:
@@ -50,5 +57,5 @@ def test_the_stub_is_gone_afterwards():
 
 
 def test_every_call_is_torchs_too():
-    for name, (_, torchs) in host.calls().items():
+    for name, (_, torchs) in [*host.calls().items(), *host.steps().items()]:
         assert torchs() is not None, name

@@ -16,7 +16,7 @@ from tests.repeating import LEVELS, often
 from tests.repeating import images as images
 from tests.repeating import kernels_only as kernels_only
 from tests.repeating import repeated as repeated
-from tritorch import launch, ops, repeats, watched
+from tritorch import launch, ops, repeats, seen, watched
 from tritorch.registry import Maker, specs
 from tritorch.testing import calls, detectors
 
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_the_first_call(spec, device):
 @pytest.mark.parametrize("watched_call", [2, 4])
 def test_a_call_is_repeated_after_the_watched_one(watched_call, images, repeated):
     counts = []
-    with mock.patch.object(repeats, "_WATCHED", watched_call):
+    with mock.patch.object(seen, "_WATCHED", watched_call):
         for _ in range(watched_call + 2):
             often(lambda: ops.relu(images), 1)
             counts.append(len(repeated))
@@ -204,12 +204,12 @@ def test_a_thread_watches_its_own_calls(images):
         other.join()
         return ops.relu(x)
 
-    found, calls = [], repeats.Calls(beside_another)
+    found, calls = [], seen.Calls(beside_another)
     for _ in range(2):
         result = often(lambda: calls(("key",), (images,)), 1)
         assert torch.allclose(found.pop(), torch.nn.functional.silu(images))
         assert torch.equal(result, images.relu())
-    (repeat,) = calls._repeats.values()
+    (repeat,) = calls._known.values()
     # an allocation and a launch
     assert len(repeat.steps) == 2
 

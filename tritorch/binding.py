@@ -18,7 +18,7 @@ from torch._compile import _disable_dynamo
 from torch.utils.flop_counter import register_flop_formula
 
 from tritorch import launch as launching
-from tritorch import repeats
+from tritorch import nodes, seen
 
 # what is plain no class need be asked
 _PLAIN = frozenset((type(None), bool, int, float, str, tuple, torch.Size))
@@ -55,7 +55,7 @@ def library_op(
         if flops is not None:
             register_flop_formula(getattr(torch.ops.tritorch, name))(flops)
 
-        calls = repeats.Calls(launch)
+        calls = seen.Calls(launch)
 
         @functools.wraps(launch)
         def call(*arguments: Any, **named: Any) -> Any:
@@ -64,7 +64,7 @@ def library_op(
             if launching.thread.is_whole:
                 return launch(*arguments, **named)
             # the dispatcher takes longer than a launch
-            key = None if named or repeats.listens() else repeats.key_of(arguments)
+            key = None if named or seen.listens() else seen.key_of(arguments)
             return op(*arguments, **named) if key is None else calls(key, arguments)
 
         return call
@@ -80,7 +80,7 @@ def _untraced(launch: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any, **named: Any) -> Any:
         # what keeps the compiler out takes as long as a launch, and mostly none is at work
-        return (disabled if repeats.is_compiler_at_work() else launch)(*arguments, **named)
+        return (disabled if seen.is_compiler_at_work() else launch)(*arguments, **named)
 
     return run
 
@@ -129,18 +129,19 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
                 and isinstance(argument, Tensor)
                 and argument.requires_grad
             ):
-                return function.apply(*arguments)
-    if not (launching.thread.is_whole or repeats.listens()):
-        key = repeats.key_of(arguments)
+                composer = launching.thread.composer
+                return (nodes.apply if composer is None else composer.apply)(function, arguments)
+    if not (launching.thread.is_whole or seen.listens()):
+        key = seen.key_of(arguments)
         if key is not None:
             return _forward_of(function)(key, arguments)
     return function.forward(NoContext(len(arguments)), *arguments)
 
 
 @functools.cache
-def _forward_of(function: type[torch.autograd.Function]) -> repeats.Calls:
+def _forward_of(function: type[torch.autograd.Function]) -> seen.Calls:
     """The forward pass of a Function of which nothing is kept."""
-    return repeats.Calls(lambda *given: function.forward(NoContext(len(given)), *given))
+    return seen.Calls(lambda *given: function.forward(NoContext(len(given)), *given))
 
 
 def autocast_to_lower(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -176,10 +177,17 @@ def _cast(tensor: Tensor | None, device: str, dtype: torch.dtype) -> Tensor | No
     if (
         tensor is None
         or tensor.device.type != device
+        or tensor.dtype == dtype
         or not tensor.is_floating_point()
         or tensor.dtype == torch.float64
     ):
         return tensor
+    composer = launching.thread.composer
+    return (cast if composer is None else composer.cast)(tensor, device, dtype)
+
+
+def cast(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    """Of another dtype, once in a region of autocast where torch's own would be."""
     if _is_cached(tensor, dtype):
         if device not in _REGIONS:
             _REGIONS[device] = _Region(device)

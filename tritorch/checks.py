@@ -59,7 +59,14 @@ def fail(exception: type[Exception], op: str, rule: str, **received: object) -> 
 # how many warnings the ops have given
 warned = 0
 
-_OURS = ("tritorch.checks", "tritorch.ops.", "tritorch.repeats", "tritorch.watched")
+_OURS = (
+    "tritorch.checks",
+    "tritorch.composed",
+    "tritorch.ops.",
+    "tritorch.repeats",
+    "tritorch.seen",
+    "tritorch.watched",
+)
 
 
 def warn(message: str) -> None:

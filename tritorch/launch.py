@@ -41,8 +41,22 @@ class Watcher(Protocol):
         """Of tensors whose versions have counted a write."""
 
 
+class Composer(Protocol):
+    """Hears of what a call with a gradient is composed of."""
+
+    def apply(self, function: type[Any], arguments: tuple[Any, ...]) -> Any:
+        """Of a node, which is left to the composer."""
+
+    def cast(self, tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+        """Of a cast, likewise."""
+
+    def writes(self, tensors: tuple[Tensor, ...]) -> None:
+        """Of tensors whose versions have counted a write."""
+
+
 class _Thread(threading.local):
     watcher: Watcher | None = None
+    composer: Composer | None = None
     # whether a call is under way of which nothing is repeated in parts
     is_whole = False
 
@@ -55,8 +69,9 @@ detectors = 0
 def count_write(*tensors: Tensor) -> None:
     """Has the versions of tensors count what a kernel writes, as autograd wants it."""
     torch.autograd.graph.increment_version(tensors)
-    if thread.watcher is not None:
-        thread.watcher.writes(tensors)
+    for listener in (thread.watcher, thread.composer):
+        if listener is not None:
+            listener.writes(tensors)
 
 
 class Family:

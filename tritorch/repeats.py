@@ -2,161 +2,31 @@
 
 A program calls an op with the same shapes over and over.  The first calls go their way, the next
 one is watched, and from then on its allocations, copies and launches are repeated with the tensors
-at hand.  Only what did nothing else is repeated: a call that did more in torch, or took a tensor
-from elsewhere than its arguments, goes its way for ever.
-
-What makes two calls alike is `key_of`.  Whoever lets an op depend on more must add it there, or to
-`launch.circumstances`.
+at hand; where its result has a gradient, the nodes that it gave autograd.  Only what did nothing
+else is repeated: a call that did more in torch, or took a tensor from elsewhere than its arguments,
+goes its way for ever.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 
-from tritorch import launch, watched
+from tritorch import composed, launch, seen
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
-# keys of one function: a program with ever new shapes would make more and more
-_MOST_KEYS = 4096
-# the one of equal calls that is watched, which takes as long as several that are not
-_WATCHED = 4
-
-_TENSORS = frozenset((Tensor, torch.nn.Parameter))
-_PLAIN = frozenset((type(None), bool, int, str, torch.dtype))
-_TUPLES = frozenset((tuple, torch.Size))
-_INTEGERS = frozenset((int,))
-_FLAGS = frozenset((bool,))
-# of dimensions, until torch 2.12
-_HAS_NAMES = hasattr(Tensor, "has_names")
-_NONE: Mapping[str, Any] = MappingProxyType({})
-
-# to look each of them up takes as long as to call it
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_has_profiler = torch._C._autograd._profiler_enabled
-_has_transform = torch._C._are_functorch_transforms_active
 _has_autocast = torch._C._is_any_autocast_enabled
-_tracing_state = torch._C._get_tracing_state
-# torch's own way to ask would load a compiler that nobody has loaded, which takes a second
-_callback_of_compiler: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback
-_profilers = torch.autograd.profiler
-
-
-def listens() -> bool:
-    """Whether anything in torch would hear of an op: a mode, a profiler, a transform, a tracer, a
-    compiler.
-    """
-    return bool(
-        _dispatch_modes()
-        or _function_modes()
-        or _has_profiler()
-        # of all threads
-        or _profilers._is_profiler_enabled
-        or _has_transform()
-        or _tracing_state() is not None
-        or _callback_of_compiler() is not None
-    )
-
-
-def is_compiler_at_work() -> bool:
-    """Whether torch.compile looks at the frames that this thread runs."""
-    return _callback_of_compiler() is not None
-
-
-def key_of(arguments: Iterable[Any]) -> tuple[Any, ...] | None:
-    """What an op can know of its arguments but the addresses and what is there, and what else its
-    launches depend on.  None where an argument is no ordinary tensor, and nothing that has a key,
-    or where no launch may be left to a repeat.
-    """
-    circumstances = launch.circumstances()
-    if circumstances is None:
-        return None
-    key: list[Any] = [circumstances]
-    first: torch.dtype | None = None
-    for argument in arguments:
-        kind = type(argument)
-        if kind in _TENSORS:
-            try:
-                # batched, sparse and nested tensors lack one of them
-                address, strides = argument.data_ptr(), argument.stride()
-            except RuntimeError:
-                return None
-            # others are no memory to read as it is: zeros that are nowhere, negated numbers
-            if not address or argument.is_neg() or (_HAS_NAMES and argument.has_names()):
-                return None
-            dtype, inference = argument.dtype, argument.is_inference()
-            key += dtype, argument.shape, strides, address % 16, argument.device, inference
-            first = first or dtype
-        elif kind in _PLAIN:
-            # True is equal to 1
-            key += kind, argument
-        elif kind is float:
-            # -0.0 is equal to 0.0
-            key += kind, argument or repr(argument)
-        elif kind in _TUPLES and _INTEGERS.issuperset(map(type, argument)):
-            key.append(argument)
-        elif kind is tuple and _FLAGS.issuperset(map(type, argument)):
-            key += bool, argument
-        else:
-            return None
-    # all operands of a product have the dtype of the first
-    if first is torch.float32:
-        key += launch.precisions()
-    return tuple(key)
-
-
-class Calls:
-    """Calls of one function, each repeated where it can be."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        # how often a key was seen, and then what repeats the call, if anything does
-        self._seen: dict[tuple[Any, ...], int] = {}
-        self._repeats: dict[tuple[Any, ...], watched.Repeat | None] = {}
-
-    def __call__(
-        self, key: tuple[Any, ...], arguments: tuple[Any, ...], named: Mapping[str, Any] = _NONE
-    ) -> Any:
-        """`function(*arguments, **named)`; the key says everything that decides its way."""
-        repeat = self._repeats.get(key)
-        if repeat is not None and repeat.is_here():
-            return repeat((*arguments, *named.values()) if named else arguments)
-        if key in self._repeats:
-            return self._function(*arguments, **named)
-        launch.thread.is_whole = True
-        try:
-            if not self._is_to_be_watched(key):
-                return self._function(*arguments, **named)
-            result, self._repeats[key] = watched.watch(self._function, arguments, named)
-            return result
-        finally:
-            launch.thread.is_whole = False
-
-    def _is_to_be_watched(self, key: tuple[Any, ...]) -> bool:
-        seen = self._seen.get(key, 0) + 1
-        if seen >= _WATCHED and not launch.is_captured():
-            self._seen.pop(key, None)
-            if len(self._repeats) >= _MOST_KEYS:
-                self._repeats.clear()
-            return True
-        if len(self._seen) >= _MOST_KEYS:
-            self._seen.clear()
-        self._seen[key] = seen
-        return False
 
 
 def repeated(op: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """Decorates an op whose calls without gradients are repeated as wholes."""
-    calls = Calls(op)
+    """Decorates an op whose calls are repeated as wholes."""
+    without_gradient = seen.Calls(op)
+    with_gradient = seen.Calls(op, composed.watch, is_whole=False)
 
     @functools.wraps(op)
     def call(*arguments: _Given.args, **named: _Given.kwargs) -> _Result:
@@ -166,27 +36,20 @@ def repeated(op: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         if (
             # a part of another op
             launch.thread.is_whole
-            or _needs_gradient(given)
-            or forward_ad._current_level >= 0
-            or listens()
-            or (key := key_of(given)) is None
+            or launch.thread.composer is not None
+            or seen.listens()
+            or (key := seen.key_of(given)) is None
         ):
             return op(*arguments, **named)
-        key = (*key, torch.is_inference_mode_enabled(), *named)
+        gradients = seen.gradients(given)
+        key = (*key, gradients, torch.is_inference_mode_enabled(), *named)
         if _has_autocast():
             key += _autocast()
+        calls = without_gradient if gradients is None else with_gradient
         result: _Result = calls(key, arguments, named)
         return result
 
     return call
-
-
-def _needs_gradient(arguments: Iterable[Any]) -> bool:
-    if torch.is_grad_enabled():
-        for argument in arguments:
-            if type(argument) in _TENSORS and argument.requires_grad:
-                return True
-    return False
 
 
 def _autocast() -> tuple[Any, ...]:

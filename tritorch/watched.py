@@ -76,7 +76,7 @@ class Copy(NamedTuple):
     source: int | View
     options: Mapping[str, Any]
 
-    def __call__(self, values: list[Any], stream: int | None) -> None:
+    def __call__(self, values: list[Any]) -> None:
         source = self.source
         tensor = values[source] if isinstance(source, int) else source(values)
         values.append(self.function(tensor, **self.options))
@@ -97,22 +97,13 @@ class Launch(NamedTuple):
     def of(cls, ready: launch.Ready, on: int, places: list[int | Described]) -> Launch:
         return cls(ready, on, places, _taker(places), [])
 
-    def __call__(self, values: list[Any], stream: int | None) -> None:
-        (device, run, grid, head, maps, rest), on, _, take, dropped = self
-        tensors = take(values)
-        if device < 0:
-            run(values[on], *tensors)
-        else:
-            run(*grid, stream, *head, *(tensors if maps is None else maps(tensors)), *rest)
-        for place in dropped:
-            values[place] = None
-
 
 class Repeat(NamedTuple):
     """What a call did.
 
-    `written`: places of arguments whose versions count it.  `results`: where what it returns is,
-    `alone` or in a tuple.
+    `device`: where its launches go, which is the current one then; negative where they find their
+    own way.  `written`: places of arguments whose versions count it.  `results`: where what it
+    returns is, `alone` or in a tuple.
     """
 
     device: int
@@ -121,22 +112,27 @@ class Repeat(NamedTuple):
     results: list[int | View]
     alone: bool
 
-    def is_here(self) -> bool:
-        """Whether the device is the current one, to which launches go."""
-        device = self.device
-        return device < 0 or device == torch._C._cuda_getDevice()
-
     def __call__(self, arguments: Sequence[Any]) -> Any:
         """Does it with these arguments."""
         device = self.device
         stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else None
         values: list[Any] = [None, *arguments]
+        # a call of a function for each step would take as long as the step
         for step in self.steps:
             if isinstance(step, Allocation):
                 allocate, size, strides, dtype = step
                 values.append(allocate(size, strides, dtype))
+            elif isinstance(step, Launch):
+                (_, run, grid, head, maps, rest), on, _, take, dropped = step
+                tensors = take(values)
+                if device < 0:
+                    run(values[on], *tensors)
+                else:
+                    run(*grid, stream, *head, *(tensors if maps is None else maps(tensors)), *rest)
+                for place in dropped:
+                    values[place] = None
             else:
-                step(values, stream)
+                step(values)
         for place in self.written:
             torch.autograd.graph.increment_version(values[place])
         if self.alone:
@@ -278,8 +274,9 @@ class _Mode(TorchDispatchMode):
         launches = [step for step in self._steps if isinstance(step, Launch)]
         devices = {step.ready.device for step in launches} or {-1}
         of_tensors = {value.device for value in self._values if isinstance(value, Tensor)}
-        # what is returned twice may have two shapes
-        made = [at for at in found if isinstance(at, int) and at >= self._arguments]
+        # two of one memory may have two shapes
+        objects = dict(zip(map(id, results), where, strict=True))
+        made = [at for at in objects.values() if isinstance(at, int) and at >= self._arguments]
         if (
             not self._is_repeatable
             or len(found) < len(where)
