@@ -6,8 +6,8 @@ Tensors on the CPU stand for a GPU's: kernels are compiled for sm_90 and bound a
 launcher that they are bound to does nothing.  What is missing is Triton's launcher in C and the
 driver, some 6 microseconds a launch.  Beside it stands torch's own call on the same tiny tensors,
 which on a CPU computes something too.  Each call is timed without gradients, and with them and the
-backward pass.  Times are of this machine, and the least of many rounds; the
-Python functions that a call enters do not depend on it.
+backward pass.  Times are of this machine, and the least of many rounds; the Python functions that a
+call enters do not depend on it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tritorch.testing import dry
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
 _ROUNDS, _CALLS = 30, 20
-# calls until one is repeated
+# calls until one is repeated, its backward pass too
 WARM_UP = 6
 
 

@@ -61,8 +61,7 @@ def again():
     forward, call = nodes.Node.forward, composed.Composition.__call__
 
     def of_node(self, ctx, arguments):
-        if self.is_repeatable:
-            found.append("node")
+        found.append("node")
         return forward(self, ctx, arguments)
 
     def of_call(self, arguments):

@@ -9,6 +9,7 @@ import functools
 import numbers
 import operator
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -56,8 +57,12 @@ def fail(exception: type[Exception], op: str, rule: str, **received: object) -> 
     raise exception(f"{op}: {rule} ({shown})" if shown else f"{op}: {rule}")
 
 
-# how many warnings the ops have given
-warned = 0
+class _Thread(threading.local):
+    # how many warnings the ops have given
+    warned = 0
+
+
+thread = _Thread()
 
 _OURS = (
     "tritorch.checks",
@@ -73,8 +78,7 @@ def warn(message: str) -> None:
     """UserWarning at the line that called the op."""
     depth = 2
     if not torch.compiler.is_compiling():
-        global warned
-        warned += 1
+        thread.warned += 1
         frame = sys._getframe(1)
         # of a function that C calls there is no frame above
         while str(frame.f_globals.get("__name__")).startswith(_OURS) and frame.f_back is not None:

@@ -63,7 +63,7 @@ def watch(
 ) -> tuple[Any, Composition | None]:
     """What `op(*arguments, **named)` returns, and what repeats the call, if anything does."""
     mode = _Mode((*arguments, *named.values()))
-    warned = checks.warned
+    warned = checks.thread.warned
     with mode:
         launch.thread.composer = mode
         try:
@@ -71,7 +71,7 @@ def watch(
         finally:
             launch.thread.composer = None
     # each call warns anew
-    return result, mode.composition(result) if checks.warned == warned else None
+    return result, mode.composition(result) if checks.thread.warned == warned else None
 
 
 class _Mode(TorchDispatchMode):
@@ -111,9 +111,7 @@ class _Mode(TorchDispatchMode):
         """A node that the call makes."""
         # a view may be written or not, which the op asks each time
         is_view = [isinstance(one, Tensor) and one._is_view() for one in arguments]
-        outputs, node = self._aside(
-            lambda: (nodes.apply(function, arguments), nodes.known(function, arguments))
-        )
+        outputs, node = self._aside(lambda: nodes.watched(function, arguments))
         if node is None or any(is_view[at] for at in node.written):
             self._is_repeatable = False
         else:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tritorch import launch, seen, watched
+from tritorch import launch, seen
+from tritorch import watched as watching
+
+# what a backward pass may find in its context, besides tensors that are saved, and be repeated
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, type)
 
 
 def apply(function: type[Function], arguments: tuple[Any, ...]) -> Any:
@@ -27,10 +30,13 @@ def apply(function: type[Function], arguments: tuple[Any, ...]) -> Any:
     return function.apply(*arguments) if key is None else _calls(function)(key, arguments)
 
 
-def known(function: type[Function], arguments: tuple[Any, ...]) -> Node | None:
-    """What repeats this call, if anything does yet."""
+def watched(function: type[Function], arguments: tuple[Any, ...]) -> tuple[Any, Node | None]:
+    """The same, and what repeats it, if anything does."""
     key = _key(arguments)
-    return None if key is None else cast("Node | None", _calls(function).known(key))
+    if key is None:
+        return function.apply(*arguments), None
+    result, known = _calls(function).watched(key, arguments)
+    return result, known if isinstance(known, Node) else None
 
 
 def _key(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -45,142 +51,174 @@ def _calls(function: type[Function]) -> seen.Calls:
     def watch(
         apply: Callable[..., Any], arguments: tuple[Any, ...], named: Mapping[str, Any]
     ) -> tuple[Any, Node | None]:
-        node = Node(function, arguments)
-        result = node(arguments)
-        return result, node if node.is_repeatable else None
+        first = _First(function)
+        return first(arguments), first.node
 
     return seen.Calls(function.apply, watch)
 
 
-class Node:
-    """One call of a Function: its first call is watched, and the later ones repeat that.
+class _Call:
+    """A call of a Function; `forward` and `backward` are what autograd asks of its node."""
 
-    No tensor is kept.
-    """
-
-    def __init__(self, function: type[Function], arguments: tuple[Any, ...]) -> None:
+    def __init__(self, function: type[Function]) -> None:
         self.function, self._apply = function, _apply_of(function)
-        self._needs = tuple(isinstance(one, Tensor) and one.requires_grad for one in arguments)
-        self._forward: watched.Repeat | None = None
-        self._gradients = seen.Calls(self._backward)
-        # what the backward pass finds in its context besides tensors
-        self._attributes: dict[str, Any] = {}
-        # how many outputs there are, and whether they are one alone
-        self._count, self._alone, self._is_materialized = 0, True, True
-        # places of outputs that have no gradient, and of arguments that are written
-        self._constant: list[int] = []
-        self.written: list[int] = []
-
-    @property
-    def is_repeatable(self) -> bool:
-        """Whether a call is repeated once more: none is before it was watched."""
-        return self._forward is not None
-
-    @property
-    def device(self) -> int:
-        """That of the launches."""
-        return -1 if self._forward is None else self._forward.device
 
     def __call__(self, arguments: Iterable[Any]) -> Any:
         """The call with these arguments, under autograd."""
-        # not among them, which the Function's backward pass may count
-        _thread.node = self
+        # no argument of the node's, for backward passes may return as much as they find in
+        # `ctx.needs_input_grad`
+        _thread.call = self
         return self._apply(*arguments)
 
     def forward(self, ctx: Any, arguments: tuple[Any, ...]) -> Any:
-        """The outputs, for which autograd asks with a context of its own."""
-        made = self._watch(arguments) if self._forward is None else self._forward(arguments)
-        outputs = made[: self._count]
-        ctx.node = self
-        vars(ctx).update(self._attributes)
-        ctx.save_for_backward(*made[self._count :])
-        if self._constant:
-            ctx.mark_non_differentiable(*[outputs[at] for at in self._constant])
-        if self.written:
-            ctx.mark_dirty(*[arguments[at] for at in self.written])
-        if not self._is_materialized:
-            ctx.set_materialize_grads(False)
-        return outputs[0] if self._alone else outputs
-
-    def _watch(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The outputs, and what is saved."""
-        said = _Said()
-        context = _Context(said, self._needs)
-
-        def forward(*arguments: Any) -> tuple[Any, ...]:
-            result = self.function.forward(context, *arguments)
-            self._alone = not isinstance(result, tuple)
-            outputs = (result,) if self._alone else result
-            self._count = len(outputs)
-            return *outputs, *said.saved
-
-        made: tuple[Any, ...]
-        made, self._forward = watched.watch(forward, arguments, {})
-        self._constant = _places(said.constant, made[: self._count])
-        self.written = _places(said.written, arguments)
-        self._is_materialized = said.is_materialized
-        self._attributes = context.attributes()
-        if any(isinstance(value, Tensor) for value in self._attributes.values()):
-            # of this call alone
-            self._forward = None
-        return made
+        """The outputs; `ctx` is autograd's."""
+        raise NotImplementedError
 
     def backward(self, ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
         """Of each argument the gradient, or None."""
+        return _tuple(self.function.backward(ctx, *grads))
+
+
+class _First(_Call):
+    """The one that is watched; `node` repeats it then, if anything does."""
+
+    node: Node | None = None
+
+    def forward(self, ctx: Any, arguments: tuple[Any, ...]) -> Any:
+        context = _Context(ctx.needs_input_grad)
+
+        def forward(*arguments: Any) -> tuple[Any, ...]:
+            return context._made(self.function.forward(context, *arguments))
+
+        made: tuple[Any, ...]
+        made, repeat = watching.watch(forward, arguments, {})
+        told = context._told(made, arguments)
+        if repeat is not None and _is_plain(tuple(told.attributes.values())):
+            self.node = Node(self.function, repeat, told, ctx.needs_input_grad)
+        ctx._call = self.node or self
+        return told.tell(ctx, made, arguments)
+
+
+class Node(_Call):
+    """What repeats a call; it keeps no tensor."""
+
+    def __init__(
+        self,
+        function: type[Function],
+        forward: watching.Repeat,
+        told: _Told,
+        needs_input_grad: tuple[bool, ...],
+    ) -> None:
+        super().__init__(function)
+        self.device, self.written = forward.device, told.written
+        self._forward, self._told = forward, told
+        self._attributes = {**told.attributes, "needs_input_grad": needs_input_grad}
+        self._gradients = seen.Calls(self._backward)
+
+    def forward(self, ctx: Any, arguments: tuple[Any, ...]) -> Any:
+        ctx._call = self
+        return self._told.tell(ctx, self._forward(arguments), arguments)
+
+    def backward(self, ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
         if torch.is_grad_enabled() or launch.thread.is_whole or seen.listens():
-            return _tuple(self.function.backward(ctx, *grads))
-        # asked for once: checkpoints give them once
-        given = *grads, *ctx.saved_tensors
+            return super().backward(ctx, grads)
+        # asked for once, as checkpoints give them, and not where nothing is saved: of a graph that
+        # was gone through autograd refuses even nothing
+        given = *grads, *(ctx.saved_tensors if self._told.saves else ())
         key = seen.key_of(given)
         if key is None:
             return self._backward(*given)
         return _tuple(self._gradients(key, given))
 
     def _backward(self, *given: Any) -> tuple[Any, ...]:
-        saved = given[self._count :]
-        context = SimpleNamespace(
-            needs_input_grad=self._needs, saved_tensors=saved, **self._attributes
-        )
-        return _tuple(self.function.backward(context, *given[: self._count]))
+        count = self._told.outputs
+        context = SimpleNamespace(saved_tensors=given[count:], **self._attributes)
+        return _tuple(self.function.backward(context, *given[:count]))
 
 
-@dataclass
-class _Said:
-    """What a Function's forward pass tells autograd of its tensors."""
+class _Told(NamedTuple):
+    """What a Function's forward pass tells of what it made, some outputs and then what it saves,
+    and of its arguments: by their places.
+    """
 
-    saved: tuple[Any, ...] = ()
-    constant: tuple[Any, ...] = ()
-    written: tuple[Any, ...] = ()
-    is_materialized: bool = True
+    outputs: int
+    alone: bool
+    saves: bool
+    constant: list[int]
+    written: list[int]
+    is_materialized: bool
+    attributes: dict[str, Any]
+
+    def tell(self, ctx: Any, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
+        """Tells autograd's context, and returns the outputs."""
+        outputs = made[: self.outputs]
+        vars(ctx).update(self.attributes)
+        if self.saves:
+            ctx.save_for_backward(*made[self.outputs :])
+        if self.constant:
+            ctx.mark_non_differentiable(*[outputs[at] for at in self.constant])
+        if self.written:
+            ctx.mark_dirty(*[arguments[at] for at in self.written])
+        if not self.is_materialized:
+            ctx.set_materialize_grads(False)
+        return outputs[0] if self.alone else outputs
 
 
 class _Context:
     """Stands for autograd's in a Function's forward pass."""
 
-    def __init__(self, said: _Said, needs_input_grad: tuple[bool, ...]) -> None:
-        self._said = said
+    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
         self.needs_input_grad = needs_input_grad
+        self._count, self._alone = 0, False
+        self._saved: tuple[Any, ...] = ()
+        self._constant: tuple[Any, ...] = ()
+        self._written: tuple[Any, ...] = ()
+        self._is_materialized = True
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self._said.saved = tensors
+        self._saved = tensors
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        self._said.constant = tensors
+        self._constant = tensors
 
     def mark_dirty(self, *tensors: Tensor) -> None:
-        self._said.written = tensors
+        self._written = tensors
 
     def set_materialize_grads(self, value: bool) -> None:
-        self._said.is_materialized = value
+        self._is_materialized = value
 
-    def attributes(self) -> dict[str, Any]:
-        """What the pass has set for the backward one."""
-        own = "_said", "needs_input_grad"
-        return {name: value for name, value in vars(self).items() if name not in own}
+    def _made(self, result: Any) -> tuple[Any, ...]:
+        """The outputs, then what is saved."""
+        self._alone = not isinstance(result, tuple)
+        outputs = (result,) if self._alone else result
+        self._count = len(outputs)
+        return *outputs, *self._saved
+
+    def _told(self, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> _Told:
+        own = vars(self)
+        return _Told(
+            outputs=self._count,
+            alone=self._alone,
+            saves=bool(self._saved),
+            constant=_places(self._constant, made[: self._count]),
+            written=_places(self._written, arguments),
+            is_materialized=self._is_materialized,
+            attributes={
+                name: value
+                for name, value in own.items()
+                if not name.startswith("_") and name != "needs_input_grad"
+            },
+        )
 
 
 def _places(some: Sequence[Any], among: Sequence[Any]) -> list[int]:
     return [at for at, one in enumerate(among) if any(one is other for other in some)]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
 
 
 def _tuple(gradients: Any) -> tuple[Any, ...]:
@@ -189,7 +227,7 @@ def _tuple(gradients: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def _apply_of(function: type[Function]) -> Callable[..., Any]:
-    """Of the present node's arguments the outputs; autograd calls them as those of the Function."""
+    """Makes the outputs of the call at hand; autograd knows them as those of the Function."""
     named: Any = type(function.__name__, (_Repeated,), {})
     # without a look for tensors that a transform has left: `seen.listens` and `key_of` did that
     apply: Callable[..., Any] = super(Function, named).apply
@@ -198,7 +236,7 @@ def _apply_of(function: type[Function]) -> Callable[..., Any]:
 
 class _Thread(threading.local):
     # the one whose forward pass begins
-    node: Node
+    call: _Call
 
 
 _thread = _Thread()
@@ -207,11 +245,11 @@ _thread = _Thread()
 class _Repeated(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        return _thread.node.forward(ctx, arguments)
+        return _thread.call.forward(ctx, arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.compiler.is_compiling():
             # which follows the Function's own
-            return ctx.node.function.backward(ctx, *grads)
-        return ctx.node.backward(ctx, grads)
+            return ctx._call.function.backward(ctx, *grads)
+        return ctx._call.backward(ctx, grads)

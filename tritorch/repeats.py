@@ -44,7 +44,8 @@ def repeated(op: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         gradients = seen.gradients(given)
         key = (*key, gradients, torch.is_inference_mode_enabled(), *named)
         if _has_autocast():
-            key += _autocast()
+            # what it casts to is of no argument's dtype
+            key += (*_autocast(), *launch.precisions())
         calls = without_gradient if gradients is None else with_gradient
         result: _Result = calls(key, arguments, named)
         return result

@@ -99,7 +99,7 @@ def key_of(arguments: Iterable[Any]) -> tuple[Any, ...] | None:
             key += bool, argument
         else:
             return None
-    # all operands of a product have the dtype of the first
+    # all operands of a product have the dtype of the first, but where autocast casts them
     if first is torch.float32:
         key += launch.precisions()
     return tuple(key)
@@ -171,9 +171,16 @@ class Calls:
         finally:
             launch.thread.is_whole = False
 
-    def known(self, key: tuple[Any, ...]) -> Known | None:
-        """What repeats a call with this key, if anything does yet."""
-        return self._known.get(key)
+    def watched(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Known | None]:
+        """The result of a call, and what repeats it: it is watched if none was before."""
+        if key in self._known:
+            return self(key, arguments), self._known[key]
+        launch.thread.is_whole = self._is_whole
+        try:
+            result, self._known[key] = self._watch(self._function, arguments, _NONE)
+        finally:
+            launch.thread.is_whole = False
+        return result, self._known[key]
 
     def _is_to_be_watched(self, key: tuple[Any, ...]) -> bool:
         seen = self._seen.get(key, 0) + 1

@@ -149,7 +149,7 @@ def watch(
     What the call allocates is kept until it returns.
     """
     mode = _Mode((*arguments, *named.values()))
-    warned = checks.warned
+    warned = checks.thread.warned
     with mode:
         launch.thread.watcher = mode
         try:
@@ -157,7 +157,7 @@ def watch(
         finally:
             launch.thread.watcher = None
     # each call warns anew
-    return result, mode.repeat(result) if checks.warned == warned else None
+    return result, mode.repeat(result) if checks.thread.warned == warned else None
 
 
 class _Mode(TorchDispatchMode):
@@ -274,13 +274,15 @@ class _Mode(TorchDispatchMode):
         launches = [step for step in self._steps if isinstance(step, Launch)]
         devices = {step.ready.device for step in launches} or {-1}
         of_tensors = {value.device for value in self._values if isinstance(value, Tensor)}
-        # two of one memory may have two shapes
+        # two of one memory may have two shapes, and a part is made anew each time it is returned
         objects = dict(zip(map(id, results), where, strict=True))
         made = [at for at in objects.values() if isinstance(at, int) and at >= self._arguments]
+        parts = [id(one) for one, at in zip(results, where, strict=True) if isinstance(at, View)]
         if (
             not self._is_repeatable
             or len(found) < len(where)
             or len(set(made)) < len(made)
+            or len(set(parts)) < len(parts)
             or len(devices) > 1
             or len(of_tensors) > 1
         ):

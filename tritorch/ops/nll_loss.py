@@ -181,7 +181,6 @@ class NllLossBackward(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(target, weight, denominator)
         ctx.ignore_index = ignore_index
-        ctx.input = input if ctx.needs_input_grad[1] else None
         grad: Tensor = _backward(grad_output, input, target, weight, denominator, ignore_index)
         return grad
 
