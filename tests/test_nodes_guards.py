@@ -148,6 +148,48 @@ def test_what_is_written_beside_a_node_is_written_each_time(images):
     assert composition is not None
 
 
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x, other: (other.add_(1), ops.silu(x))[1],
+        lambda x, other: ops.silu(x) * 2,
+        lambda x, other: (ops.silu(x), 2)[1],
+        lambda x, other: ops.linear(x, ELSEWHERE.to(x.device)),
+        lambda x, other: ops.silu(x.view(4, 4)),
+        lambda x, other: x,
+    ],
+    ids=["writes", "computes", "number", "elsewhere", "view", "nothing"],
+)
+def test_what_does_more_than_make_nodes_is_no_repeat(op, device):
+    x, other = leaf(torch.randn(4, 4, device=device)), torch.zeros(3, device=device)
+    trained(lambda: op(x, other))
+    _, composition = composed.watch(op, (x, other), {})
+    assert composition is None
+
+
+ELSEWHERE = torch.ones(4, 4)
+
+
+def test_which_of_two_arguments_a_node_takes_is_not_guessed(images):
+    x = leaf(images)
+    assert composed.watch(lambda x, other: ops.silu(x), (x, x), {})[1] is None
+
+
+def test_what_listens_hears_of_backward_passes(images, again):
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    x, names = leaf(images), []
+    trained(lambda: backward(ops.silu(x), x))
+    assert again
+    total = ops.silu(x).sum()
+    with Names():
+        total.backward()
+    assert "tritorch::activation_backward" in names
+
+
 def test_one_tensor_twice_is_no_repeat(again, device):
     a, b = (leaf(torch.randn(8, 8, device=device)) for _ in range(2))
     trained(lambda: ops.linear(a, a))
