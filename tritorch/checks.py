@@ -67,6 +67,8 @@ thread = _Thread()
 _OURS = (
     "tritorch.checks",
     "tritorch.composed",
+    "tritorch.listening",
+    "tritorch.nodes",
     "tritorch.ops.",
     "tritorch.repeats",
     "tritorch.seen",

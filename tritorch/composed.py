@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
+from torch.utils._python_dispatch import _pop_mode_temporarily
 
-from tritorch import binding, checks, launch, nodes
+from tritorch import binding, launch, nodes
+from tritorch.listening import Listener
 
 
 class Cast(NamedTuple):
@@ -44,7 +45,7 @@ class Applied(NamedTuple):
 
 
 class Composition(NamedTuple):
-    """What a call did.  Values have places: the call's arguments, then what its steps make."""
+    """What a call did."""
 
     device: int
     steps: list[Cast | Applied]
@@ -52,7 +53,7 @@ class Composition(NamedTuple):
 
     def __call__(self, arguments: Sequence[Any]) -> Any:
         """Does it with these arguments."""
-        values = list(arguments)
+        values = [None, *arguments]
         for step in self.steps:
             step(values)
         return values[self.result]
@@ -63,43 +64,18 @@ def watch(
 ) -> tuple[Any, Composition | None]:
     """What `op(*arguments, **named)` returns, and what repeats the call, if anything does."""
     mode = _Mode((*arguments, *named.values()))
-    warned = checks.thread.warned
-    with mode:
-        launch.thread.composer = mode
-        try:
-            result = op(*arguments, **named)
-        finally:
-            launch.thread.composer = None
-    # each call warns anew
-    return result, mode.composition(result) if checks.thread.warned == warned else None
+    result = mode.listen("composer", op, arguments, named)
+    return result, mode.composition(result)
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(Listener):
     """Hears of the nodes that a call makes, and of all that it does in torch besides."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # what keeps torch.compile out of a mode imports it, which takes a second
-        return False
-
     def __init__(self, arguments: Sequence[Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        # nothing in here dies, so that no other tensor gets its id
-        self._values: list[Any] = []
-        self._places: dict[int, int] = {}
+        super().__init__(arguments)
         self._steps: list[Cast | Applied] = []
         # of the nodes
         self._devices: set[int] = set()
-        self._is_repeatable = True
-        for argument in arguments:
-            # twice the same tensor does not tell which of two is meant
-            self._is_repeatable &= id(argument) not in self._places
-            self._add(argument)
-
-    def _add(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            self._places[id(value)] = len(self._values)
-        self._values.append(value)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

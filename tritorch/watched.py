@@ -1,7 +1,4 @@
-"""Watches a call, to do it again: what it allocates and copies, and which launches it makes.
-
-Values of a call have places: None, the call's arguments, then what it makes, in order.
-"""
+"""Watches a call, to do it again: what it allocates and copies, and which launches it makes."""
 
 from __future__ import annotations
 
@@ -12,9 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
+from torch.utils._python_dispatch import _pop_mode_temporarily
 
-from tritorch import backend, checks, descriptors, launch
+from tritorch import backend, descriptors, launch
+from tritorch.listening import Listener
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset(
@@ -149,45 +147,19 @@ def watch(
     What the call allocates is kept until it returns.
     """
     mode = _Mode((*arguments, *named.values()))
-    warned = checks.thread.warned
-    with mode:
-        launch.thread.watcher = mode
-        try:
-            result = function(*arguments, **named)
-        finally:
-            launch.thread.watcher = None
-    # each call warns anew
-    return result, mode.repeat(result) if checks.thread.warned == warned else None
+    result = mode.listen("watcher", function, arguments, named)
+    return result, mode.repeat(result)
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(Listener):
     """Hears of all that a call does in torch, and as a watcher of its launches."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # what keeps torch.compile out of a mode imports it, which takes a second
-        return False
-
     def __init__(self, arguments: Sequence[Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        # of each tensor where it is; nothing in here dies, so that no other tensor gets its id
+        super().__init__(arguments)
+        # of each tensor where it is
         self._views: dict[int, tuple[Tensor, View]] = {}
-        self._places: dict[int, int] = {id(None): 0}
-        self._values: list[Any] = [None]
-        self._arguments = 1 + len(arguments)
         self._steps: list[Any] = []
         self._written: list[int] = []
-        self._is_repeatable = True
-        for argument in arguments:
-            # twice the same tensor does not tell which of two is meant
-            if isinstance(argument, Tensor):
-                self._is_repeatable &= id(argument) not in self._places
-            self._add(argument)
-
-    def _add(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            self._places[id(value)] = len(self._values)
-        self._values.append(value)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
