@@ -103,16 +103,16 @@ ROOMS = (
         may="stdlib torch tritorch.launch tritorch.nodes tritorch.seen",
     ),
     Room(
-        "tritorch/listening.py tritorch/seen.py tritorch/watched.py",
+        "tritorch/heard.py tritorch/seen.py tritorch/watched.py",
         "what is repeated knows no op, and nothing of autograd",
         may="stdlib torch tritorch.backend tritorch.checks tritorch.descriptors tritorch.launch"
-        " tritorch.listening tritorch.watched",
+        " tritorch.heard tritorch.watched",
         unused="torch.library torch.autograd.Function",
     ),
     Room(
         "tritorch/repeats.py tritorch/composed.py tritorch/nodes.py",
         "what is repeated under autograd knows no op",
-        may="stdlib torch tritorch.binding tritorch.composed tritorch.launch tritorch.listening"
+        may="stdlib torch tritorch.binding tritorch.composed tritorch.launch tritorch.heard"
         " tritorch.nodes tritorch.seen tritorch.watched",
         unused="torch.library",
     ),

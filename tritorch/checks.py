@@ -67,7 +67,7 @@ thread = _Thread()
 _OURS = (
     "tritorch.checks",
     "tritorch.composed",
-    "tritorch.listening",
+    "tritorch.heard",
     "tritorch.nodes",
     "tritorch.ops.",
     "tritorch.repeats",

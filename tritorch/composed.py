@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import _pop_mode_temporarily
 
 from tritorch import binding, launch, nodes
-from tritorch.listening import Listener
+from tritorch.heard import Listener
 
 
 class Cast(NamedTuple):
