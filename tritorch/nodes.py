@@ -58,7 +58,9 @@ def _calls(function: type[Function]) -> seen.Calls:
 
 
 class _Call:
-    """A call of a Function; `forward` and `backward` are what autograd asks of its node."""
+    """A call of a Function.  Of the node that it makes autograd asks for `backward`, and before for
+    the `forward` of one of the two kinds of calls below.
+    """
 
     def __init__(self, function: type[Function]) -> None:
         self.function, self._apply = function, _apply_of(function)
@@ -69,10 +71,6 @@ class _Call:
         # `ctx.needs_input_grad`
         _thread.call = self
         return self._apply(*arguments)
-
-    def forward(self, ctx: Any, arguments: tuple[Any, ...]) -> Any:
-        """The outputs; `ctx` is autograd's."""
-        raise NotImplementedError
 
     def backward(self, ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
         """Of each argument the gradient, or None."""
@@ -85,6 +83,7 @@ class _First(_Call):
     node: Node | None = None
 
     def forward(self, ctx: Any, arguments: tuple[Any, ...]) -> Any:
+        """The outputs, and to `ctx`, which is autograd's, what the Function tells it."""
         context = _Context(ctx.needs_input_grad)
 
         def forward(*arguments: Any) -> tuple[Any, ...]:
@@ -94,7 +93,7 @@ class _First(_Call):
         made, repeat = watching.watch(forward, arguments, {})
         told = context._told(made, arguments)
         if repeat is not None and _is_plain(tuple(told.attributes.values())):
-            self.node = Node(self.function, repeat, told, ctx.needs_input_grad)
+            self.node = Node(self.function, repeat, told)
         ctx._call = self.node or self
         return told.tell(ctx, made, arguments)
 
@@ -102,20 +101,14 @@ class _First(_Call):
 class Node(_Call):
     """What repeats a call; it keeps no tensor."""
 
-    def __init__(
-        self,
-        function: type[Function],
-        forward: watching.Repeat,
-        told: _Told,
-        needs_input_grad: tuple[bool, ...],
-    ) -> None:
+    def __init__(self, function: type[Function], forward: watching.Repeat, told: _Told) -> None:
         super().__init__(function)
         self.device, self.written = forward.device, told.written
         self._forward, self._told = forward, told
-        self._attributes = {**told.attributes, "needs_input_grad": needs_input_grad}
         self._gradients = seen.Calls(self._backward)
 
     def forward(self, ctx: Any, arguments: tuple[Any, ...]) -> Any:
+        """The outputs once more, and what was told."""
         ctx._call = self
         return self._told.tell(ctx, self._forward(arguments), arguments)
 
@@ -132,7 +125,7 @@ class Node(_Call):
 
     def _backward(self, *given: Any) -> tuple[Any, ...]:
         count = self._told.outputs
-        context = SimpleNamespace(saved_tensors=given[count:], **self._attributes)
+        context = SimpleNamespace(saved_tensors=given[count:], **self._told.attributes)
         return _tuple(self.function.backward(context, *given[:count]))
 
 
@@ -152,6 +145,7 @@ class _Told(NamedTuple):
     def tell(self, ctx: Any, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
         """Tells autograd's context, and returns the outputs."""
         outputs = made[: self.outputs]
+        # of `needs_input_grad` it has its own, an equal one, which is not replaced
         vars(ctx).update(self.attributes)
         if self.saves:
             ctx.save_for_backward(*made[self.outputs :])
@@ -195,7 +189,6 @@ class _Context:
         return *outputs, *self._saved
 
     def _told(self, made: tuple[Any, ...], arguments: tuple[Any, ...]) -> _Told:
-        own = vars(self)
         return _Told(
             outputs=self._count,
             alone=self._alone,
@@ -204,9 +197,7 @@ class _Context:
             written=_places(self._written, arguments),
             is_materialized=self._is_materialized,
             attributes={
-                name: value
-                for name, value in own.items()
-                if not name.startswith("_") and name != "needs_input_grad"
+                name: value for name, value in vars(self).items() if not name.startswith("_")
             },
         )
 
@@ -236,7 +227,7 @@ def _apply_of(function: type[Function]) -> Callable[..., Any]:
 
 class _Thread(threading.local):
     # the one whose forward pass begins
-    call: _Call
+    call: Any
 
 
 _thread = _Thread()
