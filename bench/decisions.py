@@ -36,11 +36,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class Decision:
-    """What one pass launches, in order, and what was asked on the way."""
+    """What one pass launches, in order, and what was asked on the way.
+
+    A launch may have fewer stages than its configuration, which is for all sums.
+    """
 
     which: str
-    kernels: tuple[str, ...]
+    launches: tuple[dry.Launch, ...]
     answers: tuple[Answer, ...]
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The names of those launched."""
+        return tuple(launch.kernel for launch in self.launches)
 
 
 def decisions(
@@ -59,19 +67,25 @@ def decisions(
     found = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(backend.use("triton"))
-        stack.enter_context(dry.compiling_for(target))
+        recorder = stack.enter_context(dry.compiling_for(target))
         stack.enter_context(tuned.using(table))
+
+        def watched(which: str, run: Callable[[], object]) -> Decision:
+            before = len(recorder.launches)
+            answers = _answers(run, table)
+            return Decision(which, tuple(recorder.launches[before:]), answers)
+
         outputs: list[Tensor] = []
-        found.append(_watched("forward", lambda: outputs.append(function(**given)), table))
+        found.append(watched("forward", lambda: outputs.append(function(**given))))
         [y] = outputs
         leaves = [value for value in given.values() if isinstance(value, Tensor)]
         grad = torch.empty_like(y)
-        found.append(_watched("backward", lambda: torch.autograd.grad(y, leaves, grad), table))
+        found.append(watched("backward", lambda: torch.autograd.grad(y, leaves, grad)))
     return found
 
 
-def _watched(which: str, run: Callable[[], object], table: Mapping[tuned.Key, Any]) -> Decision:
-    with launch.recorded() as kernels, launch.questions() as asked, launch.choices() as chosen:
+def _answers(run: Callable[[], object], table: Mapping[tuned.Key, Any]) -> tuple[Answer, ...]:
+    with launch.questions() as asked, launch.choices() as chosen:
         run()
     given = iter(chosen)
     answer = next(given, None)
@@ -82,7 +96,7 @@ def _watched(which: str, run: Callable[[], object], table: Mapping[tuned.Key, An
         if answer is not None and answer[0] == function:
             config, answer = answer[1], next(given, None)
         answers.append(Answer(function, sizes, config, (function, sizes) in table))
-    return Decision(which, tuple(kernels), tuple(answers))
+    return tuple(answers)
 
 
 def _call(op: str, shape: str, dtype: torch.dtype) -> tuple[Callable[..., Tensor], dict[str, Any]]:
@@ -124,4 +138,10 @@ def lines(found: list[Decision]) -> list[str]:
                 continue
             by = "measured" if answer.measured else "the kernel's own choice"
             shown.append(f"  {said}: {answer.config} ({by})")
+        for made in one.launches:
+            grid = " x ".join(str(size) for size in made.grid)
+            shown.append(
+                f"  {made.kernel} on {grid}: num_warps: {made.num_warps}, "
+                f"num_stages: {made.num_stages}, shared: {made.compiled.metadata.shared} bytes"
+            )
     return shown

@@ -6,6 +6,7 @@ from click.testing import CliRunner
 from tritorch import tuned
 from tritorch.bench import decisions
 from tritorch.cli import main
+from tritorch.testing import dry
 from tritorch.testing.errors import RequestError
 
 pytestmark = pytest.mark.compile
@@ -36,6 +37,19 @@ def test_a_kernel_that_declines_is_said():
         ("conv2d_config", False),
     ]
     assert any("not this kernel" in line for line in decisions.lines([forward]))
+
+
+def test_a_launch_says_the_stages_that_it_has():
+    """One slice has no use for the four stages of its configuration."""
+    forward, _ = decisions.decisions("conv2d", "256,64,56,56,256,1")
+    [launch] = forward.launches
+    assert forward.answers[0].config.num_stages == 4
+    assert launch.num_stages == 2
+    *_, line = decisions.lines([forward])
+    assert line == (
+        "  matmul_tma_kernel on 25088 x 1 x 1: num_warps: 4, num_stages: 2, shared: "
+        f"{dry.resources(launch).shared} bytes"
+    )
 
 
 def test_other_gpus_run_the_portable_kernels():
