@@ -205,31 +205,70 @@ def test_running_statistics_move_once():
         assert ((given[name].double() - expected).abs() <= 2**-22 * (expected.abs() + 1)).all()
 
 
+SMALL = CASES["1x1"]._replace(input=(2, 16, 2, 2), weight=(16, 16, 1, 1))
+SECOND = {
+    "1x1": (SMALL, "xwsbr", "silu"),
+    "3x3": (CASES["3x3"], "xwsb", None),
+    "frozen-filters": (SMALL, "xs", None),
+    "images": (SMALL, "wb", "silu"),
+}
+
+
 @pytest.mark.interpret
-def test_second_gradients():
-    case = CASES["1x1"]._replace(input=(2, 16, 2, 2), weight=(16, 16, 1, 1))
+@pytest.mark.parametrize("name", SECOND)
+def test_second_gradients(name):
+    """Through the convolution inside of the node, whichever of its operands want any."""
+    case, wanted, activation = SECOND[name]
     x, w = case.make()
     given = arguments(case)
+    vectors = given["norm_weight"], given["norm_bias"]
+    residual = torch.randn_like(F.conv2d(x.double(), w.double(), **case.given()))
+    values = dict(zip("xwsbr", (x, w, *vectors, residual), strict=True))
 
-    def twice(op, dtype, **more):
-        leaves = [x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()]
-        vectors = [given["norm_weight"].to(dtype if dtype == torch.float64 else torch.float32)]
-        y = op(*leaves, None, None, vectors[0], None, training=True, **more)
+    def twice(op, dtype):
+        wide = dtype if dtype == torch.float64 else torch.float32
+        made = {key: value.to(wide if key in "sb" else dtype) for key, value in values.items()}
+        leaves = [made[key].requires_grad_() for key in wanted]
+        if "r" not in wanted:
+            made["r"] = None
+        y = op(**made)
         grad = torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)
         first = torch.autograd.grad(y, leaves, grad, create_graph=True)
-        return torch.autograd.grad([one.square().sum() for one in first], leaves)
+        # in the sum over all of it the gradients of shift and residual would have none
+        total = sum(one.square().sum() for one in first)
+        return torch.autograd.grad(total, leaves, allow_unused=True)
+
+    def fused(x, w, s, b, r):
+        more = {"training": True, "activation": activation, "residual": r}
+        return ops.conv2d_batch_norm(x, w, None, None, s, b, **case.given(), **more)
+
+    def reference(x, w, s, b, r):
+        y = F.batch_norm(F.conv2d(x, w, **case.given()), None, None, s, b, True)
+        y = y if r is None else y + r
+        return y if activation is None else F.silu(y)
 
     with case.running() as names:
-        found = twice(ops.conv2d_batch_norm, torch.float16)
-    assert MULTIPLY in names
+        found = twice(fused, torch.float16)
     assert STATS not in names
-
-    def reference(x, w, mean, var, weight, bias, training):
-        return F.batch_norm(F.conv2d(x, w), mean, var, weight, bias, training)
-
     for one, two in zip(found, twice(reference, torch.float64), strict=True):
+        if one is None or two is None:
+            assert one is None or not one.any()
+            assert two is None or not two.any()
+            continue
         # of several rounded factors
         assert (one.double() - two).abs().max() <= 2**-6 * two.abs().max()
+
+
+@pytest.mark.interpret
+def test_it_is_one_node():
+    """Nothing of the graph is kept between the two."""
+    case = CASES["1x1"]
+    x, w = (value.requires_grad_() for value in case.make())
+    given = arguments(case)
+    with case.running():
+        y = ops.conv2d_batch_norm(x, w, **given, training=True, **case.given())
+    nodes = [node for node, _ in y.grad_fn.next_functions if node is not None]
+    assert [node.variable is leaf for node, leaf in zip(nodes, (x, w), strict=True)] == [True] * 2
 
 
 @pytest.mark.interpret

@@ -11,10 +11,9 @@ from torch import Tensor
 from tritorch import backend, binding, checks, repeats
 from tritorch.ops import conv_call, conv_checks
 from tritorch.ops.conv import Pair, conv2d, conv2d_reference
-from tritorch.ops.conv_batch_norm_function import ConvolutionStatistics
+from tritorch.ops.conv_batch_norm_function import ConvolutionBatchNorm
 from tritorch.ops.norm import batch_norm, batch_norm_reference
 from tritorch.ops.norm_checks import check_shapes, check_statistics
-from tritorch.ops.norm_gradient import BatchNorm
 from tritorch.ops.norm_stages import keeps_bits
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
@@ -133,24 +132,19 @@ def conv2d_batch_norm(
         y = conv2d_reference(input, weight, None, *geometry)
         return batch_norm_reference(y, *norm, activation=activation, residual=residual)
     checks.parameters(_OP, x, accumulator_dtype(x.dtype), **vectors)
-    channels_last = conv_call.writes_channels_last(2, x, w)
-    y, mean, var = binding.apply(
-        ConvolutionStatistics, x, w, *running.values(), *call.geometry, channels_last, momentum
-    )
     output: Tensor = binding.apply(
-        BatchNorm,
-        y,
+        ConvolutionBatchNorm,
+        x,
+        w,
         norm_weight,
         norm_bias,
         residual,
-        running_mean,
-        running_var,
-        training,
+        *running.values(),
+        *call.geometry,
+        conv_call.writes_channels_last(2, x, w),
         momentum,
         eps,
         activation,
-        mean,
-        var,
     )
     return output
 

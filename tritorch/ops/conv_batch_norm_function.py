@@ -1,4 +1,6 @@
-"""Convolution with the statistics of its output: a library op, and its function under autograd."""
+"""Convolution with the statistics of its output, and batch normalisation by them: a library op, and
+its function under autograd.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tritorch import binding
-from tritorch.ops import depthwise, implicit_gemm
-from tritorch.ops.conv_function import Ints, describe, gradients
+from tritorch.ops import conv_function, depthwise, implicit_gemm, norm_gradient
+from tritorch.ops.conv_function import Convolution, Ints, describe
 from tritorch.ops.conv_library import empty
 from tritorch.ops.geometry import Geometry
+from tritorch.ops.norm_gradient import normalised
 from tritorch.ops.norm_stages import batch_norm_gather_stats, batch_norm_stats
 from tritorch.ops.reduce import accumulator_dtype
 
@@ -85,10 +88,11 @@ def _convolution_batch_norm_stats(
     return y, *batch_norm_gather_stats(moments, *running)
 
 
-class ConvolutionStatistics(torch.autograd.Function):
-    """A convolution without bias; mean and variance of its output tell no gradient.
+class ConvolutionBatchNorm(torch.autograd.Function):
+    """Batch normalisation of a convolution without bias, in training, as one node of the graph.
 
-    Batch normalisation by these has a gradient that knows what they depend on.
+    It keeps what the two would keep.  Of gradients of gradients the convolution is computed again,
+    for what lies inside of a node has no graph.
     """
 
     @staticmethod
@@ -96,6 +100,9 @@ class ConvolutionStatistics(torch.autograd.Function):
         ctx: Any,
         input: Tensor,
         weight: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        residual: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         size: Ints,
@@ -105,22 +112,36 @@ class ConvolutionStatistics(torch.autograd.Function):
         groups: int,
         channels_last: bool,
         momentum: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        eps: float,
+        activation: str | None,
+    ) -> Tensor:
         geometry = stride, padding, dilation, groups
-        output, mean, var = _convolution_batch_norm_stats(
+        y, mean, var = _convolution_batch_norm_stats(
             input, weight, running_mean, running_var, size, *geometry, channels_last, momentum
         )
-        ctx.mark_non_differentiable(mean, var)
-        # or it would make zeros for these two
-        ctx.set_materialize_grads(False)
-        binding.save_for_backward(
-            ctx,
-            input if ctx.needs_input_grad[1] else None,
-            weight if ctx.needs_input_grad[0] else None,
-        )
+        given = y, norm_weight, norm_bias, residual, mean, var, True, eps, activation
+        output, kept = normalised(ctx, _wanted(ctx), *given)
+        operands = (input, weight) if any(ctx.needs_input_grad[:2]) else (None, None)
+        binding.save_for_backward(ctx, *operands, *kept)
+        ctx.size, ctx.channels_last = size, channels_last
         describe(ctx, input, weight, geometry)
-        return output, mean, var
+        return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        return *gradients(ctx, grad_output, *ctx.saved_tensors), *(None,) * 9
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, y, *kept = ctx.saved_tensors
+        wanted = _wanted(ctx)
+        if wanted[0] and torch.is_grad_enabled():
+            rest = ctx.size, *ctx.geometry, ctx.channels_last
+            y = binding.apply(Convolution, input, weight, None, None, *rest)
+        grad_y, *grads = norm_gradient.gradients(ctx, wanted, grad_output, y, *kept)
+        of_input, of_weight = None, None
+        if grad_y is not None:
+            of_input, of_weight = conv_function.gradients(ctx, grad_y, input, weight)
+        return of_input, of_weight, *grads, *(None,) * 11
+
+
+def _wanted(ctx: Any) -> tuple[bool, bool, bool, bool]:
+    """Whether there is to be a gradient of the convolution, scale, shift and residual."""
+    of_input, of_weight, of_scale, of_shift, of_residual, *_ = ctx.needs_input_grad
+    return of_input or of_weight, of_scale, of_shift, of_residual

@@ -25,15 +25,7 @@ from tritorch.ops.reduce import accumulator_dtype
 
 
 class BatchNorm(torch.autograd.Function):
-    """Keeps the input and, per channel, mean, variance and weight; less if the gradients allow it.
-
-    What an activation was applied to is computed again from these and the bias.  After a residual
-    one more tensor is kept, which torch's own activation would keep too: the output where that
-    tells the derivative, else the residual.  Of relu's output, `keeps_bits` says where, only a bit
-    of each element.
-
-    Mean and variance of the input may be known to the caller, who then has moved the running ones.
-    """
+    """Keeps what `normalised` says."""
 
     @staticmethod
     def forward(
@@ -48,71 +40,108 @@ class BatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
         activation: str | None,
-        mean: Tensor | None = None,
-        var: Tensor | None = None,
     ) -> Tensor:
-        of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
+        wanted = ctx.needs_input_grad[:4]
         if training:
-            if mean is None:
-                mean, var = batch_norm_stats(input, running_mean, running_var, momentum)
-        elif any(ctx.needs_input_grad[:4]):
+            mean, var = batch_norm_stats(input, running_mean, running_var, momentum)
+        elif any(wanted):
             # a training step may move the running ones before this call's gradient needs them
             mean, var = torch.stack((running_mean, running_var)).unbind()
         else:
             mean, var = running_mean, running_var
-        given = input, residual, mean, var, weight, bias, eps, activation
-        output: Tensor
-        saved, computes_again = None, False
-        # what asks for no sums reads nothing but the output
-        sums = of_weight or of_bias or (training and of_input)
-        if sums and residual is not None and keeps_bits(input, residual, activation):
-            output, saved = batch_norm_elemt_bits(*given)
-        else:
-            output = batch_norm_elemt(*given)
-            if activation is not None:
-                from_output = residual is not None and needs_output(activation)
-                saved = output if from_output else residual
-                computes_again = not from_output
-        needs_input = training or computes_again or of_weight or of_bias
-        binding.save_for_backward(
-            ctx,
-            input if needs_input else None,
-            weight,
-            bias if computes_again else None,
-            saved,
-            mean,
-            var,
-        )
-        ctx.training, ctx.eps, ctx.activation = training, eps, activation
-        ctx.stride = output.stride()
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        given = input, weight, bias, residual, mean, var, training, eps, activation
+        output, kept = normalised(ctx, wanted, *given)
+        binding.save_for_backward(ctx, *kept)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # asked for once: checkpoints give them once
-        tensors = ctx.saved_tensors
-        saved = tensors[3]
-        of_input, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
-        if not (of_input or of_weight or of_bias):
-            if ctx.activation is None:
-                return None, None, None, grad_output, *(None,) * 8
-            if needs_output(ctx.activation):
-                masked = binding.apply(ActivationBackward, grad_output, saved, ctx.activation)
-                return None, None, None, masked, *(None,) * 8
-        grads = binding.apply(
-            BatchNormBackward,
-            grad_output,
-            *tensors,
-            (of_input, of_weight, of_bias),
-            ctx.training,
-            ctx.eps,
-            ctx.stride,
-            ctx.activation,
-            ctx.bias_dtype,
-        )
-        masked = grad_output if saved is None else grads[3]
-        return *grads[:3], masked if of_residual else None, *(None,) * 8
+        kept = ctx.saved_tensors
+        return *gradients(ctx, ctx.needs_input_grad[:4], grad_output, *kept), *(None,) * 6
+
+
+def normalised(
+    ctx: Any,
+    wanted: tuple[bool, bool, bool, bool],
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The output, and the tensors that the gradients `wanted` take, of the four that come first.
+
+    They are the input and, per channel, mean, variance and weight; less if the gradients allow it.
+    What an activation was applied to is computed again from these and the bias.  After a residual
+    one more tensor is kept, which torch's own activation would keep too: the output where that
+    tells the derivative, else the residual.  Of relu's output, `keeps_bits` says where, only a bit
+    of each element.
+    """
+    of_input, of_weight, of_bias, _ = wanted
+    given = input, residual, mean, var, weight, bias, eps, activation
+    output: Tensor
+    saved, computes_again = None, False
+    # what asks for no sums reads nothing but the output
+    sums = of_weight or of_bias or (training and of_input)
+    if sums and residual is not None and keeps_bits(input, residual, activation):
+        output, saved = batch_norm_elemt_bits(*given)
+    else:
+        output = batch_norm_elemt(*given)
+        if activation is not None:
+            from_output = residual is not None and needs_output(activation)
+            saved = output if from_output else residual
+            computes_again = not from_output
+    needs_input = training or computes_again or of_weight or of_bias
+    ctx.training, ctx.eps, ctx.activation = training, eps, activation
+    ctx.stride = output.stride()
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    kept_bias = bias if computes_again else None
+    return output, (input if needs_input else None, weight, kept_bias, saved, mean, var)
+
+
+def gradients(
+    ctx: Any,
+    wanted: tuple[bool, bool, bool, bool],
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Of input, weight, bias and residual, from what `normalised` told the context and kept."""
+    of_input, of_weight, of_bias, of_residual = wanted
+    if not (of_input or of_weight or of_bias):
+        if ctx.activation is None:
+            return None, None, None, grad_output
+        if needs_output(ctx.activation):
+            masked = binding.apply(ActivationBackward, grad_output, saved, ctx.activation)
+            return None, None, None, masked
+    *grads, masked = binding.apply(
+        BatchNormBackward,
+        grad_output,
+        input,
+        weight,
+        bias,
+        saved,
+        mean,
+        var,
+        (of_input, of_weight, of_bias),
+        ctx.training,
+        ctx.eps,
+        ctx.stride,
+        ctx.activation,
+        ctx.bias_dtype,
+    )
+    if saved is None:
+        masked = grad_output
+    return *grads, masked if of_residual else None
 
 
 class BatchNormBackward(torch.autograd.Function):
