@@ -71,9 +71,10 @@ class SGD(torch.optim.SGD):
         grads: list[Tensor] = []
         buffers: list[Tensor | None] = []
         has_sparse_grad = self._init_group(group, params, grads, buffers)  # type: ignore[no-untyped-call]
+        new = [i for i, buffer in enumerate(buffers) if buffer is None]
         declined = self._declined(group, params, has_sparse_grad)
         if backend.runs_triton("sgd_step", *params, declined=declined):
-            _step(group, params, grads, buffers)
+            _step(group, params, grads, buffers, new)
         else:
             sgd(
                 params,
@@ -86,10 +87,8 @@ class SGD(torch.optim.SGD):
                 found_inf=getattr(self, "found_inf", None),
                 **{name: group[name] for name in (*_SCALARS, *_FLAGS)},
             )
-        # there are none without momentum
-        if buffers:
-            for param, buffer in zip(params, buffers, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
+        for i in new:
+            self.state[params[i]]["momentum_buffer"] = buffers[i]
 
     def _declined(
         self, group: dict[str, Any], params: list[Tensor], has_sparse_grad: bool
@@ -126,30 +125,22 @@ def _step(
     group: dict[str, Any],
     params: list[Tensor],
     grads: list[Tensor],
-    buffers: list[Tensor | None],
+    buffers: list[Any],
+    new: list[int],
 ) -> None:
-    """Steps by the kernels; puts new buffers where `buffers` has None."""
+    """Steps by the kernels; puts buffers where `buffers` has None, at the places `new`."""
     arguments: dict[str, Any] = {name: float(group[name]) for name in _SCALARS}
     arguments |= {name: group[name] for name in _FLAGS}
-    if not buffers:
-        ops.sgd_step(params, grads, [], **arguments)
+    # there are none without momentum
+    if not new:
+        ops.sgd_step(params, grads, buffers, **arguments)
         return
-    # the buffers that there are, then the new ones
-    for first in (False, True):
-        chosen = [i for i, buffer in enumerate(buffers) if (buffer is None) is first]
-        filled = [
-            torch.empty_like(param) if buffer is None else buffer
-            for param, buffer in ((params[i], buffers[i]) for i in chosen)
-        ]
-        ops.sgd_step(
-            [params[i] for i in chosen],
-            [grads[i] for i in chosen],
-            filled,
-            **arguments,
-            first=first,
-        )
-        for i, buffer in zip(chosen, filled, strict=True):
-            buffers[i] = buffer
+    for i in new:
+        buffers[i] = torch.empty_like(params[i])
+    old = sorted(set(range(len(params))) - set(new))
+    for chosen, first in ((old, False), (new, True)):
+        lists = ([tensors[i] for i in chosen] for tensors in (params, grads, buffers))
+        ops.sgd_step(*lists, **arguments, first=first)
 
 
 class _AdamStep(torch.optim.Optimizer):

@@ -26,9 +26,6 @@ class _Lists(NamedTuple):
     max_exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
 
-    def chosen(self, indices: Sequence[int]) -> _Lists:
-        return _Lists(*([tensors[i] for i in indices] if tensors else [] for tensors in self))
-
 
 @torch.no_grad()
 def adam_step_reference(
@@ -120,7 +117,7 @@ def _adam_step_(
     for index, step in enumerate(steps):
         groups.setdefault(step.item(), []).append(index)
     for value, indices in groups.items():
-        group = lists if len(groups) == 1 else lists.chosen(indices)
+        group = lists if len(groups) == 1 else multi_tensor.chosen(lists, indices)
         _launch(group, None, *scalars, *_corrections(value, beta1, beta2), **flags)
 
 
@@ -239,8 +236,7 @@ def adam_step(
         "decoupled_weight_decay": decoupled_weight_decay,
         "capturable": capturable,
     }
-    for indices in multi_tensor.by_dtype_and_device(lists.params):
-        group = lists.chosen(indices)
+    for group in multi_tensor.by_dtype_and_device(lists):
         takes = backend.runs_triton(
             "adam_step", *group.params, declined=_declined(group, capturable)
         )
@@ -265,15 +261,12 @@ def _check(lists: _Lists, amsgrad: bool) -> None:
 def _declined(lists: _Lists, capturable: bool) -> str | None:
     like = lists.params[0]
     averages = (*lists.grads, *lists.exp_avgs, *lists.exp_avg_sqs, *lists.max_exp_avg_sqs)
-    if any(tensor.dtype != like.dtype for tensor in averages):
-        return "a gradient or an average of another dtype than its parameter"
-    if any(tensor.layout != torch.strided for tensor in averages):
-        return "a sparse gradient"
-    if capturable and any(
-        step.dtype != torch.float32 or step.device != like.device for step in lists.steps
-    ):
-        return "a step that is not float32 on its parameter's device"
-    return "a CUDA graph is being captured" if multi_tensor.is_captured(like) else None
+    declined = multi_tensor.declined(lists.params, averages, "an average")
+    if declined is None and capturable:
+        kinds = {(step.dtype, step.device) for step in lists.steps}
+        if kinds - {(torch.float32, like.device)}:
+            return "a step that is not float32 on its parameter's device"
+    return declined
 
 
 def _made(

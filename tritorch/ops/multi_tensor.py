@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from tritorch import checks, launch
 
 # device and stream: another stream would not wait for the copy of a table
 Place = tuple[torch.device, int]
+
+# a NamedTuple of lists of tensors
+_Lists = TypeVar("_Lists", bound=tuple[list[Tensor], ...])
 
 
 def place(like: Tensor) -> Place:
@@ -25,16 +29,20 @@ def dense(params: Sequence[Tensor]) -> list[Tensor]:
 
     Elements are paired by their place in memory: strides would slow every model for a rare one.
     """
-    return [param if _is_dense(param) else param.contiguous() for param in params]
+    return [
+        param
+        if param.is_contiguous() or _has_no_gaps(param.shape, param.stride())
+        else param.contiguous()
+        for param in params
+    ]
 
 
 def paired(tensors: Sequence[Tensor], dense: Sequence[Tensor]) -> list[Tensor]:
     """The tensors, copies of those that do not lie in memory like their dense parameter."""
+    # there are hundreds, and to ask each by a function of ours takes twice as long
+    if [one.stride() for one in tensors] == [one.stride() for one in dense]:
+        return list(tensors)
     return [_laid_out_like(*pair) for pair in zip(tensors, dense, strict=True)]
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or _has_no_gaps(tuple(tensor.shape), tensor.stride())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -88,12 +96,23 @@ def _upload(table: Tensor, device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-def by_dtype_and_device(params: Sequence[Tensor]) -> list[list[int]]:
-    """The numbers of the parameters that one launch can take together."""
+def by_dtype_and_device(lists: _Lists) -> list[_Lists]:
+    """The parameters, the first of these lists, that one launch can take together, with what
+    belongs to them.
+    """
     groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for index, param in enumerate(params):
+    for index, param in enumerate(lists[0]):
         groups.setdefault((param.dtype, param.device), []).append(index)
-    return list(groups.values())
+    if len(groups) == 1:
+        return [lists]
+    return [chosen(lists, indices) for indices in groups.values()]
+
+
+def chosen(lists: _Lists, indices: Sequence[int]) -> _Lists:
+    """Of each list the tensors of these numbers; of an empty one none."""
+    kind: Any = type(lists)
+    picked: _Lists = kind(*([some[i] for i in indices] if some else [] for some in lists))
+    return picked
 
 
 def check_lists(
@@ -102,10 +121,13 @@ def check_lists(
     """ValueError or RuntimeError unless there is a tensor like each parameter in every list, and
     what is written can be.
     """
+    shapes, devices = ([getattr(one, name) for one in params] for name in ("shape", "device"))
     for name, tensors in others.items():
         if len(tensors) != len(params):
             counts = {"params": len(params), name: len(tensors)}
             checks.fail(ValueError, op, f"expected as many {name} as params", **counts)
+        if [one.shape for one in tensors] == shapes and [one.device for one in tensors] == devices:
+            continue
         for param, tensor in zip(params, tensors, strict=True):
             if tensor.shape != param.shape or tensor.device != param.device:
                 rule = f"expected {name} of the parameters' shapes and devices"
@@ -113,6 +135,15 @@ def check_lists(
     for tensor in written:
         if not tensor.is_contiguous():
             checks.writable(op, tensor)
+
+
+def declined(params: Sequence[Tensor], others: Sequence[Tensor], what: str) -> str | None:
+    """Why no kernel takes parameters of one dtype with their gradients and `what` else there is."""
+    if {one.dtype for one in others} - {params[0].dtype}:
+        return f"a gradient or {what} of another dtype than its parameter"
+    if {one.layout for one in others} - {torch.strided}:
+        return "a sparse gradient"
+    return "a CUDA graph is being captured" if is_captured(params[0]) else None
 
 
 def is_captured(tensor: Tensor) -> bool:

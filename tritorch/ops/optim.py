@@ -163,26 +163,12 @@ def sgd_step(
         "maximize": maximize,
         "first": first,
     }
-    for indices in multi_tensor.by_dtype_and_device(lists.params):
-        group = _Lists(*([tensors[i] for i in indices] if tensors else [] for tensors in lists))
-        takes = backend.runs_triton(
-            "sgd_step",
-            *group.params,
-            *group.grads,
-            *group.momentum_buffers,
-            declined=_declined(*group),
-        )
+    for group in multi_tensor.by_dtype_and_device(lists):
+        beside = (*group.grads, *group.momentum_buffers)
+        declined = multi_tensor.declined(group.params, beside, "a momentum buffer")
+        takes = backend.runs_triton("sgd_step", *group.params, declined=declined)
         step = _sgd_step_ if takes else sgd_step_reference
         step(*group, **scalars)
-
-
-def _declined(
-    params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]
-) -> str | None:
-    dtype = params[0].dtype
-    if any(tensor.dtype != dtype for tensor in (*grads, *momentum_buffers)):
-        return "a gradient or a momentum buffer of another dtype than its parameter"
-    return "a CUDA graph is being captured" if multi_tensor.is_captured(params[0]) else None
 
 
 def _made(
