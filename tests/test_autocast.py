@@ -1,13 +1,17 @@
 """Casts of autocast: each leaf once in a region, as torch's, and anew in the next."""
 
+import functools
 import gc
 
 import pytest
 import torch
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import tritorch
 import tritorch.nn as nn
 from tests.test_transforms import counting
+from tritorch import binding
 
 pytestmark = pytest.mark.interpret
 
@@ -93,6 +97,52 @@ def test_no_cast_outlives_its_region(device):
         gc.collect()
         assert cast() is not None
     assert cast() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_region_ends_under_any_default_dtype(dtype, device, monkeypatch):
+    """What is written past autograd is cast anew in the next region, and no cast is kept."""
+    monkeypatch.setattr(binding, "_REGIONS", {})
+    layer = nn.Linear(8, 8, device=device, dtype=torch.float32)
+    x, kind = torch.randn(2, 8, device=device), torch.device(device).type
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for factor in (1.0, 3.0):
+            layer.weight.data.mul_(factor)
+            with torch.autocast(kind, dtype=DTYPE):
+                y = layer(x.float())
+                expected = torch.nn.functional.linear(x.float(), layer.weight, layer.bias)
+            assert_close(y, expected)
+        del y, expected
+    finally:
+        torch.set_default_dtype(before)
+    assert binding._REGIONS[kind]._casts == {}
+
+
+def test_selective_checkpoints_hear_of_no_product_that_is_not_theirs(device):
+    """One that keeps products finds in its second pass as many as in the first."""
+
+    def step(module, inputs):
+        blocks = torch.nn.ModuleList([torch.nn.Linear(8, 8, device=device) for _ in range(2)])
+        blocks.load_state_dict(state)
+        blocks = tritorch.convert(blocks) if module is nn else blocks
+        h = inputs
+        keeping = functools.partial(
+            create_selective_checkpoint_contexts, [torch.ops.aten.mm.default]
+        )
+        with torch.autocast(torch.device(device).type, dtype=DTYPE):
+            for block in blocks:
+                h = checkpoint(block, h, use_reentrant=False, context_fn=keeping)
+        h.float().sum().backward()
+        return h, *(parameter.grad for parameter in blocks.parameters())
+
+    state = torch.nn.ModuleList(
+        [torch.nn.Linear(8, 8, device=device) for _ in range(2)]
+    ).state_dict()
+    inputs = torch.randn(4, 8, device=device)
+    for ours, theirs in zip(step(nn, inputs), step(torch.nn, inputs), strict=True):
+        assert_close(ours, theirs, rtol=2**-6, atol=2**-6)
 
 
 def test_a_step_within_a_region_is_seen(device):

@@ -7,14 +7,16 @@ and the FLOP counter see one opaque node with known shapes.  Ops wrap those in a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
 from tritorch import launch as launching
@@ -217,15 +219,19 @@ class _Region:
     """
 
     def __init__(self, device: str) -> None:
-        self._mark = torch.zeros((1, 1), device=device, requires_grad=True)
-        self._nothing = torch.zeros((1, 0), device=device, requires_grad=True)
+        # of other dtypes than float32 autocast has no casts
+        with _unheard():
+            self._mark, self._nothing = (
+                torch.zeros((1, size), dtype=torch.float32, device=device, requires_grad=True)
+                for size in (1, 0)
+            )
         self._present: weakref.ref[torch.UntypedStorage] | None = None
         self._casts: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
 
     def cast(self, leaf: Tensor, dtype: torch.dtype) -> Tensor:
         if self._present is None:
             # an empty product, which launches nothing; hooks of the caller could keep a copy
-            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+            with _unheard(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
                 product: Any = torch.mm(self._mark, self._nothing).grad_fn
             # hooks are given another tensor of the same storage
             storage = product._saved_self.untyped_storage()
@@ -240,6 +246,15 @@ class _Region:
     def _forget(self, _: object) -> None:
         self._present = None
         self._casts.clear()
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Inside the block no mode of the caller hears of our own tensors, or has them made otherwise:
+    a checkpoint that keeps products would count one that its next pass does not make.
+    """
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
 
 
 def _itself(tensor: Tensor) -> Tensor:
