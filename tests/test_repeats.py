@@ -214,6 +214,27 @@ def test_a_thread_watches_its_own_calls(images):
     assert len(repeat.steps) == 2
 
 
+def test_threads_call_at_once(images):
+    """Each has its own results, of the interpreter too, which has one state for all of them."""
+
+    def calls(x):
+        found.extend(torch.equal(ops.silu(ops.relu(x)), expected[id(x)]) for _ in range(3))
+
+    inputs = [images + i for i in range(4)]
+    expected = {id(x): ops.silu(ops.relu(x)) for x in inputs}
+    found, threads = [], [threading.Thread(target=calls, args=(x,)) for x in inputs]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert found == [True] * 12
+
+
 @pytest.mark.parametrize(
     "does",
     [

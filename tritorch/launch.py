@@ -62,6 +62,7 @@ class _Thread(threading.local):
 
 
 thread = _Thread()
+_interpreting = threading.RLock()
 # how many detectors see every allocation and launch
 detectors = 0
 
@@ -311,8 +312,9 @@ class Prepared:
             names.append(name)
         launch, options = self.kernel[self.grid], hardware.options(self.config, self.constants)
         if backend.INTERPRETING:
-            # CUDA tensors too: the interpreter copies them to the CPU and back
-            with interpreter.corrected():
+            # CUDA tensors too: the interpreter copies them to the CPU and back; it changes Triton's
+            # own modules while it runs, so that threads take turns
+            with _interpreting, interpreter.corrected():
                 return launch(*arguments, **options)
         if _gpu(on) < 0 and dry.active() is None:
             raise RuntimeError(
