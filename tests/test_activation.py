@@ -184,12 +184,26 @@ def test_no_more_is_saved_than_torch_saves(name, device):
     assert saved(FUNCTIONS[name]) <= saved(REFERENCES[name]) == 120
 
 
-def test_third_derivatives_are_refused(device):
-    x = torch.ones(2, device=device, requires_grad=True, dtype=torch.float64)
-    (first,) = torch.autograd.grad(ops.silu(x).sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="third order"):
-        torch.autograd.grad(second.sum(), x)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivatives_of_third_order(name, device):
+    """Which torch takes for products with the Hessian, by way of the gradient that comes in."""
+    values = torch.linspace(-2.1, 2.3, 7, device=device, dtype=torch.float64)
+    found = []
+    for function in (FUNCTIONS[name], REFERENCES[name]):
+        x = values.clone().requires_grad_()
+        grad = torch.cos(values).requires_grad_()
+        (first,) = torch.autograd.grad(function(x), x, grad, create_graph=True)
+        derived = [first]
+        for _ in range(2):
+            total = sum((one * torch.sin(one)).sum() for one in derived)
+            ends = torch.autograd.grad(total, (x, grad), create_graph=True, allow_unused=True)
+            derived = [end for end in ends if end is not None]
+            found.append([torch.zeros_like(x) if end is None else end for end in ends])
+        product = torch.autograd.functional.hvp(lambda x, f=function: f(x).sin().sum(), x, grad)
+        found.append(list(product))
+    half = len(found) // 2
+    for ours, theirs in zip(found[:half], found[half:], strict=True):
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import binding, launch
-from tritorch.ops import strided
+from tritorch.ops import second_gradient, strided
+from tritorch.ops.reduce import accumulator_dtype
 
 kernels = launch.kernels("activation")
 
@@ -20,8 +23,16 @@ _FROM_OUTPUT = frozenset(("relu", "relu6", "leaky_relu", "sigmoid", "tanh"))
 _LAID_OUT_AS_SAVED = frozenset(("relu", "leaky_relu"))
 # that select among values at hand
 _SELECTING = frozenset(("relu", "relu6", "leaky_relu"))
-# whose second derivative is not zero
-_CURVED = frozenset(("silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "hardswish"))
+# whose second derivative is not zero; in plain PyTorch the first one by the output where that tells
+# it, else the activation
+_CURVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "sigmoid": lambda y: y * (1 - y),
+    "tanh": lambda y: 1 - y * y,
+    "hardswish": F.hardswish,
+}
 
 
 def needs_output(activation: str, slope: float = 0.01) -> bool:
@@ -182,12 +193,24 @@ class ActivationBackward(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             into_grad = binding.apply(ActivationBackward, grad, saved, *rest, ctx.order)
         if ctx.needs_input_grad[1] and ctx.activation in _CURVED:
-            if ctx.order > 1:
-                raise NotImplementedError(
-                    f"{ctx.activation}: the kernels have no derivative of third order"
-                )
-            into_saved = binding.apply(ActivationBackward, grad * grad_output, saved, *rest, 2)
+            if ctx.order == 1:
+                into_saved = binding.apply(ActivationBackward, grad * grad_output, saved, *rest, 2)
+            else:
+                plain = functools.partial(_plain_second, activation=ctx.activation)
+                tensors = grad_output, saved
+                _, into_saved = second_gradient.through(plain, tensors, (False, True), (grad,))
         return into_grad, into_saved, None, None, None
+
+
+def _plain_second(grad_output: Tensor, saved: Tensor, *, activation: str) -> tuple[Tensor]:
+    """grad_output times the derivative of second order, in plain PyTorch."""
+    dtype = accumulator_dtype(saved.dtype)
+    x = second_gradient.leaf(saved.to(dtype))
+    value = _CURVED[activation](x)
+    if activation not in _FROM_OUTPUT:
+        (value,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    return ((grad_output.to(dtype) * second).to(grad_output.dtype),)
 
 
 class Activation(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Gradients of gradients where plain PyTorch computes them."""
+"""Gradients of gradients, and theirs, where plain PyTorch computes them."""
 
 from __future__ import annotations
 
@@ -42,3 +42,8 @@ def through(
         for i, gradient in zip(ends, gradients, strict=True):
             found[i] = gradient
     return found
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """The tensor as one that plain PyTorch can differentiate by."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
