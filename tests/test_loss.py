@@ -141,15 +141,45 @@ TWICE = {
 }
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", TWICE)
-def test_a_third_derivative_is_refused(name, device):
-    """Left out of the graph it would be missing without a word."""
-    x = torch.rand(2, 3, device=device, requires_grad=True)
-    value = TWICE[name](x, torch.full((2, 3), 1 / 3, device=device))
-    (grad,) = torch.autograd.grad(value, x, create_graph=True)
-    (second,) = torch.autograd.grad(grad.square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match=f"{name}.*differentiable no more"):
-        second.sum().backward()
+def test_derivatives_of_third_order(name, reduction, device):
+    """By input and target, each path of them, and by the gradient that comes in."""
+    torch.manual_seed(4)
+    target = torch.rand(3, 4, dtype=torch.float64).softmax(1)
+    more = {}
+    if name == "cross_entropy":
+        more = {"label_smoothing": 0.1, "weight": torch.rand(4, dtype=torch.float64).to(device)}
+    elif name.startswith("binary"):
+        more = {"weight": torch.rand(3, 4, dtype=torch.float64).to(device)}
+    found = []
+    for function in (TWICE[name], getattr(F, name)):
+        leaves = [
+            value.to(device).requires_grad_()
+            for value in (torch.linspace(0.1, 0.8, 12, dtype=torch.float64).view(3, 4), target)
+        ]
+        value = function(*leaves, reduction=reduction, **more)
+        grad = torch.linspace(0.5, 1, value.numel(), device=device, dtype=torch.float64)
+        leaves.append(grad.view(value.shape).requires_grad_())
+        derived = torch.autograd.grad(value, leaves[:2], leaves[2], create_graph=True)
+        for _ in range(2):
+            total = sum((one * torch.sin(one)).sum() for one in derived)
+            derived = torch.autograd.grad(total, leaves, create_graph=True)
+            found.append(derived)
+    for ours, theirs in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_products_with_the_hessian(name, device):
+    """torch asks for them by a gradient of a gradient that it differentiates once more."""
+    x = torch.linspace(0.1, 0.8, 12, device=device).view(3, 4)
+    target = x.flip(1).softmax(1)
+    found = [
+        torch.autograd.functional.hvp(lambda x, f=f: f(x, target), x, torch.cos(x))[1]
+        for f in (TWICE[name], getattr(F, name))
+    ]
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("name", TWICE)

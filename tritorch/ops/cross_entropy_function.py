@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import binding, launch
-from tritorch.ops import cross_entropy_rows, loss, strided
+from tritorch.ops import cross_entropy_rows, second_gradient, strided
+from tritorch.ops.reduce import accumulator_dtype
 from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("cross_entropy_second")
@@ -142,16 +145,89 @@ def _plan(
 
 
 class CrossEntropySecondBackward(torch.autograd.Function):
-    """Gradients that refuse to be differentiated, where ones without a graph would be left out."""
+    """Gradients of one gradient; their own are plain PyTorch's."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        results: tuple[Tensor, Tensor, Tensor] = _second(*arguments)
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        grad_output: Tensor,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        rows: Tensor,
+        denominator: Tensor | None,
+        ignore_index: int,
+        divisor: int,
+        label_smoothing: float,
+        wanted: str,
+        needs_input: bool,
+        needs_target: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(grad, grad_output, input, target, weight, denominator)
+        ctx.options = ignore_index, label_smoothing
+        ctx.divisor, ctx.wanted, ctx.needs = divisor, wanted, (True, needs_input, needs_target)
+        constants = ignore_index, divisor, label_smoothing, wanted, needs_input, needs_target
+        results: tuple[Tensor, Tensor, Tensor] = _second(
+            grad, grad_output, input, target, weight, rows, denominator, *constants
+        )
         return results
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        loss.refuse_third_derivative("cross_entropy")
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, weight, denominator = ctx.saved_tensors
+        plain = functools.partial(
+            _plain_second,
+            weight=weight,
+            options=ctx.options,
+            divisor=ctx.divisor if denominator is None else denominator,
+            wanted=ctx.wanted,
+            needs=ctx.needs,
+        )
+        found = second_gradient.through(plain, tensors, ctx.needs_input_grad[:4], grads)
+        return *found, *(None,) * 9
+
+
+def _plain_second(
+    grad: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None,
+    options: tuple[int, float],
+    divisor: int | Tensor,
+    wanted: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """What `_second` computes, in plain PyTorch."""
+    dtype = accumulator_dtype(input.dtype)
+    of_output, x = (second_gradient.leaf(one.to(dtype)) for one in (grad_output, input))
+    y = target
+    if target.is_floating_point():
+        y = second_gradient.leaf(target.to(dtype))
+    ignore_index, label_smoothing = options
+    losses = F.cross_entropy(
+        x,
+        y,
+        None if weight is None else weight.to(dtype),
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    by = x if wanted == "input" else y
+    (first,) = torch.autograd.grad(losses, by, of_output / divisor, create_graph=True)
+    given = zip((of_output, x, y), (grad_output, input, target), needs, strict=True)
+    ends = [(end, one.dtype) if needed else None for end, one, needed in given]
+    found = iter(
+        torch.autograd.grad(
+            first,
+            [end[0] for end in ends if end is not None],
+            grad.to(dtype),
+            create_graph=True,
+        )
+    )
+    return tuple(None if end is None else next(found).to(end[1]) for end in ends)
 
 
 class CrossEntropyBackward(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -253,15 +253,6 @@ def _check_probabilities(input: Tensor, target: Tensor) -> None:
                 f"all elements of {name} must be between 0 and 1",
                 **{name: tensor},
             )
-
-
-def refuse_third_derivative(op: str) -> NoReturn:
-    """NotImplementedError: the gradient of a gradient of the loss has no gradient of its own."""
-    checks.fail(
-        NotImplementedError,
-        op,
-        "the gradient of its gradient is differentiable no more (once_differentiable)",
-    )
 
 
 def broadcast(op: str, input: Tensor, target: Tensor, weight: Tensor | None) -> torch.Size:

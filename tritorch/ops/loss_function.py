@@ -1,14 +1,18 @@
-"""Elementwise losses as functions of autograd, twice differentiable."""
+"""Elementwise losses as functions of autograd, whose third derivatives are plain PyTorch's."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import binding
-from tritorch.ops import loss
+from tritorch.ops import loss, second_gradient
+from tritorch.ops.reduce import accumulator_dtype
 
 
 class ElementwiseLoss(torch.autograd.Function):
@@ -112,7 +116,7 @@ class ElementwiseLossBackward(torch.autograd.Function):
 
 
 class ElementwiseLossSecondBackward(torch.autograd.Function):
-    """A gradient that refuses to be differentiated, where one without a graph would be left out."""
+    """The derivative of a gradient by input or target; its own gradients are plain PyTorch's."""
 
     @staticmethod
     def forward(
@@ -130,7 +134,8 @@ class ElementwiseLossSecondBackward(torch.autograd.Function):
         divisor: int,
         threshold: float,
     ) -> Tensor:
-        ctx.op = op
+        ctx.save_for_backward(grad, grad_output, input, target, weight, pos_weight, denominator)
+        ctx.constants = (name, wanted, op, divisor, threshold)
         result: Tensor = loss.elementwise_loss_backward(
             grad_output,
             input,
@@ -147,8 +152,61 @@ class ElementwiseLossSecondBackward(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> NoReturn:
-        loss.refuse_third_derivative(ctx.op)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, weight, pos_weight, denominator = ctx.saved_tensors
+        name, wanted, op, divisor, threshold = ctx.constants
+        plain = functools.partial(
+            _plain_second,
+            losses=_losses(op, weight, pos_weight, threshold),
+            divisor=divisor if denominator is None else denominator,
+            order=(wanted, name),
+        )
+        found = second_gradient.through(plain, tensors, ctx.needs_input_grad[:4], (grad,))
+        return *found, *(None,) * 8
+
+
+def _losses(
+    op: str, weight: Tensor | None, pos_weight: Tensor | None, threshold: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of input and target the loss of each element, in plain PyTorch, which knows no dtype of a
+    weight but theirs.
+    """
+
+    def losses(input: Tensor, target: Tensor) -> Tensor:
+        weights = [None if one is None else one.to(input.dtype) for one in (weight, pos_weight)]
+        if op == "binary_cross_entropy":
+            return F.binary_cross_entropy(input, target, weights[0], reduction="none")
+        if op == "binary_cross_entropy_with_logits":
+            return F.binary_cross_entropy_with_logits(
+                input, target, weights[0], reduction="none", pos_weight=weights[1]
+            )
+        if op == "huber_loss":
+            found = F.huber_loss(input, target, "none", threshold)
+        else:
+            found = F.smooth_l1_loss(input, target, reduction="none", beta=threshold)
+        return found if weights[0] is None else found * weights[0]
+
+    return losses
+
+
+def _plain_second(
+    grad: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    *,
+    losses: Callable[[Tensor, Tensor], Tensor],
+    divisor: int | Tensor,
+    order: tuple[str, str],
+) -> tuple[Tensor]:
+    """The derivative by the second name of `order` of the gradient by the first."""
+    dtype = accumulator_dtype(input.dtype)
+    x, y = (second_gradient.leaf(one.to(dtype)) for one in (input, target))
+    first, second = ({"input": x, "target": y}[name] for name in order)
+    weights = grad_output.to(dtype) / divisor
+    (value,) = torch.autograd.grad(losses(x, y), first, weights, create_graph=True)
+    (found,) = torch.autograd.grad(value, second, grad.to(dtype), create_graph=True)
+    return (found.to(input.dtype),)
 
 
 def _is_linear(op: str, wanted: str, name: str) -> bool:
