@@ -44,7 +44,9 @@ def cross_entropy(
 ) -> Tensor:
     """-log_softmax(input), at the target class or in the mean over target probabilities.
 
-    One pass over the classes, however many, with a running maximum; the input is only read.
+    One pass over the classes, however many, with a running maximum; the input is only read.  For
+    the gradient it is kept itself, and must not be written until then, where torch keeps its
+    log_softmax, as large once more.
 
     Args:
         input: logits, (N, C), (N, C, d1, ...) or (C,), any strides; float32, float16, bfloat16 or
