@@ -45,8 +45,8 @@ WITHOUT_ENTRY = {
     "Dropout": "torch lists no inputs for this layer; its op has an entry",
 }
 
-# volumes that are channels_last_3d give means that are, too
-KEEPS_FORMAT = "keeps channels_last_3d, which torch gives up"
+# volumes that are channels_last_3d give means that are, too, and images normalised ones
+KEEPS_FORMAT = "keeps the order of dimensions, which torch gives up"
 SAME = "torch warns of a copy of the input, padded, that ours does not make"
 CONTIGUOUS_ONLY = "torch's CPU function takes no channels_last here, or raises in its gradient"
 # the second argument's gradient
@@ -66,6 +66,8 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion("avg_pool3d", "kernels", "strides", "", KEEPS_FORMAT),
     Exclusion("adaptive_avg_pool3d", "reference_path", "strides", "", KEEPS_FORMAT),
     Exclusion("adaptive_avg_pool3d", "kernels", "strides", "", KEEPS_FORMAT),
+    Exclusion("instance_norm", "reference_path", "strides", "", KEEPS_FORMAT),
+    Exclusion("instance_norm", "kernels", "strides", "", KEEPS_FORMAT),
     Exclusion("conv2d", "reference_path", "warns", "padding='same'", SAME),
     Exclusion("conv2d", "kernels", "warns", "padding='same'", SAME),
     Exclusion("conv2d", "kernels", "strides", OF_WEIGHT, LIBRARY),

@@ -223,6 +223,19 @@ class GroupNorm(torch.nn.GroupNorm):
         return ops.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
+class InstanceNorm1d(torch.nn.InstanceNorm1d):
+    # not forward: that of a single image adds the batch and calls this
+    _apply_instance_norm = arguments.instance_norm
+
+
+class InstanceNorm2d(torch.nn.InstanceNorm2d):
+    _apply_instance_norm = arguments.instance_norm
+
+
+class InstanceNorm3d(torch.nn.InstanceNorm3d):
+    _apply_instance_norm = arguments.instance_norm
+
+
 class LayerNorm(torch.nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

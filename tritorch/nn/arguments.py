@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules import batchnorm, conv
+from torch.nn.modules import batchnorm, conv, instancenorm
 
 from tritorch import ops
 
@@ -76,3 +76,16 @@ def batch_norm(
     layer._check_input_dim(input)
     given = norm_of_batch(layer)
     return ops.batch_norm(input, *given, activation=activation, residual=residual)
+
+
+def instance_norm(layer: instancenorm._InstanceNorm, input: Tensor) -> Tensor:
+    return ops.instance_norm(
+        input,
+        layer.running_mean,
+        layer.running_var,
+        layer.weight,
+        layer.bias,
+        layer.training or not layer.track_running_stats,
+        0.0 if layer.momentum is None else layer.momentum,
+        layer.eps,
+    )

@@ -31,6 +31,7 @@ from tritorch.ops import group_norm as group_norm
 from tritorch.ops import hardsigmoid as hardsigmoid
 from tritorch.ops import hardswish as hardswish
 from tritorch.ops import huber_loss as huber_loss
+from tritorch.ops import instance_norm as instance_norm
 from tritorch.ops import layer_norm as layer_norm
 from tritorch.ops import leaky_relu as leaky_relu
 from tritorch.ops import linear as linear

@@ -37,6 +37,7 @@ from tritorch.ops.conv_transpose import conv_transpose3d as conv_transpose3d
 from tritorch.ops.cross_entropy import cross_entropy as cross_entropy
 from tritorch.ops.dropout import dropout as dropout
 from tritorch.ops.group_norm import group_norm as group_norm
+from tritorch.ops.instance_norm import instance_norm as instance_norm
 from tritorch.ops.l1_loss import huber_loss as huber_loss
 from tritorch.ops.l1_loss import l1_loss as l1_loss
 from tritorch.ops.l1_loss import smooth_l1_loss as smooth_l1_loss
