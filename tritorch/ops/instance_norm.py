@@ -213,7 +213,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
 def _workloads(make: Maker) -> Iterator[Sample]:
     def sample(name: str, input: Tensor, moves: bool = False) -> Sample:
         vector = input.new_empty((input.shape[1],), dtype=accumulator_dtype(input.dtype))
-        running = {"running_mean": vector, "running_var": vector} if moves else {}
+        running: Any = {"running_mean": vector, "running_var": vector} if moves else {}
         return Sample(name, input=input, weight=vector, bias=vector, **running)
 
     for name, shape in (("unet-s1", (2, 32, 512, 512)), ("unet-s5", (2, 512, 32, 32))):
