@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -265,14 +264,12 @@ def user_function(target: str, inputs: str = "", gradients: Sequence[str] = ()) 
     `inputs` as `tritorch check` takes them, by default INPUTS beside the function, else they are
     guessed with the `reference` beside it.  Raises RequestError: says what is missing.
     """
-    function = hosting.load(target)
-    if not callable(function):
-        raise RequestError(f"inspect: {target} is no function, but {type(function).__name__}")
-    module = sys.modules.get(getattr(function, "__module__", ""))
-    given: Any = inputs or getattr(module, "INPUTS", "")
+    named = hosting.function(target, "inspect")
+    function = named.value
+    given: Any = inputs or named.beside("INPUTS", "")
     if isinstance(given, str) and "[" not in given and ":" in given:
         given = hosting.load(given)
-    reference = getattr(module, "reference", None)
+    reference = named.beside("reference")
     if given == "" and callable(reference):
         given = input_guess.guess(function, reference)
     if given == "":
@@ -280,7 +277,7 @@ def user_function(target: str, inputs: str = "", gradients: Sequence[str] = ()) 
             f"inspect: what the arguments of {target} look like is not known: say it by "
             "--inputs 'x[M, K] w[K, N]', or in INPUTS beside the function"
         )
-    dtypes = getattr(module, "DTYPES", None)
+    dtypes = named.beside("DTYPES")
     return Function(
         target,
         function,
@@ -338,7 +335,7 @@ def own_ops(names: Sequence[str]) -> list[OpSpec]:
     import tritorch.ops  # noqa: F401  declares the specs
     from tritorch.registry import specs
 
-    found = [requests.own_op(name) for name in names]
+    found = [requests.own_op(name, "inspect") for name in names]
     return [spec for spec in found if spec is not None] or list(specs())
 
 

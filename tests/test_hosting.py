@@ -16,7 +16,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from tritorch.testing import hosting, redirect
-from tritorch.testing.hosting import hosted, load
+from tritorch.testing.hosting import hosted, load, named
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("no_gpu")]
 
@@ -312,3 +312,21 @@ def test_a_target_that_is_wrong_says_which_part(tmp_path, target, message):
     )
     with pytest.raises(ValueError, match=message):
         load(target.format(tmp_path))
+
+
+def test_what_lies_beside_a_target_is_that_of_the_file_that_was_named(tmp_path):
+    write(
+        tmp_path,
+        beside_home="def one(): return 1\ndef reference(): return 2\nINPUTS = 'y[N]'",
+        beside_named="from beside_home import one\ndef reference(): return 1",
+        beside_op="""
+            import torch
+            @torch.library.custom_op("beside::double", mutates_args={})
+            def double(x: torch.Tensor) -> torch.Tensor: return x * 2
+            INPUTS = "x[M]"
+        """,
+    )
+    found = named(f"{tmp_path}/beside_named.py:one")
+    assert found.beside("reference")() == found.value() == 1
+    assert (found.beside("INPUTS"), found.beside("DTYPES", ())) == ("y[N]", ())
+    assert named(f"{tmp_path}/beside_op.py:double").beside("INPUTS") == "x[M]"

@@ -360,6 +360,9 @@ def test_kernels_are_shown_at_every_stage(tmp_path):
         (("relu", "--dtypes", "int4"), "received int4"),
         (("relu", "--out", "x"), "--out needs --emit"),
         ((f"{ROOT}/examples/check/matmul.py:nothing",), "has no 'nothing'"),
+        (("no_such_op",), "Error: inspect: expects package"),
+        (("relu", "--dtypes", "float33"), "Error: inspect: unknown dtype"),
+        ((f"{EXAMPLE}_kernel",), "matmul_kernel is a kernel: name the Python function"),
     ],
 )
 def test_a_wrong_call_is_refused(arguments, said):

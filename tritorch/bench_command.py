@@ -192,7 +192,7 @@ def _beside(names: tuple[str, ...], device: str) -> tuple[str, ...]:
             # none of them runs without a GPU
             found += peers.installed() if device == "cuda" else ()
         elif ":" in name:
-            if not callable(loading.find(name)):
+            if not callable(loading.find(name).value):
                 raise RequestError(f"--vs: {name} is no function")
             found.append(name)
         elif name == "compile":

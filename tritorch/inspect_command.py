@@ -203,7 +203,7 @@ def _inspected(target: str, options: dict[str, Any]) -> list[Any]:
     found: list[inspection.Inspection] = []
     status = Console(stderr=True)
     try:
-        dtypes = [requests.dtype_of(name) for name in options["dtypes"]]
+        dtypes = [requests.dtype_of(name, _KIND) for name in options["dtypes"]]
         with status.status(f"compiling {target}"):
             for arch in options["targets"]:
                 if ":" in target:
@@ -236,7 +236,7 @@ def _why(options: dict[str, Any], console: Console) -> None:
 
     op, shape = options["why"]
     try:
-        dtypes = [requests.dtype_of(name) for name in options["dtypes"]] or [torch.bfloat16]
+        dtypes = [requests.dtype_of(name, _KIND) for name in options["dtypes"]] or [torch.bfloat16]
         for arch in options["targets"]:
             for dtype in dtypes:
                 console.print(f"{arch}, {str(dtype).removeprefix('torch.')}", style="bold")
@@ -256,7 +256,7 @@ def _rank(target: str, options: dict[str, Any], console: Console) -> None:
     if ":" in target:
         raise click.UsageError("--rank is of the tables of tritorch's own ops")
     try:
-        dtypes = [requests.dtype_of(name) for name in options["dtypes"]] or [torch.float16]
+        dtypes = [requests.dtype_of(name, _KIND) for name in options["dtypes"]] or [torch.float16]
         specs = inspection.own_ops([] if target == "all" else [target])
     except RequestError as error:
         _stop(f"{error}", _USAGE)

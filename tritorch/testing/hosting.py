@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from tritorch.testing import dry, interpreter, libdevice, loading, redirect
+from tritorch.testing.errors import RequestError
 
 # an index into the configurations, a triton.Config, or a test that the first fitting one passes
 Choice: TypeAlias = Any
@@ -261,7 +262,32 @@ def _unsupported(kernel: str, error: BaseException) -> Unsupported | None:
 
 
 def load(target: str) -> Any:
-    """The object that "package.module:attribute" or "path/to/file.py:attribute" names.
+    """The object that `named` finds."""
+    return named(target).value
+
+
+def function(target: str, command: str) -> loading.Named:
+    """The same for a target that must be called; `command` is who says so in a RequestError."""
+    found = named(target)
+    if _is_kernel(found.value):
+        raise RequestError(
+            f"{command}: {target} is a kernel: name the Python function that takes tensors and "
+            "launches it"
+        )
+    if not callable(found.value):
+        raise RequestError(f"{command}: {target} is no function, but {type(found.value).__name__}")
+    return found
+
+
+def _is_kernel(value: Any) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    kernels = importlib.import_module("triton.runtime.jit").KernelInterface
+    return isinstance(value, kernels)
+
+
+def named(target: str) -> loading.Named:
+    """What "package.module:attribute" or "path/to/file.py:attribute" names.
 
     An attribute may have dots.  A module is looked for from the current directory too; a file's
     folder goes to the front of `sys.path`, as when Python runs the file, or if it is in a package,

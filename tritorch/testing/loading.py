@@ -10,6 +10,7 @@ import os
 import pkgutil
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,21 @@ from tritorch.testing import redirect
 from tritorch.testing.errors import RequestError
 
 
-def find(target: str, *, assertions: bool = True) -> Any:
-    """The object that "package.module:attribute" or "path/to/file.py:attribute" names.
+@dataclass(frozen=True)
+class Named:
+    """What a target names: an object, and the module in which its user looked for it."""
+
+    value: Any
+    module: ModuleType
+
+    def beside(self, name: str, default: Any = None) -> Any:
+        """What has the name in that module, or else where the object is defined."""
+        home = sys.modules.get(getattr(self.value, "__module__", None) or "")
+        return getattr(self.module, name, getattr(home, name, default))
+
+
+def find(target: str, *, assertions: bool = True) -> Named:
+    """What "package.module:attribute" or "path/to/file.py:attribute" names.
 
     `assertions`: False takes what a file had defined before it failed an assertion.
 
@@ -33,13 +47,14 @@ def find(target: str, *, assertions: bool = True) -> Any:
             f"received {target!r}"
         )
     is_file = where.endswith(".py") or "/" in where or os.sep in where
-    value: Any = _file(where, assertions) if is_file else _module(where)
+    module = _file(where, assertions) if is_file else _module(where)
+    value: Any = module
     at = where
     for name in attributes.split("."):
         if not hasattr(value, name):
             raise RequestError(f"load: {at} has no {name!r}{_suggest(name, _public(value))}")
         value, at = getattr(value, name), f"{at}{':' if at == where else '.'}{name}"
-    return value
+    return Named(value, module)
 
 
 def _file(where: str, assertions: bool) -> ModuleType:

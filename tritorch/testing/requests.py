@@ -79,14 +79,11 @@ def find(request: Request, say: Say = lambda event, **fields: None) -> Asked:
     spec = own_op(request.target)
     if spec is not None:
         return Asked(spec, None, f"torch.{spec.name}")
-    fn = hosting.load(request.target)
-    if not callable(fn):
-        raise RequestError(f"check: {request.target} is no function, but {type(fn).__name__}")
-    module = sys.modules.get(getattr(fn, "__module__", ""))
+    target = hosting.function(request.target, "check")
     if request.reference:
         reference, named = hosting.load(request.reference), request.reference
-    elif callable(getattr(module, "reference", None)):
-        reference, named = module.reference, "reference of the same module"  # type: ignore[union-attr]
+    elif callable(target.beside("reference")):
+        reference, named = target.beside("reference"), "reference of the same module"
     else:
         raise RequestError(
             "check: there is nothing to compare with: name a function of plain PyTorch by "
@@ -96,12 +93,12 @@ def find(request: Request, say: Say = lambda event, **fields: None) -> Asked:
         name: getattr(request, name) for name in ("gradients", "mutates", "accuracy")
     }
     dtypes = tuple(dtype_of(name) for name in request.dtypes)
-    options["dtypes"] = dtypes or getattr(module, "DTYPES", None)
+    options["dtypes"] = dtypes or target.beside("DTYPES")
     options["non_finite"] = request.non_finite
     if request.non_finite is None:
-        options["non_finite"] = getattr(module, "NON_FINITE", None)
-    samples = request.inputs or getattr(module, "INPUTS", "")
-    return asked(fn, reference, samples, named, options, say)
+        options["non_finite"] = target.beside("NON_FINITE")
+    samples = request.inputs or target.beside("INPUTS", "")
+    return asked(target.value, reference, samples, named, options, say)
 
 
 def asked(
@@ -200,8 +197,11 @@ def _call(fn: Callable[..., Any], one: Any) -> dict[str, Any]:
         raise RequestError(f"check: a sample does not fit the function: {error}") from None
 
 
-def own_op(name: str) -> OpSpec | None:
-    """The op of tritorch's own of that name, None where the name is another's."""
+def own_op(name: str, command: str = "check") -> OpSpec | None:
+    """The op of tritorch's own of that name, None where the name is another's.
+
+    `command` is who says in a RequestError that there is none.
+    """
     if ":" in name:
         return None
     import tritorch.ops  # noqa: F401  declares the specs
@@ -210,21 +210,21 @@ def own_op(name: str) -> OpSpec | None:
     known = {spec.name: spec for spec in specs()}
     if name not in known:
         raise RequestError(
-            f"check: expects package.module:function, path/to/file.py:function or an op of "
+            f"{command}: expects package.module:function, path/to/file.py:function or an op of "
             f"tritorch's ({', '.join(sorted(known))}), received {name!r}"
         )
     return known[name]
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """float32, or fp32 as many write it."""
+def dtype_of(name: str, command: str = "check") -> torch.dtype:
+    """float32, or fp32 as many write it; `command` is who refuses another in a RequestError."""
     short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
     dtype = getattr(torch, short.get(name, name), None)
     if not isinstance(dtype, torch.dtype):
-        raise RequestError(f"check: unknown dtype {name!r}")
+        raise RequestError(f"{command}: unknown dtype {name!r}")
     if dtype not in FLOATING:
         known = ", ".join(str(known).removeprefix("torch.") for known in FLOATING)
-        raise RequestError(f"check: the dtypes under test are of {known}, received {name}")
+        raise RequestError(f"{command}: the dtypes under test are of {known}, received {name}")
     return dtype
 
 
