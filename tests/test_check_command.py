@@ -110,6 +110,10 @@ def test_one_case_runs_alone(tmp_path):
         ("double", ("--repro", f"{CHECKED}/scripts"), "is not a folder to write in"),
         ("doubel", SHORT, f"{CHECKED} has no 'doubel'; did you mean double"),
         ("double", (*SHORT, "--case", "none"), "no case has the id 'none'"),
+        ("double", ("--inputs", ""), "--inputs is empty"),
+        ("double", ("--reference", " "), "--reference is empty"),
+        ("double_kernel", SHORT, "checked.py:double_kernel is a kernel: name the Python function"),
+        ("tuned_kernel", SHORT, "checked.py:tuned_kernel is a kernel: name the Python function"),
     ],
 )
 def test_a_wrong_call_is_status_2(name, options, said):

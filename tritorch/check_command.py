@@ -130,6 +130,9 @@ def check(target: str, json_file: Path | None, force: bool, **options: Any) -> N
             raise click.UsageError(f"--json {json_file} exists: name a new file, or add --force")
     if options["reproductions"] is not None:
         check_folder(options["reproductions"])
+    for name in ("reference", "inputs"):
+        if options[name] is not None and not options[name].strip():
+            raise click.UsageError(f"--{name} is empty: leave it out to have it found")
     if importlib.util.find_spec("triton") is None:
         _stop("tritorch check needs Triton: pip install triton", _UNABLE)
     from tritorch.testing import dry

@@ -381,7 +381,7 @@ def _must_be_known(request: Request, fn: Any, reference: Any, samples: Any) -> N
         ("the reference", reference, request.reference),
         ("the samples", samples, request.inputs),
     ):
-        if value is not None and not name:
+        if not isinstance(value, str | None) and not name:
             raise RuntimeError(
                 f"check: {what} cannot be imported by another process, and this one does not "
                 "interpret kernels: set TRITON_INTERPRET=1 before Python starts, or put it at the "
