@@ -19,7 +19,7 @@ from tritorch.bench import estimate, machine_code
 from tritorch.bench.occupancy import occupancy
 from tritorch.bench.recording import Recorded, record
 from tritorch.registry import Maker, OpSpec, Sample
-from tritorch.testing import configurations, dry, hosting, input_guess, redirect, requests
+from tritorch.testing import calls, configurations, dry, hosting, input_guess, redirect, requests
 from tritorch.testing import inputs as texts
 from tritorch.testing.errors import RequestError
 
@@ -306,9 +306,9 @@ def _samples(given: Any, function: Callable[..., Any]) -> Callable[[Maker], Iter
 
 def of_function(one: Function, target: str, dtype: torch.dtype) -> Iterator[Inspection]:
     """What a user's function launches, in every configuration of its autotuned kernels."""
-    label = Label(one.name, "", str(dtype).removeprefix("torch."), "", target)
     for sample in itertools.islice(one.samples(Maker(dtype)), 1):
-        label = Label(**{**asdict(label), "call": sample.name})
+        short = str(_dtype_of(sample, dtype)).removeprefix("torch.")
+        label = Label(one.name, sample.name, short, "", target)
         first = _hosted(one, sample, target, 0)
         count = max([1, *map(len, first.configurations.values())])
         for number in range(count):
@@ -317,6 +317,15 @@ def of_function(one: Function, target: str, dtype: torch.dtype) -> Iterator[Insp
                 shown(known[min(number, len(known) - 1)]) for known in first.configurations.values()
             )
             yield from labelled(recorded, Label(**{**asdict(label), "configuration": text}))
+
+
+def _dtype_of(sample: Sample, asked: torch.dtype) -> torch.dtype:
+    """That of its floating-point tensors, which may be fixed in the text: the first's, or `asked`
+    where one has it.
+    """
+    tensors = [one for value in sample.arguments.values() for one in calls.tensors_of(value)]
+    found = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+    return asked if asked in found or not found else found[0]
 
 
 def _hosted(one: Function, sample: Sample, target: str, number: int) -> Recorded:

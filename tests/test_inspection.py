@@ -307,6 +307,16 @@ def test_a_users_function_is_inspected_and_two_reports_are_compared(tmp_path):
     assert "no report" in invoke("--diff", first, second, status=2)
 
 
+def test_a_dtype_that_the_text_fixes_is_the_one_that_is_told():
+    def of(text, dtype=torch.float16):
+        (found,) = inspection.of_function(inspection.user_function(EXAMPLE, text), "sm_90", dtype)
+        return found.label.dtype
+
+    assert of("a[M, K]:float32 b[K, N]:float32") == "float32"
+    assert of("a[M, K]:bfloat16 b[K, N]:bfloat16", torch.bfloat16) == "bfloat16"
+    assert of("a[M, K] b[K, N]") == "float16"
+
+
 def test_two_configurations_are_compared():
     options = (
         "--dtypes",
