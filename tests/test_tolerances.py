@@ -249,6 +249,26 @@ def test_cancellation_is_excused_and_a_formula_that_doubles_it_is_not() -> None:
     assert not compare(right, norm(x.double())).accepted, "the data do not cancel"
 
 
+def test_what_cancels_whatever_its_operands_are_is_held_to_their_rounding() -> None:
+    z, target, grad = random(40, 1, seed=1), torch.zeros(40, dtype=torch.int64), random(40, seed=2)
+
+    def loss(z: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(z, target, reduction="none")
+
+    scales = derive_conditions(loss, (z, target), grad)
+    truth = torch.zeros(40, dtype=torch.float64)
+    # as from a sum in base 2
+    rounded = z[:, 0] * math.log2(math.e) * math.log(2) - z[:, 0]
+    assert (rounded != 0).any()
+    assert compare(rounded, truth, baseline=truth.float(), **scales.output).accepted
+    assert not compare(z[:, 0].half() - z[:, 0], truth, **scales.output).accepted
+    assert scales.grads[0] is not None
+    assert compare(rounded[:, None] * grad[:, None], truth[:, None], **scales.grads[0]).accepted
+    # beside what is no zero, zero has the scale of the rest
+    some = derive_conditions(lambda x: x.relu(), (torch.tensor([-1e6, 1.0]),)).output
+    assert some["scale"][0] == 0.5**0.5
+
+
 def test_the_excess_of_torch_is_excused_where_the_scale_is_a_guess() -> None:
     truth = random(100, seed=1).double()
     rough = truth.float() + random(100, seed=2) * 1e-5

@@ -71,9 +71,11 @@ def derive_conditions(
 
     s2 is |t| + rms(t) plus the root mean square of the result's change, per unit, over random
     relative perturbations of every floating-point tensor of `args` and of `grad_output`: a stable
-    algorithm's result is a slightly perturbed problem's.  Where the function refuses that, as one
-    of probabilities refuses more than 1, the perturbations are towards zero.  The function, which
-    runs in float64, must be differentiable where it is asked.
+    algorithm's result is a slightly perturbed problem's.  Where all of that is 0, as in the loss of
+    a single class, whose logit cancels, it is the largest operand: it may have been rounded before.
+    Where the function refuses that, as one of probabilities refuses more than 1, the perturbations
+    are towards zero.  The function, which runs in float64, must be differentiable where it is
+    asked.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -95,17 +97,21 @@ def derive_conditions(
         results += [evaluate(shake) for _ in range(_PROBES)]
     except (RuntimeError, ValueError):
         results[1:] = [evaluate(shrink) for _ in range(_PROBES)]
-    output, *grads = (_condition(*found) for found in zip(*results, strict=True))
+    operands = [tensor for arg in (*args, grad_output) for tensor in tensors_of(arg)]
+    finite = [arg[arg.isfinite()].abs() for arg in operands if arg.is_floating_point()]
+    largest = max((float(some.max()) for some in finite if some.numel()), default=0.0)
+    output, *grads = (_condition(largest, *found) for found in zip(*results, strict=True))
     assert output is not None
     return Scales(output, tuple(grads))
 
 
-def _condition(still: Tensor | None, *shaken: Tensor | None) -> Scale | None:
+def _condition(largest: float, still: Tensor | None, *shaken: Tensor | None) -> Scale | None:
     if still is None:
         return None
     moves = torch.stack([result - still for result in shaken if result is not None]) / _STEP
     moved = moves.square().mean(0).sqrt()
     scale = moved + still.abs() + root_mean_square(still[still.isfinite()])
+    scale = torch.where(scale == 0, largest, scale)
     return Scale(terms=torch.full_like(still, COMPOSITE_TERMS), scale=scale)
 
 

@@ -25,9 +25,10 @@ far below the noise of one element: a divisor, an epsilon, a momentum.
 
 Composite ops (batch norm, losses) are no such sums.  There K is 16, for a chain of elementwise
 steps, s2 is |t| + rms(t) or what `derive_conditions` finds, which sees how far the result moves
-with its operands, and s1 is sqrt(K) s2.  Where s1 is not given C1 grows by 2 k s2, with k the worst
-error of torch's own result beyond r's, in units of s2: where an op cancels, so does torch.  C3
-grows by sum |t| d / <t, t>: the rounding of one mean or root is in every element.
+with its operands (the largest of them where it is zero and stays so), and s1 is sqrt(K) s2.  Where
+s1 is not given C1 grows by 2 k s2, with k the worst error of torch's own result beyond r's, in
+units of s2: where an op cancels, so does torch.  C3 grows by sum |t| d / <t, t>: the rounding of
+one mean or root is in every element.
 """
 
 from __future__ import annotations
