@@ -48,6 +48,16 @@ def tuned_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     tl.store(y_ptr + offs, x * (1 + BLOCK // 16), mask=offs < N)
 
 
+@triton.autotune([triton.Config({"BLOCK": 16}), triton.Config({"BLOCK": 64})], key=["N"])
+@triton.heuristics({"EVEN": lambda given: given["N"] % 16 == 0})
+@triton.jit
+def even_kernel(x_ptr, y_ptr, N, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # even for one of its tiles
+    mask = offs < (N + BLOCK if EVEN else N)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=mask) * 2, mask=offs < N)
+
+
 @triton.jit
 def null_kernel(y_ptr, BLOCK: tl.constexpr):
     nowhere = tl.full((BLOCK,), 0, tl.int64).to(tl.pointer_type(tl.float32))
@@ -207,12 +217,16 @@ def drops_nan(x):
     return torch.where(y.isnan(), 0, y)
 
 
-def tuned(x):
+def tuned(x, kernel=tuned_kernel):
     y = torch.empty_like(x)
     if x.numel():
         grid = lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)  # noqa: E731
-        tuned_kernel[grid](x.contiguous(), y, x.numel())
+        kernel[grid](x.contiguous(), y, x.numel())
     return y
+
+
+def even(x):
+    return tuned(x, even_kernel)
 
 
 def null_reference(x):

@@ -54,6 +54,13 @@ def test_the_same_seed_gives_the_same_report_in_one_process():
     assert without_seconds(first) != without_seconds(other)
 
 
+@pytest.mark.parametrize("level", ["quick", "full"])
+def test_a_configuration_is_tried_with_what_is_even_for_another_alone(level):
+    report = check(checked.even, level=level)
+    assert kinds(report) == {"out-of-bounds read"}
+    assert all(finding.case.startswith("N=16, ") for finding in report.findings)
+
+
 def test_one_case_runs_alone():
     first = check(checked.thrice)
     case = first.ids[first.findings[0].key]

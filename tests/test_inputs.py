@@ -163,6 +163,19 @@ def test_empty_tensors_are_tried_one_size_at_a_time_but_for_bounds():
     ]
 
 
+def test_a_configuration_gets_whole_numbers_of_its_own_tiles_and_of_the_others():
+    of = input_sizes.of_configuration
+    assert of(inputs.parse("x[M, N]"), (32, 64), (16, 64)) == [
+        {"M": 5 + 32, "N": 3 + 32},
+        {"M": 64, "N": 64},
+        {"M": 16, "N": 16},
+    ]
+    # in the last directions, where all of them are too many
+    assert of(inputs.parse("x[A, M, N]"), (128,), ())[-1] == {"A": 1, "M": 128, "N": 128}
+    assert of(inputs.parse("x[M, N%8]"), (1 << 15,), ())[-1] == {"M": 1, "N": 1 << 15}
+    assert of(inputs.parse("x[M, N%8]"), (1 << 20,), ())[-1] == {"M": 1, "N": 8}
+
+
 def test_sizes_apart_are_nobody_elses():
     text = inputs.parse("x[M, K%8]")
     chosen = input_sizes.choices(text, (16, 17, 24), "full", 0)

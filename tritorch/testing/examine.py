@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 from tritorch.registry import Subject
@@ -71,8 +72,9 @@ class Examination(Schedule):
     def run(self, on_step: Callable[[Step], None] = lambda step: None) -> Iterator[Outcome]:
         """Runs every step; `on_step` hears of each before it starts."""
         with hosting.hosted() as host:
-            self._probe(on_step)
+            # filled by the launches
             self.configurations = host.configurations
+            self._probe(on_step)
             for step in self._steps():
                 on_step(step)
                 start = time.perf_counter()
@@ -168,10 +170,39 @@ class Examination(Schedule):
             chosen = input_sizes.choices(self.inputs, self.tiles, self.level, self.seed)
             chosen += input_sizes.empties(self.inputs)
             if self.inputs.letters:
+                chosen += self._set_aside(chosen)
                 fresh = input_sizes.apart(self.inputs, [*chosen, first])
                 self._fresh = self.inputs.name(fresh)
                 chosen.append(fresh)
             self.subject = self._sized(chosen)
+
+    def _set_aside(self, chosen: Iterable[Sizes]) -> list[dict[str, int]]:
+        """The sizes that some steps alone are for, without those that are chosen for all."""
+        assert self.inputs is not None
+        found: list[dict[str, int]] = []
+        tiles = self._tiles_of_configurations()
+        known = {tile for own in tiles for tile in own}
+        for index, own in enumerate(tiles):
+            # a host may be written for the tile of the first, or for the least
+            others = (max(tiles[0]), min(known)) if self.level == "quick" else sorted(known)
+            sizes = input_sizes.of_configuration(self.inputs, own, others)
+            self._configured_names[index] = [self.inputs.name(one) for one in sizes]
+            found += sizes
+        taken = [dict(one) for one in chosen]
+        found = [one for one in found if one not in taken]
+        self._aside = {self.inputs.name(one) for one in found}
+        return found
+
+    def _tiles_of_configurations(self) -> list[tuple[int, ...]]:
+        """The tiles of each configuration, where there are several."""
+        count = max((len(configs) for configs in self.configurations.values()), default=0)
+        found = []
+        for index in range(count if count > 1 else 0):
+            kernels = self.configurations.values()
+            chosen = [configs[min(index, len(configs) - 1)] for configs in kernels]
+            launches = [SimpleNamespace(constants=config.kwargs) for config in chosen]
+            found.append(input_sizes.tile_sizes(launches) or self.tiles or (16,))
+        return found
 
     def _sized(self, sizes: Iterable[Sizes]) -> Subject:
         assert self.inputs is not None

@@ -97,6 +97,27 @@ def choices(inputs: Inputs, tiles: Sequence[int], level: str, seed: int) -> list
     return unique[: {"quick": 12, "full": 60, "soak": 400}[level]]
 
 
+def of_configuration(
+    inputs: Inputs, own: Sequence[int], others: Iterable[int]
+) -> list[dict[str, int]]:
+    """The sizes for one of several configurations, whose tiles are `own`.
+
+    Beyond a tile in every direction, then whole numbers of its tile and of `others`, for which a
+    mask may be left out: of one tile in as many directions as are small enough.
+    """
+    beyond = choices(inputs, own, "quick", 0)[1:2]
+    ones = {letter: inputs.allowed(letter, 1) for letter in inputs.letters}
+    whole = []
+    for tile in dict.fromkeys((max(own), *others)):
+        sizes = ones
+        for letter in reversed(inputs.letters):
+            wider = sizes | {letter: inputs.allowed(letter, tile)}
+            if inputs.elements(wider) <= (_BEYOND if sizes is ones else 1) * _MOST["quick"]:
+                sizes = wider
+        whole.append(sizes)
+    return beyond + whole
+
+
 def apart(inputs: Inputs, taken: Iterable[Sizes]) -> dict[str, int]:
     """Small sizes none of which is taken, so that no cache can know them."""
     known = [dict(sizes) for sizes in taken]

@@ -70,6 +70,9 @@ class Schedule:
         self.configurations: dict[str, list[Any]] = {}
         # the sample of sizes that no other call has
         self._fresh = ""
+        # samples for some steps alone; of each configuration, the samples for its own tiles
+        self._aside: set[str] = set()
+        self._configured_names: dict[int, list[str]] = {}
         # those that each sample launches, where nothing else has watched it
         self._kernels: dict[str, set[str]] = {}
 
@@ -79,7 +82,7 @@ class Schedule:
         empty = []
         if self.inputs is not None:
             empty = [self.inputs.name(sizes) for sizes in input_sizes.empties(self.inputs)]
-            names = [name for name in names if name not in (*empty, self._fresh)]
+            names = [name for name in names if name not in {*empty, self._fresh, *self._aside}]
         # beyond a tile in every direction, small in every direction
         marked = [s.name for s in trials.samples_of(subject, subject.dtypes[0]) if s.layouts]
         typical = marked[0] if marked else names[1 % len(names)]
@@ -214,8 +217,11 @@ class Schedule:
         """Each configuration of each autotuned kernel, on its own."""
         count = max((len(configs) for configs in self.configurations.values()), default=0)
         exact = self.subject.accuracy == "multilinear"
+        few = 1 if self.level == "quick" else 4
         for index in range(count if count > 1 else 0):
-            for name in names[:2] if self.level == "quick" else names[:4]:
+            # its tiles may be others than those for which the samples were chosen
+            own = self._configured_names.get(index, names[1:2])
+            for name in dict.fromkeys([*names[:few], *own]):
                 one = case(name, integers=exact)
                 yield Step("configurations", one, partial(self._configured, index, one))
         if count > 1:
