@@ -54,6 +54,20 @@ def test_the_same_seed_gives_the_same_report_in_one_process():
     assert without_seconds(first) != without_seconds(other)
 
 
+def test_a_loop_has_a_third_turn_and_no_more_programs_for_it():
+    heard = []
+    options = {"samples": "x[M, N]", "on_event": heard.append}
+    report = check(checked.forgets, checked.rows_reference, **options)
+    assert kinds(report) == {"exactness"}
+    assert {finding.case for finding in report.findings} == {"M=1 N=33, float32, integers"}
+    tried = {event["case"] for event in heard if event["event"] == "doing"}
+    assert "M=5 N=33, float32, integers" in tried
+    assert not any(case.startswith("M=33 ") for case in tried)
+    (name,) = report.ids.values()
+    again = check(checked.forgets, checked.rows_reference, samples="x[M, N]", case=name)
+    assert kinds(again) == {"exactness"}
+
+
 @pytest.mark.parametrize("level", ["quick", "full"])
 def test_a_configuration_is_tried_with_what_is_even_for_another_alone(level):
     report = check(checked.even, level=level)

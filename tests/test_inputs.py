@@ -163,6 +163,15 @@ def test_empty_tensors_are_tried_one_size_at_a_time_but_for_bounds():
     ]
 
 
+def test_sizes_in_a_third_tile_come_with_those_that_tell_what_they_take():
+    small = {"M": 5, "N": 8}
+    assert list(input_sizes.third_tiles(inputs.parse("x[M, N%8]"), (16, 32))) == [
+        (small, small | {"M": 33}, small | {"M": 65}),
+        (small, small | {"N": 32}, small | {"N": 72}),
+    ]
+    assert list(input_sizes.third_tiles(inputs.parse("x[M, N]"), (1 << 13,))) == []
+
+
 def test_a_configuration_gets_whole_numbers_of_its_own_tiles_and_of_the_others():
     of = input_sizes.of_configuration
     assert of(inputs.parse("x[M, N]"), (32, 64), (16, 64)) == [

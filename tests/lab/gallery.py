@@ -158,7 +158,9 @@ def levels() -> str:
     text = inputs.parse(_LEVEL_INPUTS)
     rows = []
     for level in schedule.LEVELS:
-        chosen = input_sizes.choices(text, _LEVEL_TILES, level, seed=0)
+        chosen = list(input_sizes.choices(text, _LEVEL_TILES, level, seed=0))
+        if level == "quick":
+            chosen += [dict(third) for *_, third in input_sizes.third_tiles(text, _LEVEL_TILES)]
         largest = max(max(sizes.values()) for sizes in chosen)
         most = max(map(text.elements, chosen))
         rows.append((f"`{level}`", str(len(chosen)), str(largest), str(most)))

@@ -68,12 +68,13 @@ class Examination(Schedule):
         super().__init__(subject, **options)
         self.notes: list[str] = []
         self._declined = False
+        self._host = hosting.Host()
 
     def run(self, on_step: Callable[[Step], None] = lambda step: None) -> Iterator[Outcome]:
         """Runs every step; `on_step` hears of each before it starts."""
-        with hosting.hosted() as host:
+        with hosting.hosted() as self._host:
             # filled by the launches
-            self.configurations = host.configurations
+            self.configurations = self._host.configurations
             self._probe(on_step)
             for step in self._steps():
                 on_step(step)
@@ -84,6 +85,7 @@ class Examination(Schedule):
 
     def watched(self, step: Step) -> list[Finding]:
         """Runs a step with every access watched: one out of bounds could end the process."""
+        self._host.programs = 0
         with contextlib.ExitStack() as stack:
             detector = None
             if self.device == "cpu":
@@ -103,6 +105,9 @@ class Examination(Schedule):
         seen = [] if detector is None else detector.findings
         kernels = self._kernels.setdefault(step.case.sample, set())
         kernels |= set() if detector is None else {one.kernel for one in detector.launches}
+        if most := self._host.programs:
+            # some steps call other samples too
+            self._programs[step.case.sample] = min(most, self._programs.get(step.case.sample, most))
         return found + [replace(finding, case=str(step.case)) for finding in seen]
 
     def _kept_promises(self, step: Step) -> list[Finding]:
@@ -167,7 +172,8 @@ class Examination(Schedule):
             self.notes.append("its result requires no gradient: gradients are not checked")
             self.subject = replace(subject, gradients=())
         if self.inputs is not None:
-            chosen = input_sizes.choices(self.inputs, self.tiles, self.level, self.seed)
+            chosen: list[Sizes] = []
+            chosen += input_sizes.choices(self.inputs, self.tiles, self.level, self.seed)
             chosen += input_sizes.empties(self.inputs)
             if self.inputs.letters:
                 chosen += self._set_aside(chosen)
@@ -176,10 +182,15 @@ class Examination(Schedule):
                 chosen.append(fresh)
             self.subject = self._sized(chosen)
 
-    def _set_aside(self, chosen: Iterable[Sizes]) -> list[dict[str, int]]:
+    def _set_aside(self, chosen: Iterable[Sizes]) -> list[Sizes]:
         """The sizes that some steps alone are for, without those that are chosen for all."""
         assert self.inputs is not None
-        found: list[dict[str, int]] = []
+        found: list[Sizes] = []
+        if self.level == "quick":
+            for three in input_sizes.third_tiles(self.inputs, self.tiles):
+                small, edge, name = map(self.inputs.name, three)
+                self._third_tiles.append((small, edge, name))
+                found.append(three[-1])
         tiles = self._tiles_of_configurations()
         known = {tile for own in tiles for tile in own}
         for index, own in enumerate(tiles):
@@ -188,7 +199,7 @@ class Examination(Schedule):
             sizes = input_sizes.of_configuration(self.inputs, own, others)
             self._configured_names[index] = [self.inputs.name(one) for one in sizes]
             found += sizes
-        taken = [dict(one) for one in chosen]
+        taken = list(chosen)
         found = [one for one in found if one not in taken]
         self._aside = {self.inputs.name(one) for one in found}
         return found

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -41,12 +42,13 @@ class Host:
 
     `configurations`: of each autotuned kernel that was launched, by its name, the configurations
     that pruning left for one of the launches, in their order; a second kernel of the same name goes
-    by its module's too.
+    by its module's too.  `programs`: the most that a launch had, where kernels are interpreted.
     """
 
     choice: Mapping[str, Choice] | Choice = None
     tune: bool = False
     configurations: dict[str, list[Any]] = field(default_factory=dict)
+    programs: int = 0
     _names: dict[Any, str] = field(default_factory=dict, repr=False)
     # what each tuning key was tuned to
     _tuned: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -197,6 +199,8 @@ def _interpreting(run: Callable[..., Any]) -> Callable[..., Any]:
         if warmup:
             return _Warmed(self, kwargs)
         grid = _grid(self, grid, args, kwargs)
+        for host in _hosts:
+            host.programs = max(host.programs, math.prod(grid))
         try:
             return run(self, *args, grid=grid, warmup=False, **kwargs)
         except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tritorch.testing.inputs import Inputs, Sizes
@@ -95,6 +95,21 @@ def choices(inputs: Inputs, tiles: Sequence[int], level: str, seed: int) -> list
             kept.append(sizes)
     unique = list({tuple(sizes.items()): sizes for sizes in kept or allowed[:1]}.values())
     return unique[: {"quick": 12, "full": 60, "soak": 400}[level]]
+
+
+def third_tiles(inputs: Inputs, tiles: Sequence[int]) -> Iterator[tuple[Sizes, Sizes, Sizes]]:
+    """For each letter small sizes, those with it just beyond a tile, and with it in a third one.
+
+    The first two, which are tried anyway, tell whether the third take too many programs.
+    """
+    small = choices(inputs, tiles, "quick", 0)[0]
+    tile = max(tiles or (16,))
+    for letter in inputs.letters:
+        size = inputs.allowed(letter, 2 * tile + 1)
+        size += inputs.multiples.get(letter, 1) if size <= 2 * tile else 0
+        found = small | {letter: size}
+        if inputs.elements(found) <= _MOST["quick"]:
+            yield small, small | {letter: inputs.allowed(letter, tile + 1)}, found
 
 
 def of_configuration(

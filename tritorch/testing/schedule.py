@@ -5,6 +5,7 @@ What is cheap and telling comes first.  The same subject, level and seed give th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,6 +74,10 @@ class Schedule:
         # samples for some steps alone; of each configuration, the samples for its own tiles
         self._aside: set[str] = set()
         self._configured_names: dict[int, list[str]] = {}
+        # names of the sizes of `input_sizes.third_tiles`
+        self._third_tiles: list[tuple[str, str, str]] = []
+        # the most programs of a launch with each sample
+        self._programs: dict[str, int] = {}
         # those that each sample launches, where nothing else has watched it
         self._kernels: dict[str, set[str]] = {}
 
@@ -119,7 +124,7 @@ class Schedule:
         exact = subject.accuracy in ("multilinear", "exact")
         others = names if self.level != "quick" else names[:3]
         if exact:
-            for name in names:
+            for name in itertools.chain(names, self._beyond_two_tiles()):
                 one = case(name, integers=True)
                 run = partial(battery.exactness, subject, one, order=order)
                 yield Step("exact integers", one, run)
@@ -127,7 +132,8 @@ class Schedule:
             first = dtype == subject.dtypes[0]
             # a sample may be one of some dtypes alone
             there = {sample.name for sample in trials.samples_of(subject, dtype)}
-            for name in names if first and not exact else others:
+            whole = itertools.chain(names, self._beyond_two_tiles())
+            for name in whole if first and not exact else others:
                 if name not in there:
                     continue
                 one = case(name, dtype)
@@ -141,6 +147,16 @@ class Schedule:
             for check in (battery.each_gradient_alone, battery_gradients.views):
                 yield Step("gradients", one, partial(check, subject, one))
             yield from self._second_gradients(case)
+
+    def _beyond_two_tiles(self) -> Iterator[str]:
+        """Samples in which a loop has a third turn, as far as they take few programs.
+
+        To be asked when the others have run.
+        """
+        for small, edge, name in self._third_tiles:
+            # a program for each number is no loop, and slow
+            if self._programs.get(edge, 0) <= 2 * self._programs.get(small, 1):
+                yield name
 
     def _second_gradients(self, case: Callable[..., Case]) -> Iterator[Step]:
         subject, chosen = self.subject, [case()]
