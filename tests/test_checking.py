@@ -68,6 +68,15 @@ def test_a_loop_has_a_third_turn_and_no_more_programs_for_it():
     assert kinds(again) == {"exactness"}
 
 
+def test_an_index_is_that_of_the_number_which_the_reference_takes():
+    (finding,) = check(checked.highest, checked.highest_reference, non_finite=()).findings
+    assert (finding.kind, finding.argument) == ("values", "output 1")
+    assert finding.message.startswith("among equal numbers, output 1: C0 exact: ")
+    assert finding.case.endswith(", float32, integers")
+    first = lambda x: (checked.highest(x)[0], x.argmax())  # noqa: E731
+    assert check(first, checked.highest_reference, non_finite=()).ok
+
+
 @pytest.mark.parametrize("level", ["quick", "full"])
 def test_a_configuration_is_tried_with_what_is_even_for_another_alone(level):
     report = check(checked.even, level=level)

@@ -82,6 +82,22 @@ def exactness(
     return findings
 
 
+def equal_numbers(subject: Subject, case: Case, *, order: Any = None) -> list[Finding]:
+    """Of small integers many are equal: an index is that of the one which the reference takes.
+
+    A gradient has more than one right value there, and is not asked for.
+    """
+    subject, case = replace(subject, gradients=()), replace(case, integers=True)
+    arguments = case.arguments(subject)
+    actual, findings = outcome(subject, case, arguments, order=order)
+    if actual is None:
+        return findings
+    return findings + [
+        replace(finding, message=f"among equal numbers, {finding.message}")
+        for finding in judged(subject, case, arguments, actual)
+    ]
+
+
 def special_values(
     subject: Subject, case: Case, *, order: Any = None, strict: bool = False
 ) -> list[Finding]:

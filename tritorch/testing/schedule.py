@@ -139,6 +139,11 @@ class Schedule:
                 one = case(name, dtype)
                 watched = order if first and not exact else None
                 yield Step("rounding", one, partial(battery.values, subject, one, order=watched))
+        if not exact and self._gives_indices(case()):
+            for name in others:
+                one = case(name, integers=True)
+                run = partial(battery.equal_numbers, subject, one, order=order)
+                yield Step("equal numbers", one, run)
         for scale in (1e-3, 1e3) if self.level != "quick" else ():
             one = case(scale=scale)
             yield Step("rounding", one, partial(battery.scaled, subject, one))
@@ -147,6 +152,14 @@ class Schedule:
             for check in (battery.each_gradient_alone, battery_gradients.views):
                 yield Step("gradients", one, partial(check, subject, one))
             yield from self._second_gradients(case)
+
+    def _gives_indices(self, one: Case) -> bool:
+        """Whether some result is of integers: of 32 bits at least, others are rounded numbers."""
+        try:
+            found = cases.reference(self.subject, one.arguments(self.subject))
+        except cases.Refused:
+            return False
+        return any(output.dtype in (torch.int64, torch.int32) for output in found.outputs)
 
     def _beyond_two_tiles(self) -> Iterator[str]:
         """Samples in which a loop has a third turn, as far as they take few programs.
