@@ -1,5 +1,6 @@
 """The properties that watch kernels, on kernels that lack them and on some that do not."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -199,6 +200,28 @@ def copied(x, wide):
     y = torch.empty(x.shape, dtype=x.dtype)
     copy_kernel[(x.shape[0],)](x, y, *x.shape, *x.stride(), WIDE=wide)
     return y
+
+
+def test_a_triton_op_is_traced_where_its_kernel_is_interpreted():
+    @torch.library.triton_op("tritorch_test::copied", mutates_args=())
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(x)
+        torch.library.wrap_triton(copy_kernel)[(x.shape[0],)](
+            x, y, *x.shape, *x.stride(), WIDE=True
+        )
+        return y
+
+    subject, case = copying(traced), Case("typical", torch.float32)
+    with hosting.hosted():
+        assert battery_torch.library(replace(subject, gradients=()), case, required=True) == []
+        # torch's formula that says there is none
+        (found,) = battery.values(subject, case)
+        assert found.message.endswith("; if it has no gradient, say so: --gradients ''")
+        traced.register_fake(lambda x: x.new_empty(x.shape, dtype=torch.float64))
+        (found,) = battery_torch.library(replace(subject, gradients=()), case)
+    assert "Dtypes torch.float32 and torch.float64 are not equal" in found.message
+    # what was replaced for it is back
+    assert torch._functorch.config.decompose_custom_triton_ops
 
 
 class Identity(torch.autograd.Function):

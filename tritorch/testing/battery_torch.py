@@ -6,18 +6,21 @@ As in `battery.py`, each is a function from a subject and a case to findings, an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.triton import triton_ops_to_kernels
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import opcheck
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritorch.registry import Argument, Subject
-from tritorch.testing import calls, cases, interpreter, products
+from tritorch.testing import calls, cases, interpreter, products, redirect
 from tritorch.testing.findings import Finding
 from tritorch.testing.trials import Case, different, judged, outcome, raised, same_bits
 
@@ -187,13 +190,41 @@ def library(subject: Subject, case: Case, *, required: bool = False) -> list[Fin
         findings.append(Finding("library", "no library op was called", case=str(case)))
     for function, args, kwargs in calls.values():
         try:
-            opcheck(function, args, kwargs)
+            with _traceable(function):
+                opcheck(function, args, kwargs)
         except Exception as error:
             text = next(iter(str(error).strip().splitlines()), repr(error))
             # there is none
             text = text.removesuffix(" (scroll up for stack trace)")
             findings.append(Finding("library", f"{function}: {text}", case=str(case)))
     return findings
+
+
+@contextlib.contextmanager
+def _traceable(function: Any) -> Iterator[None]:
+    """Lets torch trace an op of `torch.library.triton_op` whose kernels are interpreted.
+
+    wrap_triton leaves these as they are: a launch must compute nothing where tensors have no
+    values, and the op remain one node of a graph, which would lose what its launches write.
+    """
+    if function._name not in triton_ops_to_kernels or not interpreter.interpreting():
+        yield
+        return
+    config = importlib.import_module("torch._functorch.config")
+    kernels = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
+    run = kernels.run
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # a descriptor holds its tensor
+        tensors = [getattr(value, "base", value) for value in (*args, *kwargs.values())]
+        fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        return None if fake else run(self, *args, **kwargs)
+
+    with (
+        redirect.replaced(config, "decompose_custom_triton_ops", False),
+        redirect.replaced(kernels, "run", launch),
+    ):
+        yield
 
 
 class _Recorded(TorchDispatchMode):

@@ -113,6 +113,9 @@ def of_exception(error: BaseException, case: str) -> Finding:
     kind = "error"
     if _TILE.search(str(cause)):
         kind, first = "tile", str(cause)
+    elif "no autograd formula was registered" in first:
+        # torch lets the result of such an op require a gradient, whether it is to have one or not
+        first += "; if it has no gradient, say so: --gradients ''"
     source = ""
     for frame in traceback.extract_tb(cause.__traceback__):
         if frame.filename == file and frame.lineno == line:
