@@ -51,6 +51,12 @@ def pair_kernel(descriptor, pair, SIZE: tl.constexpr):
 
 
 @triton.jit
+def cosine_kernel(x_ptr, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    tl.store(x_ptr + offs, tl.cos(tl.load(x_ptr + offs)))
+
+
+@triton.jit
 def refusing_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.static_assert(BLOCK < 10, "BLOCK is too large")
     tl.store(x_ptr, 0.0)
@@ -236,6 +242,20 @@ def test_spills_and_shared_memory_are_problems(target):
     for sentence in (shared, spills):
         assert sentence.startswith(f"square_kernel on {target} ")
         assert "SIZE=256, BLOCK_K=128, num_warps=4" in sentence
+
+
+@pytest.mark.parametrize("target", CUDA)
+def test_an_array_in_local_memory_is_no_spill(target):
+    with dry.compiling_for(target) as recorder:
+        cosine_kernel[(1,)](torch.empty(64), 64)
+        cosine_kernel[(1,)](torch.empty(4096), 4096, maxnreg=32)
+    alone, beside_spills = map(dry.resources, recorder.launches)
+    # 28 bytes of libdevice's reduction of large arguments, in words of 8
+    assert (alone.stack, alone.arrays, alone.spilled_bytes, alone.spills) == (32, 32, 0, 0)
+    assert dry.problems(recorder.launches[0], target) == []
+    assert beside_spills.spilled_bytes == beside_spills.stack - 32 > 0
+    (problem,) = dry.problems(recorder.launches[1], target)
+    assert f" spills: {beside_spills.spilled_bytes} bytes of stack per thread" in problem
 
 
 def test_a_sixteen_bit_product_without_tensor_cores_is_a_problem():

@@ -182,6 +182,16 @@ def test_spills_are_told_where_every_configuration_has_them():
     assert limits(lambda: square(kernel), ["sm_80"]) == []
 
 
+@triton.jit
+def cosine_kernel(x_ptr, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    tl.store(x_ptr + offs, tl.cos(tl.load(x_ptr + offs)))
+
+
+def test_an_array_in_local_memory_is_no_spill():
+    assert limits(lambda: cosine_kernel[(1,)](torch.empty(64), 64), ["sm_90", "gfx942"]) == []
+
+
 def test_hooks_leave_what_the_first_configuration_did():
     configs = [
         triton.Config(

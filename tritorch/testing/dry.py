@@ -322,9 +322,11 @@ def problems(launch: Launch, target: str | Target) -> list[str]:
         found.append(f"needs {used.shared} bytes of shared memory of {limits.shared_memory}")
     if used.registers > limits.registers:
         found.append(f"needs {used.registers} registers per thread of {limits.registers}")
-    if used.stack or used.spilled:
+    if used.spilled_bytes or used.spilled:
         kind = "local-memory instructions" if limits.backend == "cuda" else "spilled registers"
-        found.append(f"spills: {used.stack} bytes of stack per thread, {used.spills} {kind}")
+        found.append(
+            f"spills: {used.spilled_bytes} bytes of stack per thread, {used.spills} {kind}"
+        )
     assembly = launch.compiled.asm
     dots = len(_SIXTEEN_BIT_DOT.findall(assembly["ttir"]))
     # PTX says it as well as machine code, which takes ten times as long to disassemble as this to

@@ -253,10 +253,10 @@ def _spills(attempts: list[_Attempt]) -> list[Finding]:
     for attempt in attempts:
         assert attempt.launch is not None
         used = dry.resources(attempt.launch)
-        if used.stack:
+        if used.spilled_bytes:
             config = attempt.config or _settings(attempt.launch)
             message = (
-                f"{config} spills {used.stack} bytes per thread to local memory "
+                f"{config} spills {used.spilled_bytes} bytes per thread to local memory "
                 f"({used.registers} registers)"
             )
             found.append(_of_kernel("resources", message, attempt.function))

@@ -16,13 +16,15 @@ class Resources:
     """What one compiled kernel takes on the device.
 
     `registers`: 32-bit registers per thread.  `stack`: bytes of local memory per thread, which is
-    where spilled registers live.  `shared`: bytes of shared memory per block.  `spilled`: registers
-    that the compiler says it spilled, which CUDA's does not say: None.  The rest is read off
-    the machine code, which is disassembled when first asked for.
+    where spilled registers live.  `arrays`: bytes of it for what is indexed at run time, as
+    registers cannot be: float32's `tl.cos` does.  `shared`: bytes of shared memory per block.
+    `spilled`: registers that the compiler says it spilled, which CUDA's does not say: None.  The
+    rest is read off the machine code, which is disassembled when first asked for.
     """
 
     registers: int
     stack: int
+    arrays: int
     shared: int
     num_warps: int
     spilled: int | None = field(repr=False, compare=False)
@@ -43,9 +45,18 @@ class Resources:
         return sum(n for opcode, n in self.opcodes.items() if opcode.split(".")[0] in names)
 
     @property
+    def spilled_bytes(self) -> int:
+        """Bytes of local memory per thread in which spilled registers live."""
+        return max(0, self.stack - self.arrays)
+
+    @property
     def spills(self) -> int:
-        """CUDA: instructions that access local memory (LDL, STL); AMD: registers spilled."""
-        return self.count("LDL", "STL") if self.spilled is None else self.spilled
+        """CUDA: instructions that access local memory (LDL, STL), those of arrays too if registers
+        are spilled beside them; AMD: registers spilled.
+        """
+        if self.spilled is not None:
+            return self.spilled
+        return self.count("LDL", "STL") if self.spilled_bytes else 0
 
     @property
     def tensor_core_instructions(self) -> int:
@@ -76,6 +87,8 @@ class Resources:
 _TENSOR_CORE = re.compile(r"[A-Z]+MMA(\.|$)|v_(s?mfma|wmma|smfmac)")
 _WIDE_LOAD = re.compile(r"(LDG|LDGSTS)\..*(128|256)|(global|buffer)_load_(dwordx4|b128)")
 _WIDE_STORE = re.compile(r"STG\..*(128|256)|(global|buffer)_store_(dwordx4|b128)")
+# PTX declares what the source keeps in local memory, and has every register: none is spilled yet
+_LOCAL_ARRAY = re.compile(r"^\s*\.local\s[^\[;]*\[(\d+)\];", re.MULTILINE)
 
 
 def of_compiled(compiled: Any) -> Resources:
@@ -84,7 +97,17 @@ def of_compiled(compiled: Any) -> Resources:
     if metadata.target.backend == "cuda":
         cubin = compiled.asm["cubin"]
         registers, stack = usage(cubin)
-        return Resources(registers, stack, metadata.shared, metadata.num_warps, None, cubin)
+        arrays = sum(int(size) for size in _LOCAL_ARRAY.findall(compiled.asm["ptx"]))
+        return Resources(
+            registers=registers,
+            stack=stack,
+            # as the stack is rounded
+            arrays=-(-arrays // 8) * 8,
+            shared=metadata.shared,
+            num_warps=metadata.num_warps,
+            spilled=None,
+            _code=cubin,
+        )
     text = compiled.asm["amdgcn"]
 
     def directive(name: str) -> int:
@@ -93,12 +116,15 @@ def of_compiled(compiled: Any) -> Resources:
             raise RuntimeError(f"dry.resources: {metadata.name} has no .{name} in its assembly")
         return int(found[1])
 
+    stack = directive("private_segment_fixed_size")
+    spilled = directive("vgpr_spill_count") + directive("sgpr_spill_count")
     return Resources(
         registers=directive("vgpr_count"),
-        stack=directive("private_segment_fixed_size"),
+        stack=stack,
+        arrays=0 if spilled else stack,
         shared=metadata.shared,
         num_warps=metadata.num_warps,
-        spilled=directive("vgpr_spill_count") + directive("sgpr_spill_count"),
+        spilled=spilled,
         _code=text,
     )
 
