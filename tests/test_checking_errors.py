@@ -51,6 +51,17 @@ def test_a_backward_that_fails_is_found(function):
     assert not any("requires no gradient" in note for note in report.notes)
 
 
+def test_a_first_call_that_raises_does_not_say_that_there_are_gradients():
+    def forward_only(x):
+        if 0 < x.numel() < 20:
+            raise RuntimeError("too small")
+        return checked.double(x.detach())
+
+    report = check(forward_only, lambda x: 2 * x)
+    assert kinds(report) == {"error"}
+    assert "its result requires no gradient: gradients are not checked" in report.notes
+
+
 def test_what_is_declined_is_counted():
     def contiguous(x):
         if not x.is_contiguous():

@@ -6,10 +6,11 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from tritorch.registry import Subject
+from tritorch.registry import Maker, Sample, Subject
 from tritorch.testing import (
     battery_gpu,
     cases,
@@ -144,27 +145,30 @@ class Examination(Schedule):
         return MEMORY if finding.kind in MEMORY_KINDS else step.section
 
     def _probe(self, on_step: Callable[[Step], None]) -> None:
-        """One call that finds out the tiles, and whether the function has gradients."""
+        """Calls until one returns: finds out the tiles, and whether the function has gradients."""
         subject = self.subject
         dtype = subject.dtypes[0]
-        first: Sizes = {}
-        if self.inputs is not None:
-            first = input_sizes.choices(self.inputs, (), "quick", self.seed)[0]
-            self.subject = subject = self._sized([first])
-        name = next(trials.samples_of(subject, dtype)).name
-        case = Case(name, dtype, self.device, seed=self.seed)
-        on_step(Step("first call", case, list))
+        tried: list[Sizes] = []
         launches: list[Any] = []
         returned, gives = False, True
-        with contextlib.ExitStack() as stack, contextlib.suppress(Exception, SystemExit):
-            # what it raises is found by the first step
-            if self.device == "cpu":
-                from tritorch.testing import detectors
+        for one, sizes in self._first_calls():
+            tried.append(sizes)
+            name = next(trials.samples_of(one, dtype)).name
+            case = Case(name, dtype, self.device, seed=self.seed)
+            on_step(Step("first call", case, list))
+            seen: list[Any] = []
+            with contextlib.ExitStack() as stack, contextlib.suppress(Exception, SystemExit):
+                # what it raises is found by the steps
+                if self.device == "cpu":
+                    from tritorch.testing import detectors
 
-                launches = stack.enter_context(detectors.detecting()).launches
-            subject.op(**case.arguments(subject))
-            returned = True
-            gives = describe.gives_gradients(subject, dtype, self.device)
+                    seen = stack.enter_context(detectors.detecting()).launches
+                one.op(**case.arguments(one))
+                returned = True
+                gives = describe.gives_gradients(one, dtype, self.device)
+            launches += seen
+            if returned:
+                break
         if self.device == "cpu" and returned and not launches:
             self.notes.append("no Triton kernel was launched: what is checked is plain PyTorch")
         self.tiles = input_sizes.tile_sizes(launches)
@@ -177,7 +181,7 @@ class Examination(Schedule):
             chosen += input_sizes.empties(self.inputs)
             if self.inputs.letters:
                 chosen += self._set_aside(chosen)
-                fresh = input_sizes.apart(self.inputs, [*chosen, first])
+                fresh = input_sizes.apart(self.inputs, [*chosen, *tried])
                 self._fresh = self.inputs.name(fresh)
                 chosen.append(fresh)
             self.subject = self._sized(chosen)
@@ -215,6 +219,21 @@ class Examination(Schedule):
             found.append(input_sizes.tile_sizes(launches) or self.tiles or (16,))
         return found
 
+    def _first_calls(self) -> Iterator[tuple[Subject, Sizes]]:
+        """The subject with one sample alone, and its sizes, in the order in which to call it."""
+        if self.inputs is not None:
+            chosen = input_sizes.choices(self.inputs, (), "quick", self.seed)
+            for sizes in [*chosen, *input_sizes.empties(self.inputs)]:
+                yield self._sized([sizes]), sizes
+            return
+        for sample in trials.samples_of(self.subject, self.subject.dtypes[0]):
+            alone = partial(_only, self.subject, sample.name)
+            yield replace(self.subject, samples=alone), {}
+
     def _sized(self, sizes: Iterable[Sizes]) -> Subject:
         assert self.inputs is not None
         return replace(self.subject, samples=self.inputs.samples(sizes))
+
+
+def _only(subject: Subject, name: str, make: Maker) -> list[Sample]:
+    return [cases.sample_of(subject, name, make)]
