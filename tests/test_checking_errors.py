@@ -23,6 +23,9 @@ def test_an_exception_is_found_at_its_line_and_ends_nothing():
     assert (finding.kind, finding.message) == ("error", "LookupError: where is it?")
     assert (finding.file, finding.source) == (__file__, 'raise LookupError("where is it?")')
     assert report.cases > 20
+    # every property but the detectors', or else it was declined
+    passed = {name for name, one in report.sections.items() if not one.failed}
+    assert passed == {"layouts", "memory"}
     # nothing is said of what was not seen
     assert report.notes == ["rounding is judged as sums of products"]
     assert kinds(check(checked.leaves)) == {"error"}

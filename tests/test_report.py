@@ -74,3 +74,16 @@ def test_one_case_and_one_lane_are_no_plural():
     assert "lanes 3, ..." in str(
         of(Finding("values", "w", program=(0, 0, 0), lanes=((3,),), count=9))
     )
+
+
+def test_a_property_that_shows_a_known_finding_does_not_pass():
+    report = of(Finding("values", "wrong", argument="y"), cases=2)
+    report.section("layouts").cases = 3
+    assert report.add("layouts", [Finding("values", "wrong elsewhere", argument="y")]) == []
+    assert [finding.message for finding in report.findings] == ["wrong"]
+    text = str(report)
+    assert "  rounding  FAIL  2 cases, 1 finding\n" in text
+    assert "  layouts   FAIL  3 cases, no new finding\n" in text
+    assert "  memory    pass  2 cases\n" in text
+    rows = {row["name"]: row["failed"] for row in report.to_json()["sections"]}
+    assert rows == {"memory": False, "rounding": True, "layouts": True}

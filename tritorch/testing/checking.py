@@ -272,6 +272,8 @@ class _Run:
         elif kind == "mistake":
             where = f"{event['property']} of {event['case']}"
             self.report.mistakes.append(f"{where}:\n{event['message']}")
+        elif kind == "again":
+            self.report.section(event["section"]).failed = True
         elif kind == "finding":
             finding = parts.as_finding(event["finding"])
             for new in self.report.add(event["section"], [finding]):

@@ -53,7 +53,9 @@ def going_on(work: Callable[[], None], say: Say) -> None:
 
 
 def battery_part(request: Request, found: Asked, say: Say) -> None:
-    """Runs the battery; events "begin", "doing", "outcome", "finding", "mistake" and "end"."""
+    """Runs the battery; events "begin", "doing", "outcome", "finding", "again" for one that is
+    known, "mistake" and "end".
+    """
     folder = _folder(found.subject)
     say("begin", part="battery", reference=found.reference, notes=found.notes)
     examination = steps.Examination(
@@ -114,6 +116,7 @@ def battery_part(request: Request, found: Asked, say: Say) -> None:
         )
         for finding in outcome.findings:
             if finding.key in known:
+                say("again", section=examination.section_of(finding, step))
                 continue
             known.add(finding.key)
             smallest = step

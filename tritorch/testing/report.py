@@ -25,6 +25,8 @@ class Section:
     broken: int = 0
     seconds: float = 0.0
     findings: list[Finding] = field(default_factory=list)
+    # whether its cases showed something, be it listed elsewhere
+    failed: bool = False
     # why it was not tried, where it was not
     skipped: str = ""
 
@@ -59,14 +61,15 @@ class Report:
 
     def add(self, name: str, findings: Iterable[Finding]) -> list[Finding]:
         """Adds to a section what is no second sight of a defect that is known; returns that."""
+        section, new = self.section(name), []
         known = {finding.key for finding in self.findings}
-        new = []
         for finding in findings:
+            section.failed = True
             # a wrong number has no line: one for every property that shows it is enough
             if finding.key not in known:
                 known.add(finding.key)
                 new.append(replace(finding, message=grammatical(finding.message)))
-        self.section(name).findings += new
+        section.findings += new
         return new
 
     @property
@@ -100,6 +103,8 @@ class Report:
             elif section.findings:
                 found = len(section.findings)
                 outcome = f"FAIL  {counted(section.cases, 'case')}, {counted(found, 'finding')}"
+            elif section.failed:
+                outcome = f"FAIL  {counted(section.cases, 'case')}, no new finding"
             elif section.broken and section.broken == section.cases:
                 outcome = f"not checked: {counted(section.cases, 'case')}"
             elif section.cases and section.declined == section.cases:
@@ -143,6 +148,7 @@ class Report:
                     "declined": section.declined,
                     "broken": section.broken,
                     "seconds": section.seconds,
+                    "failed": section.failed,
                     "skipped": section.skipped,
                     "findings": [
                         finding.to_json() | {"id": self.ids.get(finding.key, "")}
