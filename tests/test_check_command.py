@@ -193,6 +193,7 @@ def test_a_crash_before_the_first_case_says_where(tmp_path):
     result = CliRunner().invoke(main, ("check", f"{script}:mine", "--arch", ""))
     assert f"1. crash  {script}:2\n" in result.output
     assert f"the process died of SIGABRT in import of {script}:mine\n" in result.output
+    assert re.search(r"^  cases  not run: the check ended before$", result.output, re.MULTILINE)
 
 
 def test_the_ids_of_cases_are_their_own():
@@ -238,6 +239,23 @@ def test_a_call_that_does_not_end_is_a_finding(name, descendants, monkeypatch, t
     assert "timeout=3.0" in script.read_text()
     assert "'case': {'sample': 'N=5', 'dtype': 'float32'}" in script.read_text()
     assert not left_of(descendants)
+
+
+def test_what_a_hang_has_left_undone_is_told(tmp_path):
+    file = tmp_path / "report.json"
+    result = call("loops_over_one", *SHORT, "--timeout", "3", "--json", str(file))
+    assert result.exit_code == 1, result.output
+    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+    begun, ended = rows["layouts"]["cases"], ", the check ended before the others"
+    assert begun > 1
+    assert f"  layouts         pass  {begun} cases{ended}\n" in result.output
+    assert "  offsets         not run: the check ended before\n" in result.output
+    whole = [rows[name] for name in ("repeated calls", "exact integers", "rounding")]
+    watched = begun + sum(row["cases"] for row in whole)
+    assert f"  memory          pass  {watched} cases{ended}\n" in result.output
+    unfinished = {name for name, row in rows.items() if row["unfinished"]}
+    assert unfinished >= {"layouts", "masked lanes", "offsets", "torch.library", "memory"}
+    assert not unfinished & {"hang", *(row["name"] for row in whole)}
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])

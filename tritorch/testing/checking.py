@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.machinery
+import math
 import os
 import sys
 import threading
@@ -184,6 +185,9 @@ class _Run:
         self.shown: list[tuple[Finding, Words | None]] = []
         # what the compiling part said: it counts when the other is done, whichever was faster
         self.later: list[supervise.Event] = []
+        # how many cases each section of the battery is to have, once it says so
+        self.planned: dict[str, float] = {"cases": math.inf}
+        self.cut_short: dict[str, float] = {}
         self.ended: list[tuple[Finding, supervise.Event]] = []
         self.unwanted = threading.Event()
         self.lock = threading.Lock()
@@ -242,6 +246,8 @@ class _Run:
             part, request, timeout=self.timeout, on_event=hear, unwanted=self.unwanted
         ):
             self.ended.append((finding, doing))
+            # how many there are to compile nobody knows before
+            self.cut_short |= {LIMITS: math.inf} if compiles else self.planned
 
     def _say(self, event: str, **fields: Any) -> None:
         self._hear({"event": event, **fields}, later=False)
@@ -259,6 +265,8 @@ class _Run:
         if kind == "begin":
             self.report.reference = event["reference"]
             self.report.notes += event["notes"]
+        elif kind == "plan":
+            self.planned = event["cases"]
         elif kind == "end":
             self.report.notes += [n for n in event["notes"] if n not in self.report.notes]
             if event["watched"]:
@@ -284,6 +292,7 @@ class _Run:
         """The report, and the scripts; `unnamed` says what no other process can import."""
         for event in self.later:
             self._note(event)
+        self.report.cut_short(self.cut_short)
         # in the order of their parts too
         for finding, doing in sorted(self.ended, key=lambda ended: ended[0].message):
             self.report.section(finding.kind).cases += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -71,12 +72,20 @@ class Examination(Schedule):
         self._declined = False
         self._host = hosting.Host()
 
-    def run(self, on_step: Callable[[Step], None] = lambda step: None) -> Iterator[Outcome]:
-        """Runs every step; `on_step` hears of each before it starts."""
+    def run(
+        self,
+        on_step: Callable[[Step], None] = lambda step: None,
+        on_plan: Callable[[dict[str, int]], None] = lambda cases: None,
+    ) -> Iterator[Outcome]:
+        """Runs every step; `on_step` hears of each before it starts.
+
+        `on_plan` hears how many each section has, as far as it is known before the first.
+        """
         with hosting.hosted() as self._host:
             # filled by the launches
             self.configurations = self._host.configurations
             self._probe(on_step)
+            on_plan(Counter(step.section for step in self._steps()))
             for step in self._steps():
                 on_step(step)
                 start = time.perf_counter()

@@ -16,6 +16,7 @@ from tritorch.registry import Maker, OpSpec, Sample, Subject
 from tritorch.testing import configurations, errors, gpu_limits, hints, schedule, steps
 from tritorch.testing.findings import Finding
 from tritorch.testing.inputs import Inputs
+from tritorch.testing.report import MEMORY
 from tritorch.testing.requests import Asked, Request, Say, find, folder_of
 
 # the section of a report that the compiling part fills
@@ -53,8 +54,8 @@ def going_on(work: Callable[[], None], say: Say) -> None:
 
 
 def battery_part(request: Request, found: Asked, say: Say) -> None:
-    """Runs the battery; events "begin", "doing", "outcome", "finding", "again" for one that is
-    known, "mistake" and "end".
+    """Runs the battery; events "begin", "plan", "doing", "outcome", "finding", "again" for one that
+    is known, "mistake" and "end".
     """
     folder = _folder(found.subject)
     say("begin", part="battery", reference=found.reference, notes=found.notes)
@@ -83,6 +84,10 @@ def battery_part(request: Request, found: Asked, say: Say) -> None:
             folder=folder,
         )
 
+    def plan(cases: dict[str, int]) -> None:
+        watched = {MEMORY: sum(cases.values())} if request.device == "cpu" else {}
+        say("plan", cases=cases | watched)
+
     def in_words(step: schedule.Step) -> steps.Words:
         """What another process needs to know of a step, some of which only all of them tell."""
         words = steps.words_of(step)
@@ -104,7 +109,7 @@ def battery_part(request: Request, found: Asked, say: Say) -> None:
 
     known: set[Any] = set()
     count = 0
-    for outcome in examination.run(doing):
+    for outcome in examination.run(doing, plan):
         step = outcome.step
         count += 1
         say(

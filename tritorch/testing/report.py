@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ class Section:
     findings: list[Finding] = field(default_factory=list)
     # whether its cases showed something, be it listed elsewhere
     failed: bool = False
+    # whether the check ended before all its cases had been run, or any
+    unfinished: bool = False
     # why it was not tried, where it was not
     skipped: str = ""
 
@@ -72,6 +74,14 @@ class Report:
         section.findings += new
         return new
 
+    def cut_short(self, planned: Mapping[str, float]) -> None:
+        """Marks what has not been run of the planned cases, by section: the check ended before."""
+        for name, cases in planned.items():
+            section = self.section(name)
+            if name == MEMORY:
+                section.cases = sum(self.section(n).cases for n in planned if n != MEMORY)
+            section.unfinished = section.cases < cases
+
     @property
     def findings(self) -> list[Finding]:
         """Every defect once: first what has a line, then in the order of finding."""
@@ -100,6 +110,8 @@ class Report:
         for section in self.sections.values():
             if section.skipped:
                 outcome = f"not checked: {section.skipped}"
+            elif section.unfinished and not section.cases:
+                outcome = "not run: the check ended before"
             elif section.findings:
                 found = len(section.findings)
                 outcome = f"FAIL  {counted(section.cases, 'case')}, {counted(found, 'finding')}"
@@ -113,6 +125,8 @@ class Report:
                 outcome = f"pass  {counted(section.cases, 'case')}"
                 if section.declined:
                     outcome += f", {section.declined} of them declined"
+            if section.unfinished and section.cases:
+                outcome += ", the check ended before the others"
             if section.broken:
                 outcome += f", the check itself failed in {section.broken} of them"
             lines.append(f"  {section.name:{width}}  {outcome}")
@@ -149,6 +163,7 @@ class Report:
                     "broken": section.broken,
                     "seconds": section.seconds,
                     "failed": section.failed,
+                    "unfinished": section.unfinished,
                     "skipped": section.skipped,
                     "findings": [
                         finding.to_json() | {"id": self.ids.get(finding.key, "")}
