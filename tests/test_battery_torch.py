@@ -101,7 +101,21 @@ def test_a_gradient_lost_in_a_view_is_told():
 
     found = battery_gradients.views(wrong(op), CASE)
     assert {f.argument for f in found} == {"gradient of input"}
-    assert [f.message.split(": ")[0] for f in found] == ["is leaf.mT", "is leaf[1:]"]
+    assert [f.message.split(": ")[0] for f in found] == [
+        "input is leaf.mT",
+        "input is leaf[1:]",
+    ]
+
+
+def test_a_gradient_of_one_tensor_given_twice_is_told():
+    def op(input, weight):
+        return (input.detach() if input is weight else input) @ weight
+
+    def square(make):
+        yield Sample("typical", input=make(5, 5), weight=make(5, 5))
+
+    found = battery_gradients.views(wrong(op, samples=square), CASE)
+    assert [f.message.split(": ")[0] for f in found] == ["weight is input"]
 
 
 def test_a_second_gradient_is_right_or_refused():

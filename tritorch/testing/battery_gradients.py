@@ -35,16 +35,16 @@ def views(subject: Subject, case: Case, *, order: Any = None) -> list[Finding]:
     for name, tensor in tensors.items():
         turned = tensor.transpose(0, -1).contiguous()
         longer = torch.cat([tensor[:1], tensor])
-        given = [("is leaf[1:]", longer, lambda leaf: leaf[1:])]
+        given = [("leaf[1:]", longer, lambda leaf: leaf[1:])]
         if tensor.dim() > 1:
-            given.insert(0, ("is leaf.mT", turned, lambda leaf: leaf.transpose(0, -1)))
+            given.insert(0, ("leaf.mT", turned, lambda leaf: leaf.transpose(0, -1)))
         for said, leaf, view in given:
-            change = _replacing(name, name, view)
+            change, said = _replacing(name, name, view), f"{name} is {said}"
             findings += _changed(subject, case, arguments | {name: leaf}, change, said, order)
         for other, value in tensors.items():
             if other > name and (value.shape, value.dtype) == (tensor.shape, tensor.dtype):
-                change = _replacing(other, name, lambda leaf: leaf)
-                findings += _changed(subject, case, arguments, change, f"is {other}", order)
+                change, said = _replacing(other, name, lambda leaf: leaf), f"{other} is {name}"
+                findings += _changed(subject, case, arguments, change, said, order)
     return findings
 
 
