@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tritorch.testing import patches
+from tritorch.testing import loops, patches
 
 Array = npt.NDArray[Any]
 
@@ -300,7 +300,12 @@ def _patch_lang(fn: Any) -> Any:
     if fn in _seen:
         return _lib._LangPatchScope()
     _seen.add(fn)
-    return _originals["_patch_lang"](fn)
+    scope = _originals["_patch_lang"](fn)
+    loops.put(fn.__globals__)
+    # the class is what the language has where nothing is interpreted
+    if not isinstance(_tl.range, type):
+        scope.set_attr(_tl, "range", loops.counting(_tl.range))
+    return scope
 
 
 def _launch(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -309,8 +314,11 @@ def _launch(self: Any, *args: Any, **kwargs: Any) -> Any:
     args = tuple(_argument(self, name, value) for name, value in zip(names, args, strict=False))
     kwargs = {name: _argument(self, name, value) for name, value in kwargs.items()}
     # a GPU knows no floating-point warnings
-    with np.errstate(all="ignore"):
-        return _originals["__call__"](self, *args, **kwargs)
+    try:
+        with np.errstate(all="ignore"):
+            return _originals["__call__"](self, *args, **kwargs)
+    finally:
+        loops.restore()
 
 
 def _argument(launch: Any, name: str, value: Any) -> Any:
@@ -335,6 +343,7 @@ _USED = (
     "_LangPatchScope",
     "_interpreter.load",
     "_interpreter.store",
+    "interpreter_semantic.to_tensor",
     "_ir.ATOMIC_OP.FADD",
     "_ir.INPUT_PRECISION.TF32",
     "_ir.PROPAGATE_NAN.NONE",

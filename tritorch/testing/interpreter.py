@@ -97,6 +97,9 @@ def _probe(x_ptr, y_ptr, out_ptr, n, scale, OPERATION: tl.constexpr):  # type: i
     if OPERATION == "loop":
         for step in range(n):
             tl.store(out_ptr + step, tl.load(x_ptr + step))
+    elif OPERATION == "index":
+        for step in range(n):
+            tl.store(out_ptr + step.to(tl.int64), tl.load(x_ptr + step))  # type: ignore[attr-defined]
     elif OPERATION == "arithmetic":
         x, y = tl.load(x_ptr + i), tl.load(y_ptr + i)
         tl.store(out_ptr + i, tl.where(x < y, -x * y, x - tl.abs(y)) + 0.3)
@@ -166,6 +169,7 @@ def _cases() -> list[tuple[str, str, Tensor, Tensor, Tensor | None]]:
     towards_zero = (x.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
     return [
         ("a loop bound known at run time", "loop", x, x, x[:3]),
+        ("the variable of a loop is a scalar", "index", x, x, x[:3]),
         ("bfloat16 arithmetic", "arithmetic", a, b, arithmetic),
         ("a bfloat16 constant", "full", a, b, torch.full_like(a, 0.3)),
         ("a fused multiply-add", "fma", x, x, (x.double() * x.double() - x.double()).float()),
