@@ -111,6 +111,11 @@ def _calls() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[Tens
             lambda: F.batch_norm(x, None, None, scale, shift, True),
             (x, scale, shift),
         ),
+        "conv2d_batch_norm": (
+            lambda: ops.conv2d_batch_norm(x, w, None, None, scale, shift, padding=1, training=True),
+            lambda: F.batch_norm(F.conv2d(x, w, None, 1, 1), None, None, scale, shift, True),
+            (x, w, scale, shift),
+        ),
         "layer_norm": (lambda: ops.layer_norm(a, (64,)), lambda: F.layer_norm(a, (64,)), (a,)),
         "matmul": (lambda: ops.matmul(a, b), lambda: torch.matmul(a, b), (a, b)),
         "linear": (lambda: ops.linear(a, b), lambda: F.linear(a, b), (a, b)),
