@@ -92,7 +92,7 @@ def _tail(wrong: Tensor) -> str:
         if tiles and first + tiles[-1] >= size > first:
             return (
                 f"only from {first} of {size} on along dimension {dim}, where the last tile "
-                "begins: the tail mask?"
+                "begins: its mask, or what a loop carries into it?"
             )
     return ""
 
