@@ -109,7 +109,7 @@ def beside(case: Case, names: Sequence[str]) -> dict[str, Case]:
             both[COMPILED] = baselines.compiled(case.reference, again=True)
         elif ":" in name:
             own = name.rpartition(":")[2]
-            both[name if own in case.implementations else own] = loading.find(name)
+            both[name if own in case.implementations else own] = loading.find(name).value
     found = {}
     for which in case.passes:
         more = dict(both)
