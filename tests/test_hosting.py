@@ -330,3 +330,11 @@ def test_what_lies_beside_a_target_is_that_of_the_file_that_was_named(tmp_path):
     assert found.beside("reference")() == found.value() == 1
     assert (found.beside("INPUTS"), found.beside("DTYPES", ())) == ("y[N]", ())
     assert named(f"{tmp_path}/beside_op.py:double").beside("INPUTS") == "x[M]"
+    # a package has its modules by their names
+    write(
+        tmp_path,
+        beside_package__home="from .reference import reference\ndef one(): return 3",
+        beside_package__reference="def reference(): return 3",
+    )
+    (tmp_path / "beside_package" / "__init__.py").write_text("from .home import one")
+    assert named("beside_package:one").beside("reference")() == 3

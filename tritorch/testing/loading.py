@@ -29,7 +29,9 @@ class Named:
     def beside(self, name: str, default: Any = None) -> Any:
         """What has the name in that module, or else where the object is defined."""
         home = sys.modules.get(getattr(self.value, "__module__", None) or "")
-        return getattr(self.module, name, getattr(home, name, default))
+        found = [getattr(module, name, None) for module in (self.module, home)]
+        # a module of a package has its name there
+        return next((one for one in found if not isinstance(one, ModuleType | None)), default)
 
 
 def find(target: str, *, assertions: bool = True) -> Named:
