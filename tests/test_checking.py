@@ -63,6 +63,10 @@ def test_a_loop_has_a_third_turn_and_no_more_programs_for_it():
     tried = {event["case"] for event in heard if event["event"] == "doing"}
     assert "M=5 N=33, float32, integers" in tried
     assert not any(case.startswith("M=33 ") for case in tried)
+    # which nobody knows before
+    (plan,) = (event["cases"] for event in heard if event["event"] == "plan")
+    ran = [event["section"] for event in heard if event["event"] == "outcome"]
+    assert plan["exact integers"] == ran.count("exact integers") - 1
     (name,) = report.ids.values()
     again = check(checked.forgets, checked.rows_reference, samples="x[M, N]", case=name)
     assert kinds(again) == {"exactness"}
