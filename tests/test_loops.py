@@ -1,4 +1,4 @@
-"""Variables of loops in interpreted kernels: what compiles for a GPU is taken."""
+"""Variables of loops in interpreted kernels, which are scalars where a kernel converts them."""
 
 import pytest
 import torch
@@ -24,6 +24,8 @@ def counting_kernel(y_ptr, M, LANGUAGES: tl.constexpr):
     else:
         for m in range(M):
             tl.store(y_ptr + m, (2 * m + 1).to(tl.int64) * 2147483648)
+            tl.store(y_ptr + M, (~m).cast(tl.int64))
+            tl.store(y_ptr + M + 1, tl.full((), m, m.dtype))
 
 
 @triton.jit
@@ -34,11 +36,11 @@ def calling_kernel(y_ptr, M):
 
 @pytest.mark.parametrize("languages", [True, False])
 def test_the_variable_of_a_loop_is_a_scalar(languages):
-    y = torch.zeros(4, dtype=torch.int64)
+    y = torch.zeros(5, dtype=torch.int64)
     with corrected():
         counting_kernel[(1,)](y, 3, languages)
-    factors = [0, -1, -2, 0] if languages else [1, 3, 5, 0]
-    assert y.tolist() == [factor * 2**31 for factor in factors]
+    factors, rest = ([0, -1, -2], [0, 0]) if languages else ([1, 3, 5], [-3, 2])
+    assert y.tolist() == [*(factor * 2**31 for factor in factors), *rest]
 
 
 def test_the_variable_of_a_loop_is_a_scalar_in_a_device_function():
@@ -49,7 +51,7 @@ def test_the_variable_of_a_loop_is_a_scalar_in_a_device_function():
 
 
 def test_a_range_outside_a_kernel_is_pythons():
-    y = torch.zeros(4, dtype=torch.int64)
+    y = torch.zeros(5, dtype=torch.int64)
     with corrected():
         counting_kernel[(1,)](y, 3, False)
         assert "range" not in globals()
@@ -63,3 +65,9 @@ def test_a_range_outside_a_kernel_is_pythons():
 def absent_kernel(y_ptr, M):
     for m in range(M):
         tl.store(y_ptr + m, absent)  # noqa: F821
+
+
+def test_a_module_that_has_the_name_keeps_it(monkeypatch):
+    monkeypatch.setitem(globals(), "range", range)
+    test_the_variable_of_a_loop_is_a_scalar(False)
+    assert globals()["range"] is range
