@@ -34,15 +34,9 @@ def instance_norm_reference(
     """(input - mean) / sqrt(var + eps) * weight + bias, over the pixels of each channel; what is
     channels_last stays so, which torch's gives up, of the gradient too.
     """
-    running = running_mean, running_var
-    x, form = input, _format_of(input)
-    # which a compiler could not follow, and a contiguous one has it anyway
-    hooks = form != torch.contiguous_format and not torch.compiler.is_compiling()
-    if hooks and input.requires_grad and torch.is_grad_enabled():
-        x = input.view_as(input)
-        x.register_hook(lambda grad: grad.contiguous(memory_format=form))
-    output = F.instance_norm(x, *running, weight, bias, use_input_stats, momentum, eps)
-    return output.contiguous(memory_format=form)
+    given = running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    output = F.instance_norm(_with_gradient_formatted(input), *given)
+    return _channels_last(output) if _is_channels_last(input) else output
 
 
 @repeats.repeated
@@ -124,18 +118,36 @@ def _moving(
     dtype = accumulator_dtype(input.dtype)
     mean, var = (one.to(dtype).repeat(images) for one in (running_mean, running_var))
     scale, shift = (None if one is None else one.to(dtype).repeat(images) for one in (weight, bias))
-    x = input.contiguous().view(1, images * channels, *size)
+    x = _with_gradient_formatted(input).contiguous().view(1, images * channels, *size)
     output = batch_norm(x, mean, var, scale, shift, True, momentum, eps).view(input.shape)
     for statistic, moved in ((running_mean, mean), (running_var, var)):
         statistic.copy_(moved.view(images, channels).mean(0))
-    return output.contiguous(memory_format=_format_of(input))
+    return _channels_last(output) if _is_channels_last(input) else output
 
 
-def _format_of(input: Tensor) -> torch.memory_format:
+def _with_gradient_formatted(input: Tensor) -> Tensor:
+    """The input, whose gradient through copies gets its memory format back."""
+    # a compiler could not follow
+    hooks = _is_channels_last(input) and not torch.compiler.is_compiling()
+    if not (hooks and input.requires_grad and torch.is_grad_enabled()):
+        return input
+    x = input.view_as(input)
+    x.register_hook(_channels_last)
+    return x
+
+
+def _is_channels_last(input: Tensor) -> bool:
+    """Whether images or volumes are, and are not contiguous too."""
+    # what is batched has no format that could be asked for
+    if torch._C._are_functorch_transforms_active() or input.is_contiguous():
+        return False
     form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
-    if form is None or input.is_contiguous() or not input.is_contiguous(memory_format=form):
-        return torch.contiguous_format
-    return form
+    return form is not None and input.is_contiguous(memory_format=form)
+
+
+def _channels_last(result: Tensor) -> Tensor:
+    # no memory format is asked for, which what is batched has not
+    return result.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 @checks.remembered
