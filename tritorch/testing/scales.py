@@ -97,7 +97,7 @@ def derive_conditions(
         results += [evaluate(shake) for _ in range(_PROBES)]
     except (RuntimeError, ValueError):
         results[1:] = [evaluate(shrink) for _ in range(_PROBES)]
-    operands = [tensor for arg in (*args, grad_output) for tensor in tensors_of(arg)]
+    operands = [tensor.detach() for arg in (*args, grad_output) for tensor in tensors_of(arg)]
     finite = [arg[arg.isfinite()].abs() for arg in operands if arg.is_floating_point()]
     largest = max((float(some.max()) for some in finite if some.numel()), default=0.0)
     output, *grads = (_condition(largest, *found) for found in zip(*results, strict=True))
