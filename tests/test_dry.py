@@ -250,8 +250,10 @@ def test_an_array_in_local_memory_is_no_spill(target):
         cosine_kernel[(1,)](torch.empty(64), 64)
         cosine_kernel[(1,)](torch.empty(4096), 4096, maxnreg=32)
     alone, beside_spills = map(dry.resources, recorder.launches)
-    # 28 bytes of libdevice's reduction of large arguments, in words of 8
-    assert (alone.stack, alone.arrays, alone.spilled_bytes, alone.spills) == (32, 32, 0, 0)
+    # 28 bytes of libdevice's reduction of large arguments, in words of 8, which the compiler of
+    # Triton 3.9 keeps in registers
+    assert alone.stack in (0, 32)
+    assert (alone.arrays, alone.spilled_bytes, alone.spills) == (32, 0, 0)
     assert dry.problems(recorder.launches[0], target) == []
     assert beside_spills.spilled_bytes == beside_spills.stack - 32 > 0
     (problem,) = dry.problems(recorder.launches[1], target)
