@@ -77,7 +77,12 @@ def test_an_index_is_that_of_the_number_which_the_reference_takes():
     assert (finding.kind, finding.argument) == ("values", "output 1")
     assert finding.message.startswith("among equal numbers, output 1: C0 exact: ")
     assert finding.case.endswith(", float32, integers")
-    first = lambda x: (checked.highest(x)[0], x.argmax())  # noqa: E731
+
+
+def test_an_index_that_is_the_references_is_right():
+    def first(x):
+        return checked.highest(x)[0], x.argmax()
+
     assert check(first, checked.highest_reference, non_finite=()).ok
 
 

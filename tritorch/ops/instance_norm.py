@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks, repeats
 from tritorch.ops import strided
+from tritorch.ops.geometry import is_channels_last
 from tritorch.ops.norm import batch_norm
 from tritorch.ops.norm_checks import check_statistics
 from tritorch.ops.norm_of_one import Norm
@@ -137,12 +138,7 @@ def _with_gradient_formatted(input: Tensor) -> Tensor:
 
 
 def _is_channels_last(input: Tensor) -> bool:
-    """Whether images or volumes are, and are not contiguous too."""
-    # what is batched has no format that could be asked for
-    if torch._C._are_functorch_transforms_active() or input.is_contiguous():
-        return False
-    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
-    return form is not None and input.is_contiguous(memory_format=form)
+    return input.dim() in (4, 5) and is_channels_last(input)
 
 
 def _channels_last(result: Tensor) -> Tensor:
