@@ -1,5 +1,7 @@
 """Variables of loops in interpreted kernels, which are scalars where a kernel converts them."""
 
+import builtins
+
 import pytest
 import torch
 import triton
@@ -68,6 +70,6 @@ def absent_kernel(y_ptr, M):
 
 
 def test_a_module_that_has_the_name_keeps_it(monkeypatch):
-    monkeypatch.setitem(globals(), "range", range)
+    monkeypatch.setitem(globals(), "range", builtins.range)
     test_the_variable_of_a_loop_is_a_scalar(False)
-    assert globals()["range"] is range
+    assert globals()["range"] is builtins.range
