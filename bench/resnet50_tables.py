@@ -11,17 +11,18 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tritorch.bench import estimate
 from tritorch.bench.cases import FORWARD, OURS, Case
 from tritorch.bench.measured import RESULTS, Row, markdown, newest, timed
 from tritorch.bench.recording import record
 from tritorch.bench.resnet50 import CONVOLUTIONS, GRAD_INPUT, GRAD_WEIGHT, Shapes
+from tritorch.bench.train_steps import EAGER, GRAPH
 
 PASSES = (FORWARD, GRAD_INPUT, GRAD_WEIGHT)
 BATCH = 256
 TARGET = "sm_90"
+_STEPS = {EAGER: "eager", GRAPH: "CUDA graph"}
 
 _LOG = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 # of the kernels that were predicted: each as it chose by itself, then with the table that followed
@@ -202,19 +203,44 @@ def _predictions(log: str, heading: str) -> list[tuple[str, str, float]]:
     return found
 
 
+def newest_steps(folder: Path = RESULTS) -> str:
+    """One row per GPU, batch size and kind of layers: the newest whole step of ResNet-50, eager and
+    as a CUDA graph.
+    """
+    found: dict[tuple[str, int, str], dict[str, tuple[str, str, str]]] = {}
+    for environment, row in timed(folder):
+        if row["pass"] in _STEPS:
+            key = str(environment["gpu"]), -int(row["shape"][0]), _layers_of(row)
+            found.setdefault(key, {})[row["pass"]] = _milliseconds(row)
+    header = ["GPU", "batch", "layers"]
+    for how in _STEPS.values():
+        header += [f"{how}, ms", "torch", "speed-up"]
+    rows = []
+    for (gpu, batch, layers), steps in sorted(found.items()):
+        cells = [cell for which in _STEPS for cell in steps.get(which, ("", "", ""))]
+        rows.append((gpu, str(-batch), layers, *cells))
+    return markdown(tuple(header), rows)
+
+
 def train_steps() -> str:
     """One row per batch size and result of a whole step of ResNet-50, the oldest first."""
     rows = []
     for environment, row in timed(RESULTS):
-        if not row["pass"].startswith("train_step"):
-            continue
-        ours, torchs = (row[key] / 1e3 for key in ("median_us", "baseline_us"))
-        commit, batch = str(environment.get("commit"))[:7], str(row["shape"][0])
-        layers = "fused" if row["op"].endswith("fused") else "as written"
-        how = "CUDA graph" if row["pass"].endswith("graph") else "eager"
-        cells: tuple[Any, ...] = environment["gpu"], batch, commit, layers, how
-        ratio = f"{torchs / ours:.2f}" if row["verified"] else "not verified"
-        rows.append((*cells, f"{ours:.1f}", f"{torchs:.1f}", ratio))
+        if row["pass"] in _STEPS:
+            commit, batch = str(environment.get("commit"))[:7], str(row["shape"][0])
+            how = _STEPS[row["pass"]]
+            cells = str(environment["gpu"]), batch, commit, _layers_of(row), how
+            rows.append((*cells, *_milliseconds(row)))
     rows.sort(key=lambda cells: (cells[0], -int(cells[1])))
     header = "GPU", "batch", "commit", "layers", "step", "tritorch, ms", "torch, ms", "speed-up"
     return markdown(header, rows)
+
+
+def _layers_of(row: Row) -> str:
+    return "fused" if row["op"].endswith("fused") else "as written"
+
+
+def _milliseconds(row: Row) -> tuple[str, str, str]:
+    ours, torchs = (row[key] / 1e3 for key in ("median_us", "baseline_us"))
+    ratio = f"{torchs / ours:.2f}" if row["verified"] else "not verified"
+    return f"{ours:.1f}", f"{torchs:.1f}", ratio

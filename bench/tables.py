@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from tritorch.bench.measured import RESULTS, markdown, newest
 from tritorch.registry import Maker, OpSpec, specs
 
 _RAISES = "raises"
+_NOTHING = "No result of a GPU is committed yet: nothing is claimed about speed.\n"
+_PASSES = ("forward", "backward", "grad_input", "grad_weight")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHORT = {
     torch.float32: "f32",
@@ -32,29 +34,27 @@ _SHORT = {
 
 
 def ops_table() -> str:
-    """One row per layer, then one per op without: its kernels, dtypes, layouts, second gradient."""
-    with_layer = [(f"`{layer}`", spec) for spec in specs() for layer in spec.layers]
-    without = [(spec.notes or "", spec) for spec in specs() if not spec.layers]
-    ordered = [*sorted(with_layer, key=_named), *sorted(without, key=_named)]
-    rows = [
-        (
-            layer,
-            f"`{spec.name}`",
-            _kernels(spec),
-            " ".join(_SHORT[dtype] for dtype in spec.dtypes),
-            _layouts(spec),
-            _second_gradient(spec),
-        )
-        for layer, spec in ordered
-    ]
-    table = markdown(("layer", "op", "kernels", "dtypes", "layouts", "double backward"), rows)
+    """One row for all ops that are alike in what the columns say: kernels, dtypes, layouts, second
+    gradient.  Ops without a layer come last, each with what it is for.
+    """
+    alike: dict[tuple[str, ...], list[OpSpec]] = {}
+    for spec in specs():
+        dtypes = " ".join(_SHORT[dtype] for dtype in spec.dtypes)
+        cells = _kernels(spec), dtypes, _layouts(spec), _second_gradient(spec)
+        alike.setdefault((spec.notes, *cells), []).append(spec)
+    rows = []
+    for (notes, *said), ops in alike.items():
+        layers = _code(layer for spec in ops for layer in spec.layers)
+        rows.append((layers or notes, _code(spec.name for spec in ops), *said))
+    rows.sort(key=lambda row: (not row[0].startswith("`"), row[0].lower()))
+    table = markdown(("layers", "ops", "kernels", "dtypes", "layouts", "double backward"), rows)
     if any(row[-1] == _RAISES for row in rows):
         table += f'\n"{_RAISES}": the first gradient is right, a second one is an error.\n'
     return table
 
 
-def _named(row: tuple[str, OpSpec]) -> tuple[str, str]:
-    return row[0].lower(), row[1].name
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names, key=str.lower))
 
 
 def _layouts(spec: OpSpec) -> str:
@@ -72,14 +72,8 @@ def _layouts(spec: OpSpec) -> str:
 
 
 def _kernels(spec: OpSpec) -> str:
-    families: dict[str, list[str]] = {}
-    for name in spec.kernels:
-        family, _, kernel = name.partition(".")
-        families.setdefault(family, []).append(kernel.removesuffix("_kernel"))
-    return "; ".join(
-        f"[{family}](kernels/{family}.py): {', '.join(kernels)}"
-        for family, kernels in families.items()
-    )
+    families = dict.fromkeys(name.partition(".")[0] for name in spec.kernels)
+    return " ".join(f"[{family}](kernels/{family}.py)" for family in families)
 
 
 def _second_gradient(spec: OpSpec) -> str:
@@ -94,17 +88,35 @@ def results_table(folder: Path = RESULTS) -> str:
     A shape counts as often as its workload has it.  No speed-up is given where one of the shapes
     was not verified.
     """
+    header = ("GPU", "op", "pass", "shapes", "tritorch, us", "torch, us", "speed-up", "weakest")
+    return markdown(header, rows) if (rows := _summed_up(folder)) else _NOTHING
+
+
+def _summed_up(folder: Path) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for key, row in newest(folder, lambda row: row.get("section") != "layers"):
         gpu, op, which, shape = key
         # sums of whole steps would mix batch sizes
         shape = shape if which.startswith("train_step") else ""
         groups.setdefault((gpu, op, which, shape), []).append(row)
-    if not groups:
-        return "No result of a GPU is committed yet: nothing is claimed about speed.\n"
-    rows = [(*key[:3], *_summed(key[3], rows)) for key, rows in sorted(groups.items())]
-    header = ("GPU", "op", "pass", "shapes", "tritorch, us", "torch, us", "speed-up", "weakest")
-    return markdown(header, rows)
+    return [(*key[:3], *_summed(key[3], rows)) for key, rows in sorted(groups.items())]
+
+
+def speedups_table(folder: Path = RESULTS) -> str:
+    """One row per GPU and op: how many times as fast as torch, and the weakest shape where there
+    are several.
+
+    They are those of `results_table`, without what is timed on the host and without whole steps.
+    """
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for gpu, op, which, shapes, _, _, speedup, weakest in _summed_up(folder):
+        if which in _PASSES:
+            cell = weakest if not speedup or shapes == "1" else f"{speedup} ({weakest})"
+            found.setdefault((gpu, op), {})[which] = cell
+    if not found:
+        return _NOTHING
+    rows = [(*key, *(cells.get(which, "") for which in _PASSES)) for key, cells in found.items()]
+    return markdown(("GPU", "op", *_PASSES), rows)
 
 
 def layers_table(folder: Path = RESULTS) -> str:
@@ -113,7 +125,7 @@ def layers_table(folder: Path = RESULTS) -> str:
     for (gpu, op, which, _), row in newest(folder, lambda row: row.get("section") == "layers"):
         found.setdefault((gpu, op), {})[which] = row
     if not found:
-        return "No result of a GPU is committed yet: nothing is claimed about speed.\n"
+        return _NOTHING
     rows = []
     for (gpu, op), passes in sorted(found.items()):
         arguments = passes["forward"]["arguments"]
@@ -155,6 +167,7 @@ def _summed(shape: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
 TABLES: dict[str, Callable[[], str]] = {
     "ops": ops_table,
     "results": results_table,
+    "speedups": speedups_table,
     "layers": layers_table,
     "convolutions": resnet50_tables.convolutions,
     "convolutions-sums": resnet50_tables.sums,
@@ -163,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "outcome-convolutions": resnet50_tables.outcome_of("3x3 convolutions"),
     "outcome-stem": resnet50_tables.outcome_of("The first convolution"),
     "outcome-train": resnet50_tables.train_steps,
+    "steps": resnet50_tables.newest_steps,
     "regret": regret.table,
 }
 

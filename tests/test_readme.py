@@ -33,8 +33,32 @@ def test_every_layer_has_a_row():
         for name, layer in vars(tritorch.nn).items()
         if inspect.isclass(layer) and layer.__module__ == "tritorch.nn"
     }
-    first = {line.split("|")[1].strip(" `") for line in tables.ops_table().splitlines()[2:]}
-    assert layers == {name for name in first if hasattr(torch.nn, name)}
+    rows = [line.split("|") for line in tables.ops_table().splitlines()[2:]]
+    first = [name.strip(" `") for row in rows for name in row[1].split(",")]
+    assert sorted(layers) == sorted(name for name in first if hasattr(torch.nn, name))
+    ops = [name.strip(" `") for row in rows for name in row[2].split(",")]
+    assert sorted(ops) == sorted(spec.name for spec in tables.specs())
+
+
+def test_ops_that_are_alike_share_a_row(monkeypatch):
+    first = tables.specs()[0]
+    kernels = ("b.one_kernel", "a.two_kernel", "b.three_kernel")
+    specs = [
+        dataclasses.replace(first, name=name, layers=layers, notes=notes, kernels=kernels)
+        for name, layers, notes in (
+            ("without", (), "for this"),
+            ("x", ("Z", "b"), ""),
+            ("W", ("a",), ""),
+        )
+    ]
+    specs.append(dataclasses.replace(specs[1], name="other", layers=("c",), kernels=kernels[:1]))
+    monkeypatch.setattr(tables, "specs", lambda: tuple(specs))
+    found = [line.split(" | ")[:3] for line in tables.ops_table().splitlines()[2:]]
+    assert found == [
+        ["| `a`, `b`, `Z`", "`W`, `x`", "[b](kernels/b.py) [a](kernels/a.py)"],
+        ["| `c`", "`other`", "[b](kernels/b.py)"],
+        ["| for this", "`without`", "[b](kernels/b.py) [a](kernels/a.py)"],
+    ]
 
 
 def test_a_second_gradient_that_raises_is_explained_where_there_is_one(monkeypatch):
@@ -89,7 +113,14 @@ def test_results_are_summed_and_unverified_ones_show_no_speedup(tmp_path):
         "| G | relu | forward | 2 | 10 | 7 | 0.70 | 0.50 |",
         "| G | relu | host | 1 | 5 | 1 |  |  |",
     ]
-    assert "No result of a GPU" in tables.results_table(tmp_path / "gpu" / "none")
+    # the weakest in brackets, and nothing where one of two was not verified
+    assert tables.speedups_table(tmp_path).splitlines() == [
+        "| GPU | op | forward | backward | grad_input | grad_weight |",
+        "| -- | -- | -- | -- | -- | -- |",
+        "| G | relu | 0.70 (0.50) | 1 not verified |  |  |",
+    ]
+    for table in tables.results_table, tables.speedups_table, tables.layers_table:
+        assert "No result of a GPU" in table(tmp_path / "gpu" / "none")
 
 
 def test_peers_stand_beside_us_in_the_newest_run_that_has_them(tmp_path):

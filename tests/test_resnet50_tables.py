@@ -72,6 +72,33 @@ def test_sums_count_a_layer_as_often_as_the_network_has_it(folder):
     assert {basis.strip(" |") for *_, basis in lines} == {"estimated"}
 
 
+def test_whole_steps_are_the_newest_of_each_kind(tmp_path):
+    def step(op, which, batch, us, **more):
+        shape = [batch, 3, 224, 224]
+        return row(which, us, 6000.0, op=op, shape=shape, **more)
+
+    (tmp_path / "gpu").mkdir()
+    for date, rows in {
+        "2": [
+            step("resnet50", "train_step", 32, 4000.0),
+            step("resnet50", "train_step_graph", 32, 2000.0),
+            step("resnet50", "train_step", 256, 3000.0),
+        ],
+        "1": [
+            step("resnet50", "train_step", 32, 9000.0),
+            step("resnet50_fused", "train_step", 32, 5000.0, verified=False),
+            row("forward", 1.0, 1.0),
+        ],
+    }.items():
+        text = json.dumps({"environment": {"gpu": "G", "date": date}, "rows": rows})
+        (tmp_path / "gpu" / f"{date}.json").write_text(text)
+    assert resnet50_tables.newest_steps(tmp_path).splitlines()[2:] == [
+        "| G | 256 | as written | 3.0 | 6.0 | 2.00 |  |  |  |",
+        "| G | 32 | as written | 4.0 | 6.0 | 1.50 | 2.0 | 6.0 | 3.00 |",
+        "| G | 32 | fused | 5.0 | 6.0 | not verified |  |  |  |",
+    ]
+
+
 def test_the_table_of_a_section_is_joined_with_its_results():
     log = f"""
 ## One

@@ -352,5 +352,6 @@ register(
         lowered=("input", "weight"),
         source="torch.nn.functional.conv2d, torch.nn.functional.batch_norm",
         mutates=("running_mean", "running_var"),
+        notes="a convolution and the batch norm behind it, after tritorch.fuse",
     )
 )

@@ -156,5 +156,6 @@ register(
         accuracy="multilinear",
         autocast="lower",
         source="torch.matmul",
+        notes="tritorch.matmul",
     )
 )
