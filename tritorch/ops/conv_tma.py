@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tritorch import descriptors, launch
 from tritorch.ops.activation_function import computes
-from tritorch.ops.geometry import Geometry, oriented, split
+from tritorch.ops.geometry import Geometry, Weight, oriented, split
 from tritorch.ops.reduce import accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout
 
@@ -91,26 +91,16 @@ def plan_convolve(
         return None
     if weight.stride(along_memory(weight, transposed)) != 1:
         return None
-    groups, (stride_h, stride_w) = geometry.groups, geometry.stride
-    w = oriented(weight, groups, transposed)
-    r, s = w.taps
-    tap_steps, inverses = geometry.residues(transposed)
-    steps_each = geometry.stride if transposed else (1, 1)
-    # transposed, the fewest taps that reach a residue: some of its pixels would have none at all
-    gcds = [math.gcd(*each) for each in zip(geometry.stride, geometry.dilation, strict=True)]
-    if transposed and (max(gcds) > 1 or r < stride_h or s < stride_w):
+    if transposed and not _reaches_all(weight, geometry):
         return None
-    residues = math.prod(steps_each)
+    w, itemsize = oriented(weight, geometry.groups, transposed), x.itemsize
+    (r, s), groups = w.taps, geometry.groups
+    # transposed, pixels are apart by the taps that reach them
     n, _, *image = y.shape
-    p, q = (math.ceil(size / step) for size, step in zip(image, steps_each, strict=True))
-    itemsize = x.itemsize
-    # said only where they are not 2 and 1
-    others = (itemsize, groups) if groups > 1 else (itemsize,) if itemsize > 2 else ()
-    config = launch.config(
-        configs.conv2d_tma_config,
-        *(n * residues, p, q, w.written, w.read, max(r * s // residues, 1), stride_h, transposed),
-        *others,
-    )
+    steps_each = geometry.stride if transposed else (1, 1)
+    residues = math.prod(steps_each)
+    pixels = n, *(math.ceil(size / each) for size, each in zip(image, steps_each, strict=True))
+    config = _config(w, pixels, residues, geometry, transposed, itemsize)
     if config is None:
         return None
     # erf leaves the largest tile no registers for a bias either
@@ -119,37 +109,24 @@ def plan_convolve(
     block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
     # a tile may not reach into the channels of the next group, or of the next pixel of a pair
     fits = w.read % block_c == 0 and w.written % block_k == 0
-    walked = y if transposed else x
-    is_pair = (stride_h, stride_w) == (2, 2)
-    pairs = is_pair and fits and walked.shape[2] % 2 == 0 and walked.shape[3] % 2 == 0
-    pairs = pairs and walked.stride(3) == walked.shape[1]
-    persistent = config.kwargs["PERSISTENT"]
     if groups > 1 and not fits:
         return None
-    blocks = block_npq, 1, 1
-    chosen, own = configs.pixels_of(config)
-    # without pairs a stride leaves gaps between the pixels of a tile; what a table says is of sizes
-    # alone, which images with pairs and images without can share
-    is_dense = pairs or (stride_h, stride_w) == (1, 1)
-    if is_dense and chosen is not None and math.prod(chosen) == block_npq:
-        blocks = chosen
-    else:
-        config = own
-        if is_dense:
-            blocks = configs.tile_of_pixels(n, p, q, block_npq)
-    tiles = math.prod(
-        math.ceil(size / block) for size, block in zip((n, p, q), blocks, strict=True)
-    )
-    if tiles * block_npq > _MAX_WASTE * n * p * q:
+    pairs = fits and geometry.stride == (2, 2) and _is_of_pairs(y if transposed else x)
+    # without pairs a stride leaves gaps between the pixels of a tile
+    config, blocks = _blocks(config, pixels, pairs or geometry.stride == (1, 1))
+    each_axis = zip(pixels, blocks, strict=True)
+    parts = math.prod(math.ceil(size / block) for size, block in each_axis)
+    if parts * block_npq > _MAX_WASTE * math.prod(pixels):
         return None
-    num_k, parts = math.ceil(w.written / block_k), tiles
-    tiles *= num_k * residues
+    num_k = math.ceil(w.written / block_k)
+    tiles = parts * num_k * residues
+    tap_steps, inverses = geometry.residues(transposed)
     taps = math.ceil(r / tap_steps[0]) * math.ceil(s / tap_steps[1])
-    num_steps = math.ceil(w.read / block_c) * taps
-    splits, steps = 1, num_steps
+    splits, steps = 1, math.ceil(w.read / block_c) * taps
+    persistent = config.kwargs["PERSISTENT"]
     # the sums of a split are images after the last one, which a tile must not reach into
     if residues == 1 and n % blocks[0] == 0 and not persistent:
-        splits, steps = split(2 * tiles * groups, num_steps, _MIN_SLICES)
+        splits, steps = split(2 * tiles * groups, steps, _MIN_SLICES)
     stored = configs.stored_pixels(config, itemsize, *blocks)
     views = (
         _pixels(x, blocks, block_c, pairs and not transposed),
@@ -166,10 +143,8 @@ def plan_convolve(
             return None
     programs = tiles
     if persistent:
-        programs = min(tiles, max(count * configs.residents(config, itemsize) // groups, 1))
-        # residues differ in taps: of a common factor a program would have tiles of some of them
-        while math.gcd(programs, num_k * residues) > num_k:
-            programs -= 1
+        fit = max(count * configs.residents(config, itemsize) // groups, 1)
+        programs = _num_programs(min(tiles, fit), num_k, residues)
     return Plan(
         (programs, groups * splits),
         views,
@@ -188,6 +163,62 @@ def plan_convolve(
         },
         {},
     )
+
+
+def _reaches_all(weight: Layout, geometry: Geometry) -> bool:
+    """Whether each pixel of a transposed convolution has a tap that reaches it."""
+    each_axis = zip(geometry.stride, geometry.dilation, weight.shape[2:], strict=True)
+    return all(
+        math.gcd(stride, dilation) == 1 and stride <= taps for stride, dilation, taps in each_axis
+    )
+
+
+def _config(
+    w: Weight,
+    pixels: tuple[int, ...],
+    residues: int,
+    geometry: Geometry,
+    transposed: bool,
+    itemsize: int,
+) -> Any:
+    """The configuration for these pixels of each residue, or None."""
+    n, p, q = pixels
+    groups, taps = geometry.groups, max(math.prod(w.taps) // residues, 1)
+    # said only where they are not 2 and 1
+    others = (itemsize, groups) if groups > 1 else (itemsize,) if itemsize > 2 else ()
+    sizes = n * residues, p, q, w.written, w.read, taps, geometry.stride[0], transposed, *others
+    return launch.config(configs.conv2d_tma_config, *sizes)
+
+
+def _is_of_pairs(image: Layout) -> bool:
+    """Whether two rows are one of twice as many, and two columns one of twice the channels."""
+    _, c, h, w = image.shape
+    return h % 2 == w % 2 == 0 and image.stride(3) == c
+
+
+def _blocks(
+    config: Any, pixels: tuple[int, ...], is_dense: bool
+) -> tuple[Any, tuple[int, int, int]]:
+    """Images, rows and columns of a tile, and the configuration that has them."""
+    block_npq = config.kwargs["BLOCK_NPQ"]
+    # what a table says is of sizes alone, which images with pairs and images without can share
+    chosen, own = configs.pixels_of(config)
+    if not is_dense:
+        return own, (block_npq, 1, 1)
+    if chosen is not None and math.prod(chosen) == block_npq:
+        return config, chosen
+    return own, configs.tile_of_pixels(*pixels, block_npq)
+
+
+def _num_programs(most: int, num_k: int, residues: int) -> int:
+    """So many, or the next fewer of which each has tiles of all residues.
+
+    Residues differ in taps: of a common factor a program would have tiles of some of them.
+    """
+    programs = most
+    while math.gcd(programs, num_k * residues) > num_k:
+        programs -= 1
+    return programs
 
 
 def _pixels(
