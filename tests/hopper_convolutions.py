@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tritorch import backend, hardware, launch, ops
-from tritorch.ops import conv_tma
+from tritorch.ops import conv_tma, conv_weight_tma
 
 last = torch.channels_last
 FORWARD, WEIGHT, PORTABLE = "conv2d_tma_kernel", "conv2d_grad_weight_tma_kernel", "conv2d_kernel"
@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 @contextlib.contextmanager
 def tiles(case):
-    convolutions, weights = conv_tma.configs, conv_tma.weight_kernels
+    convolutions, weights = conv_tma.configs, conv_weight_tma.kernels
     with (
         hardware.pretend(90),
         launch.override("conv2d_tma_config", convolutions._tile(*case.tile, 4, 2, case.persistent)),

@@ -6,7 +6,7 @@ import torch
 from tests.hopper_convolutions import FORWARD, PORTABLE, WEIGHT, last
 from tritorch import backend, descriptors, launch, ops
 from tritorch.bench import machine_code
-from tritorch.ops import conv_tma, implicit_gemm
+from tritorch.ops import conv_tma, conv_weight_tma, implicit_gemm
 from tritorch.ops.geometry import Geometry
 from tritorch.ops.strided import Layout
 from tritorch.testing import dry, products
@@ -129,10 +129,10 @@ def test_configurations_have_room_for_a_bias_beside_gelu(itemsize, entry):
 @pytest.mark.parametrize("entry", range(8))
 def test_configurations_of_the_gradient_overlap_their_products(entry, gain, monkeypatch):
     monkeypatch.setattr("tritorch.kernels.conv_weight_tma.GAIN", gain)
-    config = conv_tma.weight_kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]
+    config = conv_weight_tma.kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]
     # a row of an image, or images
     batch, size = (1, 32) if config.kwargs["BLOCK_PIXELS"] == 16 else (64, 14)
-    residents = conv_tma.weight_kernels.residents(config)
+    residents = conv_weight_tma.kernels.residents(config)
     x, taps = empty(batch, 256, size, size), 4 if config.kwargs["TAPS"] == 4 else 3
     with launch.override("conv2d_grad_weight_tma_config", config):
         kernels = compiled("sm_90", x, empty(256, 256, 3, taps), (False, True), padding=1)

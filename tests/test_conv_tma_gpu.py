@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tritorch import backend, hardware, launch, ops
-from tritorch.ops import conv_tma
+from tritorch.ops import conv_tma, conv_weight_tma
 
 pytestmark = pytest.mark.cuda
 
@@ -67,12 +67,12 @@ def test_forward_and_the_gradient_of_the_image(entry, variant):
 @pytest.mark.parametrize("entry", range(8))
 def test_the_gradient_of_the_filter(entry, options, gain, monkeypatch):
     monkeypatch.setattr("tritorch.kernels.conv_weight_tma.GAIN", gain)
-    kernels, chosen = conv_tma.weight_kernels, []
+    kernels, chosen = conv_weight_tma.kernels, []
     shares = kernels.shares
     monkeypatch.setattr(
         kernels, "shares", lambda *given: chosen.append(shares(*given)) or chosen[-1]
     )
-    config = conv_tma.weight_kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]
+    config = conv_weight_tma.kernels.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][entry]
     pixels, taps = config.kwargs["BLOCK_PIXELS"], config.kwargs["TAPS"]
     # a row of an image, or images
     shape = (2, 512, 14, 32) if pixels == 16 and "stride" not in options else (100, 512, 9, 9)

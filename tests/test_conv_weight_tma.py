@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.hopper_convolutions import CASES, gradients, tiles
-from tritorch.ops import conv_tma
+from tritorch.ops import conv_weight_tma
 from tritorch.testing.detectors import detecting
 
 pytestmark = pytest.mark.interpret
@@ -23,7 +23,7 @@ def test_programs_with_even_shares_of_the_gradient_of_a_filter(name, programs, m
         chosen.append(even_shares(tiles, steps, min(programs, tiles * sum(steps))))
         return chosen[-1]
 
-    monkeypatch.setattr(conv_tma.weight_kernels, "shares", shares)
+    monkeypatch.setattr(conv_weight_tma.kernels, "shares", shares)
     *operands, grad = case.make()
     with tiles(case), detecting() as detector:
         _, _, found, _ = gradients(case.run, operands, grad)
@@ -35,7 +35,7 @@ def test_programs_with_even_shares_of_the_gradient_of_a_filter(name, programs, m
 
 
 def even_shares(tiles, steps, programs):
-    return programs, conv_tma.weight_kernels.most_programs(tiles, steps, programs), True
+    return programs, conv_weight_tma.kernels.most_programs(tiles, steps, programs), True
 
 
 @pytest.mark.parametrize("programs", range(1, 21))
@@ -50,7 +50,7 @@ def test_how_many_programs_share_a_sum(programs):
 
 def test_which_gradients_of_filters_are_shared_evenly(monkeypatch):
     """Where sums differ in length, or are a wave of programs and a bit; not where they fill one."""
-    weights = conv_tma.weight_kernels
+    weights = conv_weight_tma.kernels
     config = weights.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][0]
     of_taps = [each * 4 for each in (36, 42, 36, 42, 49, 42, 36, 42, 36)]
     filters = 512 * 512 * 9

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("conv_tma")
 configs = launch.kernels("conv_tma_configs")
-weight_kernels = launch.kernels("conv_weight_tma")
 
 # slices of channels that one program must have before it pays to split a sum
 _MIN_SLICES = 8
@@ -27,7 +25,7 @@ _MAX_WASTE = 1.7
 _ANY_STRIDE = 16
 
 
-class _View(NamedTuple):
+class View(NamedTuple):
     """A descriptor without its address."""
 
     shape: tuple[int, ...]
@@ -47,13 +45,13 @@ class Plan(NamedTuple):
 
     grid: tuple[int, int]
     # x, filter and y; of the gradient of a filter those of grad_output, input and it
-    views: tuple[_View, _View, _View]
+    views: tuple[View, View, View]
     # the kernel's integers up to the stride of the bias, and those after it
     sizes: tuple[int, ...]
     steps: tuple[int, ...]
     splits: int
     # a residual, in the tiles that are computed
-    added: _View | None
+    added: View | None
     # tiles of pixels, of whose channels a launch can write the moments
     parts: int
     config: Any
@@ -223,23 +221,24 @@ def _num_programs(most: int, num_k: int, residues: int) -> int:
 
 def _pixels(
     image: Layout, blocks: tuple[int, ...], channels: int, pairs: bool, splits: int = 1
-) -> _View:
+) -> View:
     (n, c, h, w), (block_n, block_p, block_q) = image.shape, blocks
-    along_n, _, along_h, along_w = _strides(image)
+    along_n, _, along_h, along_w = described_strides(image)
     if pairs:
-        return _View(
+        return View(
             (n, h // 2, 2, w // 2, 2 * c),
             (along_n, 2 * along_h, along_h, 2 * along_w, 1),
             (block_n, block_p, 1, block_q, channels),
         )
-    return _View(
+    return View(
         (splits * n, h, w, c),
         (along_n if splits == 1 else c * h * w, along_h, along_w, 1),
         (block_n, block_p, block_q, channels),
     )
 
 
-def _strides(tensor: Layout) -> tuple[int, ...]:
+def described_strides(tensor: Layout) -> tuple[int, ...]:
+    """Those of a descriptor: the hardware checks that of an axis of one element too."""
     return tuple(
         stride if size > 1 else _ANY_STRIDE
         for size, stride in zip(tensor.shape, tensor.strides, strict=True)
@@ -253,21 +252,21 @@ def along_memory(weight: Layout, transposed: bool) -> int:
     return 0 if transposed and weight.itemsize > 2 else 1
 
 
-def _filters(weight: Layout, transposed: bool, block_k: int, block_c: int) -> _View:
+def _filters(weight: Layout, transposed: bool, block_k: int, block_c: int) -> View:
     """Taps x outputs x inputs, or taps x inputs x outputs where those lie along memory: no tile
     reads into the next tap.
     """
     outputs, inputs, r, s = weight.shape
-    along_outputs, along_inputs, along_r, along_s = _strides(weight)
+    along_outputs, along_inputs, along_r, along_s = described_strides(weight)
     if s == 1:
         along_s = along_r
     elif r > 1 and along_r != s * along_s:
         # taps in two dimensions, which no descriptor takes
         along_s = 0
     if along_memory(weight, transposed) == 0:
-        return _View((r * s, inputs, outputs), (along_s, along_inputs, 1), (1, block_k, block_c))
+        return View((r * s, inputs, outputs), (along_s, along_inputs, 1), (1, block_k, block_c))
     block = (block_c, block_k) if transposed else (block_k, block_c)
-    return _View((r * s, outputs, inputs), (along_s, along_outputs, 1), (1, *block))
+    return View((r * s, outputs, inputs), (along_s, along_outputs, 1), (1, *block))
 
 
 def convolve(
@@ -302,99 +301,3 @@ def convolve(
     run(y, of_x.at(x), of_w.at(weight), bias, of_y.at(target), kept, moments, added)
     if is_split:
         split_sum(target, y, None, activation, before, residual)
-
-
-def plan_grad_weight(
-    grad_output: Layout, input: Layout, output: Layout, geometry: Geometry
-) -> Plan | None:
-    """How to sum up the gradient of a filter: 16-bit numbers on 16 bytes; None if not here."""
-    if len(input.shape) != 4 or input.stride(1) != 1 or grad_output.stride(1) != 1:
-        return None
-    (outputs, c, r, s), groups = output.shape, geometry.groups
-    k = outputs // groups
-    n, _, p, q = grad_output.shape
-    h, w = input.shape[2:]
-    # along columns a tile must end where the image does: nothing else keeps what is beside it out
-    along_q = n < 24 and geometry.stride == (1, 1) and q % 16 == 0
-    config = launch.config(
-        weight_kernels.conv2d_grad_weight_tma_config,
-        *(k, c, s, q if along_q else n, n, p, q, geometry.stride[0]),
-    )
-    if config is None:
-        return None
-    block_k, block_c, pixels, num_taps = (
-        config.kwargs[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_PIXELS", "TAPS")
-    )
-    if s % num_taps or (along_q and q % pixels) or (groups > 1 and k % block_k):
-        return None
-    # images or tiles of columns per pixel
-    each = n * (q // pixels) if along_q else math.ceil(n / pixels)
-    rows = [_num_reached(h, p, tap, geometry, 0) for tap in range(r)]
-    columns = [_num_reached(w, q, tap, geometry, 1) for tap in range(s)]
-    if min(*rows, *columns) == 0:
-        return None
-    if along_q:
-        columns = [1] * s
-    elif num_taps > 1:
-        columns = [q] * s
-    tiles = math.ceil(k / block_k) * math.ceil(c / block_c)
-    steps = [each * row * column for row in rows for column in columns[::num_taps]]
-    weights = math.prod(output.shape)
-    programs, splits, even = weight_kernels.shares(config, tiles, steps, groups, weights)
-    if not even and max(steps) * splits >= 2**31:
-        return None
-    views = (
-        _tiles(grad_output, along_q, (pixels, block_k)),
-        _tiles(input, along_q, (pixels, block_c)),
-        _View(
-            (splits, outputs, r * s, c),
-            (weights, r * s * c, c, 1),
-            (1, block_k, 1, weight_kernels.stored_columns(config, even)),
-        ),
-    )
-    if not all(view.is_describable(input.itemsize) for view in views):
-        return None
-    return Plan(
-        (programs, groups if even else groups * splits),
-        views,
-        (k, c, r, s, p, q, h, w, n if along_q else each, splits, sum(steps) * tiles * even),
-        geometry.scalars(),
-        splits,
-        None,
-        0,
-        config,
-        {"ALONG_Q": along_q, "EVEN": even},
-        {},
-    )
-
-
-def _num_reached(size: int, positions: int, tap: int, geometry: Geometry, axis: int) -> int:
-    """Positions along an axis of the output from which a tap reads inside the image."""
-    stride = geometry.stride[axis]
-    offset = tap * geometry.dilation[axis] - geometry.padding[axis]
-    first, end = max(math.ceil(-offset / stride), 0), math.ceil((size - offset) / stride)
-    return max(min(end, positions) - first, 0)
-
-
-def _tiles(image: Layout, along_q: bool, block: Sequence[int]) -> _View:
-    """Rows, columns, images and channels, or images first; tiles along the last but one."""
-    n, c, h, w = image.shape
-    along_n, _, along_h, along_w = _strides(image)
-    if along_q:
-        return _View((n, h, w, c), (along_n, along_h, along_w, 1), (1, 1, *block))
-    return _View((h, w, n, c), (along_h, along_w, along_n, 1), (1, 1, *block))
-
-
-def grad_weight(plan: Plan, grad_output: Tensor, input: Tensor, output: Tensor) -> Tensor:
-    """Partial sums (splits, K, taps, C) of `output`."""
-    outputs, inputs, *taps = output.shape
-    return partial_sums(plan, grad_output, input).view(plan.splits, outputs, *taps, inputs)
-
-
-def partial_sums(plan: Plan, grad_output: Tensor, input: Tensor) -> Tensor:
-    """The same, of all taps in one dimension."""
-    of_grad, of_input, of_partial = plan.views
-    partial = input.new_empty(of_partial.shape, dtype=accumulator_dtype(input.dtype))
-    run = plan.prepared(weight_kernels.conv2d_grad_weight_tma_kernel)
-    run(input, of_grad.at(grad_output), of_input.at(input), of_partial.at(partial))
-    return partial

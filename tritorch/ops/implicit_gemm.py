@@ -12,7 +12,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops import conv_portable, conv_tma, matmul_tma, pointwise, reorder, stem
+from tritorch.ops import (
+    conv_portable,
+    conv_tma,
+    conv_weight_tma,
+    matmul_tma,
+    pointwise,
+    reorder,
+    stem,
+)
 from tritorch.ops.conv_portable import Epilogue
 from tritorch.ops.geometry import (
     Geometry,
@@ -271,8 +279,8 @@ def _way_of_grad_weight(
         hopper = pointwise.plan_grad_weight(grad_output, input, output, geometry, count)
         if hopper is not None:
             return partial(matmul_tma.run, hopper)
-        hopper = conv_tma.plan_grad_weight(grad_output, input, output, geometry)
+        hopper = conv_weight_tma.plan(grad_output, input, output, geometry)
         if hopper is not None:
-            return partial(conv_tma.grad_weight, hopper)
+            return partial(conv_weight_tma.grad_weight, hopper)
     plan = conv_portable.plan_grad_weight(grad_output, input, output, geometry, precision)
     return partial(conv_portable.grad_weight, plan)

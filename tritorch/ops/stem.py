@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops import conv_tma
+from tritorch.ops import conv_tma, conv_weight_tma
 from tritorch.ops.conv_tma import Plan
 from tritorch.ops.geometry import Geometry
 from tritorch.ops.strided import Layout
@@ -149,7 +149,7 @@ def plan_grad_weight(
     # rows of taps as columns, of which a program may take several at once
     view = packed.view(input.shape[0], grad_output.shape[3])
     filters = packed.filters(output.shape[0])
-    return conv_tma.plan_grad_weight(_turned(grad_output), _turned(view), _turned(filters), _UNIT)
+    return conv_weight_tma.plan(_turned(grad_output), _turned(view), _turned(filters), _UNIT)
 
 
 def _turned(layout: Layout) -> Layout:
@@ -165,7 +165,7 @@ def grad_weight(
     packed = _packed(grad_output.shape[2:], output.shape[2:], geometry)
     outputs, c, r, s = output.shape
     rows, columns = packed.taps
-    sums = conv_tma.partial_sums(plan, grad_output, _pack_images(input, packed))
+    sums = conv_weight_tma.partial_sums(plan, grad_output, _pack_images(input, packed))
     whole = output.new_empty((outputs, rows, columns, 2, 2, 4))
     _plan_sum(whole.numel(), plan.splits)(output, sums, whole)
     whole = whole.permute(0, 5, 1, 3, 2, 4).reshape(outputs, 4, 2 * rows, 2 * columns)
