@@ -168,23 +168,18 @@ def plan(
     if entries * m * n * inner < _MIN_PRODUCTS:
         return None
     swapped = m <= _FEW_ROWS < n
+    if swapped and sums:
+        return None
     if swapped:
         a, b, m, n = b, a, n, m
     batch, k = (1, entries * inner) if sums_batch else (entries, inner)
     sizes = m, n, k, batch, b.shape[0] == 1, itemsize
-    whole = config = launch.config(configs.matmul_tma_config, *sizes)
+    moments, may_share = moments and not swapped, (shares or sums) and not swapped
     # on fewer multiprocessors some of the programs would take a turn of their own
-    may_share = (shares or sums) and not swapped
-    if may_share and count >= configs.MULTIPROCESSORS:
-        config = shared_tiles.choose(sizes) or whole
-    if moments and not swapped:
-        config = configs.for_moments(config, itemsize)
-    if residual is not None:
-        config = configs.for_residual(config, itemsize)
-    if sums:
-        plain, config = config, configs.for_sums(whole)
-        if swapped or config is None or not configs.sums_pay(plain, config, m, n, k):
-            return None
+    may_share &= count >= configs.MULTIPROCESSORS
+    config = _config(sizes, may_share, moments, residual is not None, sums)
+    if config is None:
+        return None
     block_m, block_n, block_k, form = (
         config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "FORM")
     )
@@ -203,13 +198,7 @@ def plan(
         return None
     tiles = configs.num_tiles(config, m, n) * batch * splits
     columns = math.ceil(n / block_n)
-    residents = configs.residents(config, itemsize, residual is not None)
-    grid = tiles if form == "tile" else min(tiles, count * residents)
-    if form == "even":
-        grid = shared_tiles.num_programs(config, itemsize)
-    if form == "stationary":
-        # the same number of programs for every tile of b
-        grid = max(grid // columns, 1) * columns
+    grid = _num_programs(config, tiles, columns, count, itemsize, residual is not None)
     entry_steps = (min(each.shape[0] - 1, 1) for each in (a, b))
     counts = math.ceil(m / block_m), columns, tiles, steps, batch, entries
     constants = {
@@ -223,7 +212,7 @@ def plan(
     }
     width = m if swapped else n
     numbers = (width, *counts, *entry_steps, *fill)
-    parts = counts[0] * batch if moments and not swapped and splits == 1 else 0
+    parts = counts[0] * batch if moments and splits == 1 else 0
     shared = None
     if form == "even":
         given = (n, *counts[:2], steps, batch, grid), constants["BATCH_FIRST"]
@@ -231,6 +220,40 @@ def plan(
         # a part ends where a tile ends or a program
         views = *views[:2], shared_tiles.view_of_parts(config, grid + tiles - 1), None
     return Plan((grid,), *views, numbers, splits, parts, sums, shared, config, constants, {})
+
+
+def _config(
+    sizes: tuple[Any, ...], may_share: bool, moments: bool, has_residual: bool, sums: bool
+) -> Any:
+    """The configuration with what is wanted besides the product; None where sums do not pay."""
+    m, n, k, *_, itemsize = sizes
+    whole = config = launch.config(configs.matmul_tma_config, *sizes)
+    if may_share:
+        config = shared_tiles.choose(sizes) or whole
+    if moments:
+        config = configs.for_moments(config, itemsize)
+    if has_residual:
+        config = configs.for_residual(config, itemsize)
+    if sums:
+        plain, config = config, configs.for_sums(whole)
+        if config is None or not configs.sums_pay(plain, config, m, n, k):
+            return None
+    return config
+
+
+def _num_programs(
+    config: Any, tiles: int, columns: int, count: int, itemsize: int, has_residual: bool
+) -> int:
+    form = config.kwargs["FORM"]
+    if form == "tile":
+        return tiles
+    if form == "even":
+        return shared_tiles.num_programs(config, itemsize)
+    programs = min(tiles, count * int(configs.residents(config, itemsize, has_residual)))
+    if form == "stationary":
+        # as many for every tile of b
+        programs = max(programs // columns, 1) * columns
+    return programs
 
 
 def _views(
