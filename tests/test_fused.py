@@ -1,6 +1,7 @@
 """What a fused call leaves to the layers as they are written."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -77,3 +78,52 @@ def test_what_is_added_may_change_where_no_gradient_needs_it(activation, joined)
     if not joined:
         reasons = tritorch.fusion_report(fused).kept
         assert reasons["bn"] == "what is added is used afterwards"
+
+
+def around(self, input, weight, bias):
+    return F.conv2d(F.pad(input, (1, 1, 1, 1), mode="circular"), weight, bias, self.stride)
+
+
+def unchecked(self, input):
+    self.checks += 1
+
+
+# methods that a forward calls on its layer, replaced there, and the layers that are replaced so
+REPLACED = {
+    "convolution, then a norm": ("conv", "_conv_forward", around),
+    "convolution, then relu": ("last", "_conv_forward", around),
+    "norm": ("bn", "_check_input_dim", unchecked),
+}
+
+
+class Ends(Block):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, bias=False)
+        self.last = nn.Conv2d(3, 3, 3)
+        self.bn.checks = 0
+
+    def forward(self, x):
+        return F.relu(self.last(F.relu(self.bn(self.conv(x)))))
+
+
+@pytest.mark.parametrize("case", REPLACED)
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_methods_replaced_on_a_layer_are_called(case, first):
+    name, method, replacement = REPLACED[case]
+
+    def replace(model):
+        layer = getattr(model, name)
+        setattr(layer, method, types.MethodType(replacement, layer))
+
+    model = Ends()
+    if first:
+        replace(model)
+    models = both(model)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    for one in models:
+        # a copy of the model has methods of the layer that it was copied from
+        replace(one)
+    converted, fused = models
+    assert_close(fused(x), converted(x))
+    assert fused.bn.checks == converted.bn.checks == (method == "_check_input_dim")

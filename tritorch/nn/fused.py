@@ -37,6 +37,10 @@ _NAMES: dict[type[Module], str] = {
 }
 
 
+# what a forward of theirs calls on the layer itself, and the kernels do not
+_METHODS = frozenset(("forward", "_conv_forward", "_check_input_dim"))
+
+
 def is_plain(module: Module) -> bool:
     """Whether calling it runs the forward of its class and nothing besides."""
     return not (
@@ -45,7 +49,7 @@ def is_plain(module: Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)
+        or not _METHODS.isdisjoint(vars(module))
     )
 
 
