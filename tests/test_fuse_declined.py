@@ -73,7 +73,15 @@ def with_data(m, x):
     return y
 
 
+def floating(m, x):
+    if x.dtype in {torch.float16, torch.bfloat16}:
+        x = x.float()
+    return F.relu(m.bn(x))
+
+
 CLASS = "its forward asks for the class of a value"
+LOOKS_UP = "its forward looks a value up"
+WRITES_OUT = "its forward writes a value out"
 DECLINED = {
     "function": (lambda m, x: F.relu(m.bn(Reversed.apply(x))), CLASS),
     "as_tensor": (lambda m, x: F.relu(m.bn(torch.as_tensor(x))), CLASS),
@@ -85,6 +93,18 @@ DECLINED = {
     "frozen": (frozen, "its forward changes a module that it calls"),
     "momentum": (another_momentum, "its forward changes a module that it calls"),
     "kept on a child": (keeping_on_a_child, CLASS),
+    "set of dtypes": (floating, LOOKS_UP),
+    "branch of a dictionary": (lambda m, x: {4: F.relu}.get(x.dim(), F.elu)(m.bn(x)), LOOKS_UP),
+    "branch by name": (
+        lambda m, x: F.relu(m.bn(x)) if str(x.dtype) == "torch.float64" else m.bn(x),
+        WRITES_OUT,
+    ),
+    "branch by shape": (lambda m, x: F.relu(m.bn(x)) * len(f"{x.shape}"), WRITES_OUT),
+    "branch by repr": (lambda m, x: F.relu(m.bn(x)) * len(repr(x.device)), WRITES_OUT),
+    "grad_fn": (
+        lambda m, x: F.relu(m.bn(x if x.grad_fn is None else x.detach())),
+        "its forward may ask whether grad_fn is None",
+    ),
     "data": (with_data, "its forward sets data of a value"),
     "numpy": (
         lambda m, x: F.relu(m.bn(x)) * float(np.random.rand() + 1),

@@ -219,19 +219,39 @@ class _NoTensors(TorchDispatchMode):
         raise DeclinedError(f"its forward calls {func} on no value that it is given")
 
 
-class _Value(fx.Proxy):
-    """A value of the record, of which nobody may ask the class: what is written in C believes the
-    answer, and reads a tensor where there is none.
-    """
+class _Asked:
+    """Declines what tells Python, and no record, something of a value."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
+        # what is written in C believes the answer, and reads a tensor where there is none
         raise DeclinedError("its forward asks for the class of a value")
 
+    def __hash__(self) -> int:
+        raise DeclinedError("its forward looks a value up")
+
+    def __repr__(self) -> str:
+        raise DeclinedError("its forward writes a value out")
+
+    __str__ = __repr__
+
+    def __format__(self, how: str) -> str:
+        return repr(self)
+
+
+# what may be None, which a forward can ask without a step of the record
+_MAYBE_NONE = frozenset(("grad", "grad_fn", "_grad", "_grad_fn", "_base", "_backward_hooks"))
+
+
+class _Value(_Asked, fx.Proxy):
+    """A value of the record."""
+
     def __getattr__(self, name: str) -> Any:
+        if name in _MAYBE_NONE:
+            raise DeclinedError(f"its forward may ask whether {name} is None")
         if not hasattr(Tensor, name):
             raise AttributeError(f"a tensor has no {name}")
-        return super().__getattr__(name)
+        return _Attribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
@@ -240,6 +260,13 @@ class _Value(fx.Proxy):
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", iadd, (self, other), {})
+
+
+class _Attribute(_Asked, fx.proxy.Attribute):
+    """An attribute of a value, or a method."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
 
 
 def _declines(method: str) -> Any:
@@ -279,7 +306,7 @@ class _Recorder(fx.Tracer):
         return True
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if type(a) is _Value else super().create_arg(a)
+        return a.node if type(a) in (_Value, _Attribute) else super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _surroundings() != self._surroundings:
