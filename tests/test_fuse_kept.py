@@ -124,6 +124,16 @@ REFUSED = {
         "bn",
         CHANGES_FIRST,
     ),
+    "its statistics were read": (
+        lambda: Model(
+            lambda m, x: (
+                (s := m.bn.running_var.view(1, 3, 1, 1), y := m.bn(m.conv(x)))
+                and F.relu(y + s * x.detach())
+            )
+        ),
+        "bn",
+        CHANGES_FIRST,
+    ),
     "an argument": (
         lambda: Model(lambda m, x: F.relu(m.bn(x, activation="tanh"))),
         "bn",

@@ -33,6 +33,13 @@ STATISTICS = {
     "used twice": (lambda m, x: (y := m.conv(x)) + m.bn(y), False),
     "between": (lambda m, x: m.bn(m.conv(x) * 2), False),
     "moved": (lambda m, x: (y := m.conv(x), z := x + 1) and F.relu(m.bn(y) + z), False),
+    "written": (
+        lambda m, x: (
+            (w := m.conv.weight, y := m.conv(m.first(x)), w.data.mul_(0.5))
+            and F.relu(m.bn(y) + w.mean())
+        ),
+        False,
+    ),
     "fresh": (lambda m, x: (y := m.conv(m.first(x)), z := x + 1) and F.relu(m.bn(y) + z), True),
 }
 

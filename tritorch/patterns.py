@@ -162,7 +162,8 @@ def _addition_obstacle(
     if _is_inplace(addition) and addition.args[0] is not node:
         return "it is added in place to another value"
     steps = list(node.graph.nodes)
-    between = steps[steps.index(node) + 1 : steps.index(addition)]
+    before = steps[: steps.index(addition)]
+    between = before[before.index(node) + 1 :]
     behind = steps[steps.index(addition) + 1 :]
     # autograd would keep what is added, which an addition alone does not need
     if not needs_output(activation) and any(user in behind for user in residual.users):
@@ -176,7 +177,8 @@ def _addition_obstacle(
         and type(module.get_submodule(str(source.target))) in _FRESH
         and fused.is_plain(module.get_submodule(str(source.target)))
         and _only_user(source) is node
-        and not any(str(step.target).startswith(f"{node.target}.") for step in between)
+        # what was read before has another name by now
+        and not any(str(step.target).startswith(f"{node.target}.") for step in before)
     ):
         return None
     return "what it reads may change before the addition"
@@ -245,13 +247,14 @@ def norm_of(node: fx.Node) -> str | None:
 def _may_move(module: Module, source: fx.Node, node: fx.Node) -> bool:
     """Whether nothing between two steps can change what the first one reads."""
     steps = list(node.graph.nodes)
-    between = steps[steps.index(source) + 1 : steps.index(node)]
+    before = steps[: steps.index(node)]
+    between = before[before.index(source) + 1 :]
     if all(step.op in ("get_attr", "placeholder") for step in between):
         return True
     read = source.args[0]
     if not isinstance(read, fx.Node) or _only_user(read) is not source:
         return False
-    if any(str(step.target).startswith(f"{source.target}.") for step in between):
+    if any(str(step.target).startswith(f"{source.target}.") for step in before):
         return False
     is_layer = read.op == "call_module" and type(module.get_submodule(str(read.target))) in _FRESH
     return is_layer or read.target in _STEPS
