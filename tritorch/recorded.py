@@ -4,13 +4,14 @@ The modules that it calls are single steps of the record, never looked into.  A 
 Python decides while it is made, so a forward is declined that decides by more than the classes of
 its arguments and the attributes of its module, or whose record would lack something that it does.
 What no record can notice is left: a global that changes, an attribute of a child that the forward
-looks at, `type(x) is Tensor`.
+looks at, `type(x) is Tensor`, what is done besides to objects that are no module's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dis
 import functools
 import inspect
 import random
@@ -47,6 +48,10 @@ def record(module: Module, written: type[Module]) -> fx.Graph:
         raise DeclinedError("its forward has optional arguments")
     kind: Any = written
     named: frozenset[str] = names_in(kind)
+    if unseen := named & _UNSEEN:
+        raise DeclinedError(f"it may use {min(unseen)}, which no record does")
+    if any(map(_tries, codes_in(kind))):
+        raise DeclinedError("it has a try statement, of which a record knows one way")
     for name in sorted(named & (vars(module).keys() - _OF_MODULES)):
         if not _is_fixed(vars(module)[name]):
             found = type(vars(module)[name]).__name__
@@ -100,22 +105,41 @@ def _is_fixed(value: Any) -> bool:
     return isinstance(value, _FIXED)
 
 
+# what does something besides, once
+_UNSEEN = frozenset(("print", "manual_seed", "fork_rng"))
+
+
 @functools.cache
 def names_in(written: Any) -> frozenset[str]:
     """What its methods name, attributes or strings, but for what only builds it."""
     names: set[str] = set()
+    for code in codes_in(written):
+        names.update(code.co_names, (one for one in code.co_consts if isinstance(one, str)))
+    return frozenset(names)
+
+
+@functools.cache
+def codes_in(written: Any) -> tuple[types.CodeType, ...]:
+    """The code of its methods, and of functions in them, but for what only builds it."""
+    codes: list[types.CodeType] = []
     for kind in written.__mro__[: written.__mro__.index(Module)]:
         for name, value in vars(kind).items():
             function = getattr(value, "fget", getattr(value, "__func__", value))
             if name != "__init__" and isinstance(function, types.FunctionType):
-                names |= _names_of(function.__code__)
-    return frozenset(names)
+                codes.append(function.__code__)
+    # those that are found on the way are gone through too
+    for code in codes:
+        codes += [one for one in code.co_consts if isinstance(one, types.CodeType)]
+    return tuple(codes)
 
 
-def _names_of(code: types.CodeType) -> set[str]:
-    names = {*code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
-    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    return names.union(*map(_names_of, inner))
+def _tries(code: types.CodeType) -> bool:
+    """Whether it has a try statement: what it handles besides the ends of `with` blocks."""
+    names = [one.opname for one in dis.get_instructions(code)]
+    # Python 3.10 has no PUSH_EXC_INFO
+    handlers = names.count("PUSH_EXC_INFO") + names.count("SETUP_FINALLY")
+    ends = names.count("WITH_EXCEPT_START") if "PUSH_EXC_INFO" in names else 0
+    return handlers > ends
 
 
 @contextlib.contextmanager
@@ -166,14 +190,17 @@ def _record(module: Module, written: type[Module]) -> fx.Graph:
     stand_in = written.__new__(written)
     vars(stand_in).update(_copies(module))
     below = [one for one in module.modules() if one is not module]
-    drawn, numpys = random.getstate(), _state_of_numpy()
+    drawn, numpys, torchs = random.getstate(), _state_of_numpy(), torch.get_rng_state()
     try:
         with _unchanged(below), _NoTensors():  # type: ignore[no-untyped-call]
             graph = _Recorder().trace(stand_in)
         if random.getstate() != drawn or _state_of_numpy() != numpys:
             raise DeclinedError("its forward draws random numbers in Python")
+        if not torch.equal(torch.get_rng_state(), torchs):
+            raise DeclinedError("its forward seeds torch's generator")
     finally:
         random.setstate(drawn)
+        torch.set_rng_state(torchs)
         if numpys is not None:
             sys.modules["numpy"].random.set_state(numpys)
     if _contents(stand_in) != _contents(module):
