@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -293,6 +294,39 @@ def test_a_sequence_that_grows_is_gone_through():
     for model in (converted, fused):
         model.rest.append(nn.Tanh())
     assert_close(fused(images()), converted(images()))
+
+
+def sequence():
+    layers = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3), nn.ReLU()
+    return nn.Sequential(*layers)
+
+
+# what torch makes of a sequence by its class, and its own way for it
+REMADE = {
+    "reversed": lambda m: m[::-1],
+    "shorter": lambda m: m[:2],
+    "renamed": lambda m: type(m)(OrderedDict(zip("abc", m, strict=True))),
+}
+
+
+@pytest.mark.parametrize("way", REMADE)
+def test_a_sequence_that_is_made_of_another_runs_its_own_forward(way):
+    converted, fused = both(sequence())
+    assert tritorch.fusion_report(fused).fused == {"0": "statistics of 1", "1": "relu"}
+    found, expected = REMADE[way](fused), REMADE[way](converted)
+    assert_close(found(images()), expected(images()))
+    assert tritorch.fusion_report(found).fused == {}
+
+
+def test_a_forward_replaced_on_its_class_is_called(monkeypatch):
+    converted, fused = both(Stack())
+    first = fused(images())
+    monkeypatch.setattr(Stack, "forward", lambda self, x: self.bns[0](x) * 3)
+    assert_close(fused(images()), converted(images()))
+    assert tritorch.fusion_report(fused).fused == {}
+    monkeypatch.undo()
+    assert fused(images()).shape == first.shape
+    assert set(tritorch.fusion_report(fused).fused) == {"bns.0", "bns.1"}
 
 
 def test_marks_that_no_forward_names_change_nothing():

@@ -12,7 +12,7 @@ import copyreg
 import functools
 import linecache
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ def fuse(model: Module, inplace: bool = False) -> Module:
     for module in model.modules():
         plan = _plan(module)
         if isinstance(plan, _Plan) and plan.fused and not _is_others(module):
-            recipe = _Recipe(_written(module), _sizes(module), *_source(plan.graph))
+            recipe = _Recipe(_written(module), _children(module), *_source(plan.graph))
             with contextlib.suppress(_NoClassError):
                 module.__class__ = _fused_class(recipe)
     return model
@@ -111,7 +111,7 @@ class _Recipe(NamedTuple):
     """What the class of a fused module is made of, again where one is unpickled."""
 
     written: type[Module]
-    sizes: tuple[int, ...]
+    children: tuple[Any, ...]
     source: str
     # what the source refers to besides torch
     names: tuple[tuple[str, Any], ...]
@@ -121,6 +121,7 @@ class Fused:
     """Mixed into the class of a module whose forward is a recorded one."""
 
     recipe: _Recipe
+    _tritorch_recorded: Callable[..., Any]
 
     # the record may depend on what is changed here
     def __setattr__(self, name: str, value: Any) -> None:
@@ -170,17 +171,18 @@ def _is_fused(module: Module) -> bool:
     return (
         isinstance(module, Fused)
         and _UNFUSED not in vars(module)
-        and _sizes(module) == module.recipe.sizes
+        and _children(module) == module.recipe.children
+        and module.recipe.written.forward is module._tritorch_recorded
     )
 
 
-def _sizes(module: Module) -> tuple[int, ...]:
-    """How many children it has, and each of its lists, dictionaries and sequences of them."""
-    sizes = [len(module._modules)]
+def _children(module: Module) -> tuple[Any, ...]:
+    """The names of its children, and of those of its lists, dictionaries and sequences of them."""
+    names: list[Any] = [tuple(module._modules)]
     for child in module._modules.values():
         if isinstance(child, _LISTS):
-            sizes += _sizes(child)
-    return tuple(sizes)
+            names += _children(child)
+    return tuple(names)
 
 
 # whose items a forward may go through
@@ -217,6 +219,8 @@ def _fused_class(recipe: _Recipe) -> type[Module]:
         return recorded(self, *args, **kwargs)
 
     members = {
+        # another one may take its place
+        "_tritorch_recorded": staticmethod(written.forward),
         "__module__": written.__module__,
         "__doc__": written.__doc__,
         "forward": forward,
