@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing import assert_close
 
 import tritorch
@@ -318,3 +318,30 @@ def test_what_is_not_a_selector_is_refused(selector):
 def test_converting_twice_changes_nothing(network):
     converted = tritorch.convert(tritorch.convert(network))
     assert types(converted) == types(tritorch.convert(network))
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_layers_parametrized_after_conversion_are_reverted(inplace):
+    model = tritorch.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 5)))
+    parametrizations.weight_norm(model[0])
+    parametrizations.orthogonal(model[1])
+    report = tritorch.conversion_report(model)
+    assert report.converted == {"0": "Conv2d", "1": "Linear"}
+    assert not report.kept.keys() & {"0", "1"}
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    reverted = tritorch.revert(model, inplace=inplace)
+    assert_close(reverted(x), expected)
+    for layer, kind in zip(reverted, (torch.nn.Conv2d, torch.nn.Linear), strict=True):
+        assert type(layer).__bases__ == (kind,)
+        assert parametrize.is_parametrized(layer, "weight")
+    assert tritorch.conversion_report(reverted).converted == {}
+    assert tritorch.conversion_report(reverted).kept["0"] == "parametrized"
+    # the other model is as it was
+    assert (model is reverted) == inplace
+    assert [type(layer).__bases__ == (nn.Conv2d,) for layer in model[:1]] == [not inplace]
+    # a parametrization ends as it does on torch's layer, and a copy has it
+    assert_close(copy.deepcopy(reverted)(x), expected)
+    parametrize.remove_parametrizations(reverted[0], "weight")
+    assert type(reverted[0]) is torch.nn.Conv2d
+    assert_close(reverted(x), expected)

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,8 +78,25 @@ def revert(model: Module, inplace: bool = False) -> Module:
     torchs = {ours: theirs for theirs, ours in twin_classes().items()}
     for module in model.modules():
         unfuse(module)
-        module.__class__ = torchs.get(type(module), type(module))
+        kind, layer = type(module), _layer_of(module)
+        if kind in torchs:
+            module.__class__ = torchs[kind]
+        elif layer in torchs:
+            # copies of the module share its class
+            made = {name: value for name, value in vars(kind).items() if name not in _OF_CLASSES}
+            of_classes: Any = type(kind)
+            module.__class__ = of_classes(kind.__name__, (torchs[layer],), made)
     return model
+
+
+# what every class has of its own
+_OF_CLASSES = ("__dict__", "__weakref__")
+
+
+def _layer_of(module: Module) -> type[Module]:
+    """Its class, or the one that torch has made a subclass of for its parametrizations."""
+    kind = type(module)
+    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
 
 
 @dataclass(frozen=True)
@@ -126,9 +144,9 @@ def conversion_report(
     ours = set(twin_classes().values())
     names = names_of(model)
     converted = {
-        name: type(module).__name__
+        name: _layer_of(module).__name__
         for module in model.modules()
-        if type(module) in ours
+        if _layer_of(module) in ours
         for name in names[module]
     }
     kept = {
@@ -190,7 +208,7 @@ def _decisions(
             elif reason is None and included is not None and module not in included:
                 reason = "not included"
             yield module, reason
-        elif kind not in twins.values():
+        elif _layer_of(module) not in twins.values():
             reason = _foreign(module, twins)
             if reason is not None:
                 yield module, reason
