@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tritorch.ops  # noqa: F401  declares the specs
+import tritorch.ops
 from tritorch import backend, nn, ops
 from tritorch.registry import specs
 
@@ -165,21 +165,66 @@ def test_negated_views_are_read_as_what_they_stand_for(device):
 
 
 @pytest.mark.interpret
-def test_a_class_of_tensors_hears_of_library_ops(device):
+def test_a_class_that_computes_by_itself_hears_of_torchs_ops(device):
     class Wrapped(TwoTensor):
-        heard = 0
-
         @classmethod
         def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-            Wrapped.heard += func is torch.ops.tritorch.activation_forward.default
+            if func.namespace == "tritorch":
+                raise NotImplementedError(func)
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     x = torch.randn(3, 5, device=device)
+    backend.reset()
     with backend.use("triton"):
         y = ops.relu(Wrapped(x, -x))
-    assert Wrapped.heard == 1
+    assert backend.explain() == {"relu": {"a Wrapped, which computes torch's ops by itself": 1}}
     torch.testing.assert_close(y.a, F.relu(x))
     torch.testing.assert_close(y.b, F.relu(-x))
+
+
+class Lowered(torch.Tensor):
+    """A weight of fewer bits, of which torch's own functions make a product."""
+
+    @staticmethod
+    def __new__(cls, bits):
+        return torch.Tensor._make_wrapper_subclass(cls, bits.shape, dtype=torch.float32)
+
+    def __init__(self, bits):
+        self.bits = bits
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return F.linear(args[0], args[1].bits.float(), *args[2:])
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Lowered(args[0].bits)
+        raise NotImplementedError(func)
+
+
+@pytest.mark.interpret
+def test_a_weight_that_says_its_own_product_is_asked_for_it(device):
+    layer = tritorch.nn.Linear(5, 4)
+    bits = torch.randint(-8, 8, (4, 5), dtype=torch.int8)
+    layer.weight = torch.nn.Parameter(Lowered(bits), requires_grad=False)
+    x = torch.randn(3, 5)
+    with backend.use("triton"):
+        torch.testing.assert_close(layer(x), F.linear(x, bits.float(), layer.bias))
+
+
+class Named(torch.Tensor):
+    """A class with a name alone: its memory is read as any other's."""
+
+
+@pytest.mark.interpret
+def test_a_class_that_computes_nothing_runs_the_kernels(device):
+    x = torch.randn(3, 5, device=device).as_subclass(Named)
+    with backend.use("triton"), backend.strict():
+        y = ops.relu(x)
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), F.relu(x.as_subclass(torch.Tensor)))
 
 
 @pytest.mark.interpret

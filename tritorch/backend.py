@@ -7,6 +7,7 @@ torch's own autograd and is an independent oracle for the kernels.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections import Counter
@@ -137,6 +138,21 @@ def takes_nested(op: str, tensor: Tensor) -> bool:
     return tensor.is_nested and not runs_triton(op, tensor, declined=_NESTED)
 
 
+@functools.cache
+def _computes(kind: type[Tensor]) -> bool:
+    """Whether a subclass says itself what torch's ops do to it, as DTensor and quantized weights:
+    of ours it knows none.
+    """
+    # torch's own, which know every op that has shapes
+    if kind.__module__.partition(".")[2].startswith("_subclasses"):
+        return False
+    function, own = (getattr(one.__torch_function__, "__func__", None) for one in (Tensor, kind))
+    function_is_plain = own is function or (
+        kind.__torch_function__ is torch._C._disabled_torch_function_impl
+    )
+    return not function_is_plain or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def _reason(tensors: tuple[Tensor | None, ...]) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
@@ -149,6 +165,9 @@ def _reason(tensors: tuple[Tensor | None, ...]) -> str | None:
             return _NESTED
         if tensor.layout != torch.strided:
             return f"layout {str(tensor.layout).removeprefix('torch.')}"
+        kind = type(tensor)
+        if kind is not Tensor and kind is not torch.nn.Parameter and _computes(kind):
+            return f"a {kind.__name__}, which computes torch's ops by itself"
     # its graphs hold numbers where our ops take lists, and are run where we are not
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is recording"
