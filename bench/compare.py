@@ -109,7 +109,9 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], threshold: float = T
 
 
 def _by_key(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], Mapping[str, Any]]:
-    return {key(row): row for row in rows if row.get("median_us") is not None}
+    """What was measured, and what could not be because it is wrong."""
+    timed = (row for row in rows if row.get("median_us") is not None or not row.get("verified"))
+    return {key(row): row for row in timed}
 
 
 def _order(row: Comparison) -> float:
@@ -213,8 +215,10 @@ def _judged(
     why = ""
     if ratio is None:
         verdict = "WRONG"
-        wrong = [(name, row) for name, row in (("old", old), ("new", new)) if not row["verified"]]
-        why = "; ".join(f"{name}: {row.get('failure', 'not verified')}" for name, row in wrong)
+        wrong = [
+            (name, row) for name, row in (("old", old), ("new", new)) if not row.get("verified")
+        ]
+        why = "; ".join(f"{name}: {row.get('failure') or 'not verified'}" for name, row in wrong)
     elif slowed := [name for name, row in (("old", old), ("new", new)) if row.get("throttled")]:
         verdict = "UNSURE"
         why = f"the GPU was throttled: {', '.join(slowed)}"
@@ -226,7 +230,8 @@ def _judged(
             verdict = "SAME"
         else:
             verdict = "UNSURE"
-    return Comparison(new, old["median_us"], new["median_us"], ratio, chance, verdict, why)
+    times = old.get("median_us"), new.get("median_us")
+    return Comparison(new, *times, ratio, chance, verdict, why)
 
 
 def _within(ratio: Interval, threshold: float) -> bool:

@@ -230,6 +230,18 @@ def test_compare_says_who_is_slower(tmp_path):
     assert "1 SAME" in bench("compare", old, new, "--threshold", "30%").output
 
 
+def test_a_kernel_that_now_raises_fails_the_comparison(tmp_path):
+    old, new = result_file(tmp_path / "old", 1), result_file(tmp_path / "new", 1)
+    content = json.loads(new.read_text())
+    content["rows"][0] |= {"median_us": None, "verified": False, "failure": "raises ValueError"}
+    del content["rows"][0]["samples_us"]
+    new.write_text(json.dumps(content))
+    result = bench("compare", old, new, "--fail-on-slower")
+    assert re.search(r"WRONG +relu .*10 -> - us +new: raises ValueError", result.output)
+    assert "1 WRONG; there is nothing to compare" in result.output
+    assert result.exit_code == 1
+
+
 def test_show_makes_a_page_of_an_old_result(tmp_path):
     page = tmp_path / "page.html"
     assert bench("show", result_file(tmp_path / "old", 1), "--html", page).exit_code == 0

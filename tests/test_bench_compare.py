@@ -125,6 +125,21 @@ def test_rows_that_were_not_verified_are_not_compared():
     assert report.rows[0] is wrong
 
 
+@pytest.mark.parametrize("which", ["old", "new"])
+def test_a_call_that_raises_in_one_of_them_is_wrong(which):
+    both = {"old": result(1, count=3), "new": result(2, count=3)}
+    raises = {"median_us": None, "verified": False, "failure": "raises ValueError: no"}
+    both[which]["rows"][1] |= raises
+    del both[which]["rows"][1]["samples_us"]
+    report = compare.compare(**both)
+    assert (report.count("WRONG"), report.only_old, report.only_new) == (1, (), ())
+    (wrong,) = (one for one in report.rows if one.verdict == "WRONG")
+    assert wrong.why == f"{which}: raises ValueError: no"
+    times = {"old": wrong.old_us, "new": wrong.new_us}
+    assert times.pop(which) is None
+    assert all(us > 0 for us in times.values())
+
+
 def test_what_is_in_one_result_alone_and_what_differs_is_said():
     old, new = result(1, count=3), result(2, count=4)
     del new["rows"][0]

@@ -158,7 +158,8 @@ def _show(report: comparing.Report, console: Console) -> None:
         if one.ratio is not None:
             value, low, high = (100 * (ratio - 1) for ratio in one.ratio)
             change = f"{value:+.1f} % [{low:+.1f}, {high:+.1f}] {one.why}".rstrip()
-        times = f"{number(one.old_us or 0)} -> {number(one.new_us or 0)} us"
+        old_us, new_us = ("-" if us is None else number(us) for us in (one.old_us, one.new_us))
+        times = f"{old_us} -> {new_us} us"
         say(
             f"{one.verdict:<7} {call:<60} {row['implementation']:<13} {times:<24} {change}",
             styles.get(one.verdict),
