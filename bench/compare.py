@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tritorch.bench import intervals
+from tritorch.bench import intervals, peers
+from tritorch.bench.baselines import COMPILED
+from tritorch.bench.cases import TORCH
 from tritorch.bench.environment import SCHEMA
 from tritorch.bench.intervals import Interval
 from tritorch.bench.rows import key
@@ -31,6 +33,8 @@ _RESAMPLES = 600
 # what a median is uncertain by at least, because clocks tick and rounds repeat
 _LEAST = 1e-3
 _Z = 1.959964
+# what stands beside a kernel to be compared with; the ceilings are torch's
+_OTHERS = frozenset({TORCH, COMPILED, *peers.NAMES})
 # rounds of which Student's t is a normal distribution
 _MANY = 100
 
@@ -55,19 +59,32 @@ class Comparison:
     verdict: Verdict
     why: str = ""
 
+    @property
+    def is_ours(self) -> bool:
+        """Not torch's, the ceilings' or a peer's: what is slower can be mended here."""
+        return self.row["implementation"] not in _OTHERS
+
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, `geomean` over those that can be compared, what else differs."""
+    """All rows, `geomean` over ours that can be compared, what else differs.
+
+    `control`: the same over torch's, of which nothing has changed but the machine.
+    """
 
     rows: tuple[Comparison, ...]
     geomean: Interval | None
+    control: Interval | None = None
     environment: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     only_old: tuple[str, ...] = ()
     only_new: tuple[str, ...] = ()
 
     def count(self, verdict: Verdict) -> int:
         return sum(row.verdict == verdict for row in self.rows)
+
+    @property
+    def ours(self) -> tuple[Comparison, ...]:
+        return tuple(one for one in self.rows if one.is_ours)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -98,10 +115,10 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], threshold: float = T
         chance = 1.0 if ratio is None else next(chances)
         interval = None if ratio is None else ratio.interval
         found.append(_judged(before[name], after[name], interval, chance, threshold))
-    compared = [row.ratio.value for row in found if row.ratio is not None]
     return Report(
         rows=tuple(sorted(found, key=_order)),
-        geomean=intervals.geometric_mean(compared) if compared else None,
+        geomean=_mean(one for one in found if one.is_ours),
+        control=_mean(one for one in found if one.row["implementation"] == TORCH),
         environment=_differences(old.get("environment", {}), new.get("environment", {})),
         only_old=tuple(_name(before[name]) for name in before if name not in after),
         only_new=tuple(_name(after[name]) for name in after if name not in before),
@@ -112,6 +129,11 @@ def _by_key(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], Mapping[
     """What was measured, and what could not be because it is wrong."""
     timed = (row for row in rows if row.get("median_us") is not None or not row.get("verified"))
     return {key(row): row for row in timed}
+
+
+def _mean(found: Iterable[Comparison]) -> Interval | None:
+    ratios = [one.ratio.value for one in found if one.ratio is not None]
+    return intervals.geometric_mean(ratios) if ratios else None
 
 
 def _order(row: Comparison) -> float:

@@ -202,7 +202,7 @@ def test_a_case_that_raises_leaves_the_others(monkeypatch, tmp_path):
     assert re.search(r"softmax +images +forward +tritorch", result.output)
 
 
-def result_file(path, factor):
+def result_file(path, factor, **more):
     shape = {"op": "relu", "name": "", "dtype": "float32", "layout": "contiguous"}
     row = {
         **shape,
@@ -212,6 +212,7 @@ def result_file(path, factor):
         "median_us": 10.0 * factor,
         "samples_us": [[(10 + 0.01 * i) * factor for i in range(10)] for _ in range(6)],
         "verified": True,
+        **more,
     }
     environment = {"gpu": f"GPU {factor}"}
     path.write_text(json.dumps({"schema": 1, "rows": [row], "environment": environment}))
@@ -228,6 +229,16 @@ def test_compare_says_who_is_slower(tmp_path):
     assert bench("compare", old, new, "--fail-on-slower").exit_code == 1
     assert bench("compare", new, old, "--fail-on-slower").exit_code == 0
     assert "1 SAME" in bench("compare", old, new, "--threshold", "30%").output
+
+
+@pytest.mark.parametrize("name", ["", "ceiling"])
+def test_a_slower_torch_is_told_and_fails_nothing(tmp_path, name):
+    of_torch = {"implementation": "torch", "name": name}
+    old, new = (result_file(tmp_path / str(us), us, **of_torch) for us in (1, 1.2))
+    result = bench("compare", old, new, "--fail-on-slower")
+    assert "torch, which is the control: geometric mean +20.0 %" in result.output
+    assert "0 SLOWER, 0 SAME, 0 UNSURE, 0 WRONG; there is nothing to compare" in result.output
+    assert result.exit_code == 0
 
 
 def test_a_kernel_that_now_raises_fails_the_comparison(tmp_path):

@@ -65,6 +65,27 @@ def test_a_slow_down_of_a_fifth_is_slower():
     assert back.count("FASTER") == 100
 
 
+OTHERS = ({"implementation": "torch"}, {"op": "copy", "name": "ceiling", "implementation": "torch"})
+
+
+@pytest.mark.parametrize("other", [*OTHERS, {"implementation": "flag_gems"}])
+def test_the_mean_is_of_our_rows_alone_and_torchs_is_beside_it(other):
+    old, new = result(1, count=20), result(2, factor=1.2, count=20)
+    both = [{"rows": one["rows"] + result(3, count=20, **other)["rows"]} for one in (old, new)]
+    report = compare.compare(*both)
+    assert report.geomean.value == pytest.approx(1.2, rel=0.01)
+    assert len(report.ours) == report.count("SLOWER") == 20
+    if other["implementation"] == "torch":
+        assert report.control.value == 1
+    else:
+        assert report.control is None
+    slowed = result(3, factor=1.3, count=20, **other)["rows"]
+    report = compare.compare(both[0], {"rows": old["rows"] + slowed})
+    assert report.geomean.value == 1
+    assert {one.verdict for one in report.ours} == {"SAME"}
+    assert report.count("SLOWER") == 20
+
+
 def test_one_slow_row_among_many_is_found():
     new = result(2)
     slow = row(17, 1.1 * 5 * 1000**0.17, random.Random(5))
