@@ -248,7 +248,7 @@ def _judged(
         beyond = abs(math.log(ratio.value)) > math.log1p(threshold)
         if chance < _ALPHA and beyond:
             verdict = "SLOWER" if ratio.value > 1 else "FASTER"
-        elif chance < _ALPHA or _within(ratio, threshold):
+        elif _within(ratio, threshold):
             verdict = "SAME"
         else:
             verdict = "UNSURE"

@@ -130,6 +130,17 @@ def test_a_difference_below_the_threshold_is_the_same():
     assert compare.compare(old, new, threshold=0.005).count("SLOWER") == 100
 
 
+def test_a_difference_that_may_be_beyond_the_threshold_is_unsure():
+    # surely not equal, and perhaps not within 3 %
+    old, new = (
+        result(seed, factor, noise=0.002, drift=0.004) for seed, factor in ((1, 1), (2, 1.027))
+    )
+    report = compare.compare(old, new)
+    beyond = [one for one in report.rows if one.ratio.high > 1.03 and one.ratio.value < 1.03]
+    assert sum(one.chance < 0.05 for one in beyond) > 10
+    assert {one.verdict for one in beyond} == {"UNSURE"}
+
+
 def test_noise_that_hides_the_answer_is_unsure():
     old, new = (result(seed, noise=0.5, drift=0.2, rounds=3, calls=4) for seed in (1, 2))
     report = compare.compare(old, new)
