@@ -104,7 +104,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], threshold: float = T
     """Compares two results, the contents of their files.
 
     FASTER and SLOWER: surely different, by more than `threshold`.  SAME: surely within it.
-    UNSURE: neither, or the GPU was throttled.
+    UNSURE: neither, or the GPU was throttled, or there are no samples to tell by.
     """
     before, after = _by_key(old["rows"]), _by_key(new["rows"])
     shared = [name for name in before if name in after]
@@ -137,7 +137,9 @@ def _mean(found: Iterable[Comparison]) -> Interval | None:
 
 
 def _order(row: Comparison) -> float:
-    return -row.ratio.value if row.ratio is not None else -math.inf
+    if row.ratio is not None:
+        return -row.ratio.value
+    return -math.inf if row.verdict == "WRONG" else 0.0
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -153,11 +155,14 @@ class _Ratio(NamedTuple):
 
 
 def _ratio(old: Mapping[str, Any], new: Mapping[str, Any]) -> _Ratio | None:
-    """New over old; None where one of them was not verified."""
+    """New over old; None where one of them was not verified, or has no spread."""
     if not (old.get("verified") and new.get("verified")):
         return None
     draw = np.random.default_rng(0)
-    spreads, rounds = zip(*(_spread(row, draw) for row in (old, new)), strict=True)
+    found = [spread for row in (old, new) if (spread := _spread(row, draw)) is not None]
+    if len(found) < 2:
+        return None
+    spreads, rounds = zip(*found, strict=True)
     value = math.log(new["median_us"] / old["median_us"])
     error = max(math.hypot(*spreads), _LEAST)
     freedom = sum(rounds) - len(rounds)
@@ -166,12 +171,17 @@ def _ratio(old: Mapping[str, Any], new: Mapping[str, Any]) -> _Ratio | None:
     return _Ratio(Interval(*ends), _beyond(abs(value) / error, freedom))
 
 
-def _spread(row: Mapping[str, Any], draw: np.random.Generator) -> tuple[float, int]:
-    """The standard error of the logarithm of a median, and the number of rounds it comes from."""
+def _spread(row: Mapping[str, Any], draw: np.random.Generator) -> tuple[float, int] | None:
+    """The standard error of the logarithm of a median, and the number of rounds it comes from.
+
+    None of a row that is a number and nothing else.
+    """
     rounds = [np.asarray(one, dtype=float) for one in row.get("samples_us") or [] if one]
     if len(rounds) < 2:
-        # an old result without samples: as sure as its interval says, if it has one
-        low, high = row.get("interval_us") or (row["median_us"], row["median_us"])
+        # an old result without samples: as sure as its interval says
+        if not row.get("interval_us"):
+            return None
+        low, high = row["interval_us"]
         return (math.log(high) - math.log(low)) / (2 * _Z), _MANY
     count = min(len(one) for one in rounds)
     table = np.stack([one[:count] for one in rounds])
@@ -233,16 +243,15 @@ def _judged(
     chance: float,
     threshold: float,
 ) -> Comparison:
-    verdict: Verdict
+    sides = {"old": old, "new": new}
+    verdict: Verdict = "UNSURE"
     why = ""
-    if ratio is None:
+    if wrong := [name for name, row in sides.items() if not row.get("verified")]:
         verdict = "WRONG"
-        wrong = [
-            (name, row) for name, row in (("old", old), ("new", new)) if not row.get("verified")
-        ]
-        why = "; ".join(f"{name}: {row.get('failure') or 'not verified'}" for name, row in wrong)
-    elif slowed := [name for name, row in (("old", old), ("new", new)) if row.get("throttled")]:
-        verdict = "UNSURE"
+        why = "; ".join(f"{n}: {sides[n].get('failure') or 'not verified'}" for n in wrong)
+    elif ratio is None:
+        why = "nobody knows how sure these times are: there are no samples"
+    elif slowed := [name for name, row in sides.items() if row.get("throttled")]:
         why = f"the GPU was throttled: {', '.join(slowed)}"
     else:
         beyond = abs(math.log(ratio.value)) > math.log1p(threshold)
@@ -250,8 +259,6 @@ def _judged(
             verdict = "SLOWER" if ratio.value > 1 else "FASTER"
         elif _within(ratio, threshold):
             verdict = "SAME"
-        else:
-            verdict = "UNSURE"
     times = old.get("median_us"), new.get("median_us")
     return Comparison(new, *times, ratio, chance, verdict, why)
 

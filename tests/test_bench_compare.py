@@ -191,6 +191,19 @@ def test_old_results_without_samples_are_compared_by_their_intervals():
     assert compare.compare(old, new).count("SLOWER") == 5
 
 
+@pytest.mark.parametrize("which", ["old", "new"])
+def test_a_row_that_is_a_number_alone_is_unsure(which):
+    both = {"old": result(1, count=3), "new": result(2, factor=1.5, count=3)}
+    for one in both[which]["rows"][:2]:
+        del one["samples_us"]
+    # what a host takes has neither samples nor an interval
+    report = compare.compare(**both)
+    assert [one.verdict for one in report.rows] == ["SLOWER", "UNSURE", "UNSURE"]
+    assert [one.ratio for one in report.rows[1:]] == [None, None]
+    assert report.rows[1].why == "nobody knows how sure these times are: there are no samples"
+    assert report.geomean.value == report.rows[0].ratio.value
+
+
 def test_a_result_is_the_same_as_itself():
     one = result(1)
     assert compare.compare(one, copy.deepcopy(one)).count("SAME") == 100
