@@ -24,6 +24,7 @@ from tritorch.bench.environment import SCHEMA
 from tritorch.bench.intervals import Interval
 from tritorch.bench.rows import key
 
+_Row = Mapping[str, Any]
 Verdict = Literal["FASTER", "SLOWER", "SAME", "UNSURE", "WRONG"]
 
 THRESHOLD = 0.03
@@ -106,7 +107,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], threshold: float = T
     FASTER and SLOWER: surely different, by more than `threshold`.  SAME: surely within it.
     UNSURE: neither, or the GPU was throttled, or there are no samples to tell by.
     """
-    before, after = _by_key(old["rows"]), _by_key(new["rows"])
+    before, after = _by_call(old["rows"], new["rows"])
     shared = [name for name in before if name in after]
     ratios = [_ratio(before[name], after[name]) for name in shared]
     chances = iter(_holm([ratio.chance for ratio in ratios if ratio is not None]))
@@ -125,10 +126,20 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], threshold: float = T
     )
 
 
-def _by_key(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], Mapping[str, Any]]:
-    """What was measured, and what could not be because it is wrong."""
-    timed = (row for row in rows if row.get("median_us") is not None or not row.get("verified"))
-    return {key(row): row for row in timed}
+def _by_call(*results: Sequence[Mapping[str, Any]]) -> list[dict[tuple[str, ...], _Row]]:
+    """Of each result what was measured, and what could not be because it is wrong."""
+    found = [
+        [row for row in rows if row.get("median_us") is not None or not row.get("verified")]
+        for rows in results
+    ]
+    # old results do not say the arguments: what is like their rows is told by its shape alone
+    untold = {key(row) for rows in found for row in rows if row.get("arguments") is None}
+
+    def call(row: _Row) -> tuple[str, ...]:
+        short = key({**row, "arguments": None})
+        return short if short in untold else key(row)
+
+    return [{call(row): row for row in rows} for rows in found]
 
 
 def _mean(found: Iterable[Comparison]) -> Interval | None:
@@ -143,7 +154,8 @@ def _order(row: Comparison) -> float:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    names = ("op", "name", "shape", "pass", "implementation")
+    call = "arguments" if row.get("arguments") else "shape"
+    names = ("op", "name", call, "pass", "implementation")
     return " ".join(str(row[name]) for name in names if row.get(name) not in (None, ""))
 
 

@@ -338,6 +338,9 @@ def _beside(row: Row, timed: timing.Timing, baseline: timing.Timing) -> Row:
 
 
 def key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a row is of: the same in two results, if it is to be compared."""
-    names = ("op", "name", "shape", "dtype", "layout", "pass", "implementation")
+    """What a row is of: the same in two results, if it is to be compared.
+
+    The shape is the first tensor's; the arguments say the others', where a row has them.
+    """
+    names = ("op", "name", "shape", "arguments", "dtype", "layout", "pass", "implementation")
     return tuple(str(row.get(name)) for name in names)

@@ -183,6 +183,28 @@ def test_what_is_in_one_result_alone_and_what_differs_is_said():
     assert report.environment == {"torch": ("2.11", "2.13"), "tf32.conv": (False, True)}
 
 
+def test_other_arguments_are_another_call():
+    old, new = result(1, count=2), result(2, factor=0.5, count=2)
+    for both, k in ((old, 512), (new, 16)):
+        both["rows"][0]["arguments"] = "a[8, 32] b[32, 8]"
+        both["rows"][1]["arguments"] = f"a[8, 32] b[32, {k}]"
+    report = compare.compare(old, new)
+    assert [one.row["arguments"] for one in report.rows] == ["a[8, 32] b[32, 8]"]
+    assert report.only_old == ("relu a[8, 32] b[32, 512] forward tritorch",)
+    assert report.only_new == ("relu a[8, 32] b[32, 16] forward tritorch",)
+    # two calls of one result that differ in nothing else
+    new["rows"].append({**new["rows"][0], "shape": [1], "arguments": "a[8, 32] b[32, 512]"})
+    assert len(compare.compare(old, new).rows) == 2
+
+
+def test_results_that_do_not_say_their_arguments_are_compared_by_their_shapes():
+    old, new = result(1, count=3), result(2, factor=1.5, count=3)
+    for one in new["rows"]:
+        one["arguments"] = "input[8]"
+    assert compare.compare(old, new).count("SLOWER") == 3
+    assert compare.compare(new, old).count("FASTER") == 3
+
+
 def test_old_results_without_samples_are_compared_by_their_intervals():
     old, new = result(1, count=5), result(2, factor=1.5, count=5)
     for one in old["rows"]:
