@@ -34,6 +34,8 @@ _RESAMPLES = 600
 # what a median is uncertain by at least, because clocks tick and rounds repeat
 _LEAST = 1e-3
 _Z = 1.959964
+# by how much clocks of equal speed differ at most
+_CLOCKS = 0.05
 # what stands beside a kernel to be compared with; the ceilings are torch's
 _OTHERS = frozenset({TORCH, COMPILED, *peers.NAMES})
 # rounds of which Student's t is a normal distribution
@@ -105,7 +107,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], threshold: float = T
     """Compares two results, the contents of their files.
 
     FASTER and SLOWER: surely different, by more than `threshold`.  SAME: surely within it.
-    UNSURE: neither, or the GPU was throttled, or there are no samples to tell by.
+    UNSURE: neither; or the GPU was throttled, waited for the host, or had another clock; or there
+    are no samples to tell by.
     """
     before, after = _by_call(old["rows"], new["rows"])
     shared = [name for name in before if name in after]
@@ -265,6 +268,10 @@ def _judged(
         why = "nobody knows how sure these times are: there are no samples"
     elif slowed := [name for name, row in sides.items() if row.get("throttled")]:
         why = f"the GPU was throttled: {', '.join(slowed)}"
+    elif bound := [name for name, row in sides.items() if row.get("host_bound")]:
+        why = f"the GPU waited for the host: {', '.join(bound)}"
+    elif other := _other_clocks(old, new):
+        why = other
     else:
         beyond = abs(math.log(ratio.value)) > math.log1p(threshold)
         if chance < _ALPHA and beyond:
@@ -273,6 +280,17 @@ def _judged(
             verdict = "SAME"
     times = old.get("median_us"), new.get("median_us")
     return Comparison(new, *times, ratio, chance, verdict, why)
+
+
+def _other_clocks(old: _Row, new: _Row) -> str:
+    """What the GPU's clocks were, where they explain a difference; "" where not, or not known."""
+    if not (old.get("clock_mhz") and new.get("clock_mhz")):
+        return ""
+    # the highest: a power cap lowers the others, of what draws more power first
+    then, now = max(old["clock_mhz"]), max(new["clock_mhz"])
+    if max(then, now) <= (1 + _CLOCKS) * min(then, now):
+        return ""
+    return f"the GPU's clock was at {then:.0f} MHz, then at {now:.0f}"
 
 
 def _within(ratio: Interval, threshold: float) -> bool:

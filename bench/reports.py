@@ -101,11 +101,22 @@ def details(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         *_named(row),
         *(number(row[name]) if row.get(name) else "" for name in ("tflops", "gbps")),
-        *("" if row.get(name) is None else number(row[name]) for name in ("graph_us", "host_us")),
+        graph(row),
+        "" if row.get("host_us") is None else number(row["host_us"]),
         "" if peak is None else f"{peak / 2**20:,.1f} MiB",
         "" if row.get("first_seconds") is None else f"{row['first_seconds']:.2f}",
         "; ".join(map(_kernel, row.get("kernels") or ())),
     )
+
+
+def graph(row: Mapping[str, Any]) -> str:
+    """The time in a CUDA graph, marked where the cache was warm: all other times are of a cold one.
+
+    Empty where there is none.
+    """
+    if row.get("graph_us") is None:
+        return ""
+    return number(row["graph_us"]) + (" warm" if row.get("graph_cold") is False else "")
 
 
 def _kernel(one: Mapping[str, Any]) -> str:
@@ -133,6 +144,8 @@ def _checked(row: Mapping[str, Any]) -> str:
         return f"FAILED: {row.get('failure', '')}"
     headroom = row.get("headroom")
     said = [] if headroom is None else [f"error {headroom:.0%} of its limit"]
+    if row.get("host_bound"):
+        said.append("waited for the host")
     if row.get("throttled"):
         said.append(f"GPU throttled: {', '.join(row['throttled'])}")
     return "; ".join(said)

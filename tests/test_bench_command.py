@@ -202,7 +202,7 @@ def test_a_case_that_raises_leaves_the_others(monkeypatch, tmp_path):
     assert re.search(r"softmax +images +forward +tritorch", result.output)
 
 
-def result_file(path, factor, **more):
+def result_file(path, factor, gpu="GPU 1", **more):
     shape = {"op": "relu", "name": "", "dtype": "float32", "layout": "contiguous"}
     row = {
         **shape,
@@ -214,7 +214,7 @@ def result_file(path, factor, **more):
         "verified": True,
         **more,
     }
-    environment = {"gpu": f"GPU {factor}"}
+    environment = {"gpu": gpu, "torch": f"2.{factor}"}
     path.write_text(json.dumps({"schema": 1, "rows": [row], "environment": environment}))
     return path
 
@@ -223,7 +223,7 @@ def test_compare_says_who_is_slower(tmp_path):
     old, new = result_file(tmp_path / "old", 1), result_file(tmp_path / "new", 1.2)
     result = bench("compare", old, new)
     assert result.exit_code == 0
-    assert "gpu: GPU 1 -> GPU 1.2" in result.output
+    assert "torch: 2.1 -> 2.1.2" in result.output
     assert re.search(r"SLOWER +relu .*10 -> 12 us +\+20.0 % \[\+1", result.output)
     assert "0 FASTER, 1 SLOWER, 0 SAME" in result.output
     assert bench("compare", old, new, "--fail-on-slower").exit_code == 1
@@ -251,6 +251,15 @@ def test_a_kernel_that_now_raises_fails_the_comparison(tmp_path):
     assert re.search(r"WRONG +relu .*10 -> - us +new: raises ValueError", result.output)
     assert "1 WRONG; there is nothing to compare" in result.output
     assert result.exit_code == 1
+
+
+def test_results_of_two_gpus_are_compared_and_decide_nothing(tmp_path):
+    old, new = (result_file(tmp_path / gpu, 1, gpu) for gpu in ("H100", "H200"))
+    result = bench("compare", old, new)
+    assert (result.exit_code, "gpu: H100 -> H200" in result.output) == (0, True)
+    result = bench("compare", old, new, "--fail-on-slower")
+    assert result.exit_code == 2
+    assert f"Error: --fail-on-slower: {old} is of H100, {new} of H200\n" == result.output
 
 
 def test_show_makes_a_page_of_an_old_result(tmp_path):

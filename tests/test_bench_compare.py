@@ -172,6 +172,28 @@ def test_a_call_that_raises_in_one_of_them_is_wrong(which):
     assert all(us > 0 for us in times.values())
 
 
+@pytest.mark.parametrize(
+    ("old_has", "new_has", "why"),
+    [
+        ({"host_bound": True}, {"host_bound": False}, "the GPU waited for the host: old"),
+        ({}, {"host_bound": True}, "the GPU waited for the host: new"),
+        (
+            {"clock_mhz": [1980.0, 1980.0]},
+            {"clock_mhz": [1200.0, 1215.0]},
+            "the GPU's clock was at 1980 MHz, then at 1215",
+        ),
+        ({"clock_mhz": [1980.0, 1980.0]}, {"clock_mhz": [1600.0, 1905.0]}, ""),
+        ({"clock_mhz": [1980.0, 1980.0]}, {"clock_mhz": None}, ""),
+        ({"throttled": []}, {"throttled": ["heat"]}, "the GPU was throttled: new"),
+    ],
+)
+def test_what_else_explains_a_difference_makes_it_unsure(old_has, new_has, why):
+    old, new = result(1, count=2, **old_has), result(2, factor=1.5, count=2, **new_has)
+    report = compare.compare(old, new)
+    assert {one.why for one in report.rows} == {why}
+    assert report.count("UNSURE" if why else "SLOWER") == 2
+
+
 def test_what_is_in_one_result_alone_and_what_differs_is_said():
     old, new = result(1, count=3), result(2, count=4)
     del new["rows"][0]

@@ -44,6 +44,16 @@ def test_details_are_cells():
     assert reports.details(TORCH)[4:] == ("",) * 7
 
 
+def test_a_graph_that_finds_a_warm_cache_and_a_late_host_are_marked():
+    assert reports.details({**ROW, "graph_cold": True})[6] == "17.25"
+    assert reports.details({**ROW, "graph_cold": False})[6] == "17.25 warm"
+    assert reports.line({**ROW, "host_bound": False})[-1] == ""
+    assert reports.line({**ROW, "host_bound": True})[-1] == "waited for the host"
+    text = reports.markdown(result({**ROW, "host_bound": True, "graph_cold": False}))
+    assert "waited for the host" in text
+    assert "| 17.25 warm |" in text
+
+
 def test_markdown_has_a_second_table_where_there_is_something_to_tell():
     text = reports.markdown(result(ROW, TORCH))
     assert " | ".join(DETAILS) in text

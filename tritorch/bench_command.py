@@ -246,7 +246,7 @@ def _command(targets: tuple[str, ...], options: Mapping[str, Any]) -> str:
 
 def _keeper(store: Store, console: Console) -> Callable[[dict[str, Any]], None]:
     """Keeps rows, and shows them."""
-    from tritorch.bench.reports import number
+    from tritorch.bench.reports import graph, number
 
     head = ("op", "call", "pass", "by", "time, us", "x torch", "roofline", "graph, us", "host, us")
     console.print(_LINE.format(*head, "").rstrip(), style="bold", markup=False)
@@ -263,10 +263,8 @@ def _keeper(store: Store, console: Console) -> Callable[[dict[str, Any]], None]:
             "-" if us is None else number(us),
             "-" if speedup is None else f"{speedup:.2f}",
             "-" if roofline is None else f"{roofline:.0%}",
-            *(
-                "-" if row.get(name) is None else number(row[name])
-                for name in ("graph_us", "host_us")
-            ),
+            graph(row) or "-",
+            "-" if row.get("host_us") is None else number(row["host_us"]),
             _said(row),
         )
         colour = "bold red" if wrong else None
@@ -278,7 +276,10 @@ def _keeper(store: Store, console: Console) -> Callable[[dict[str, Any]], None]:
 def _said(row: Mapping[str, Any]) -> str:
     if not row["verified"]:
         return f"FAILED {row.get('failure', '')}"
-    return f"GPU throttled: {', '.join(row['throttled'])}" if row.get("throttled") else ""
+    said = ["waited for the host"] if row.get("host_bound") else []
+    if row.get("throttled"):
+        said.append(f"GPU throttled: {', '.join(row['throttled'])}")
+    return "; ".join(said)
 
 
 @contextlib.contextmanager

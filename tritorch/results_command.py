@@ -131,8 +131,9 @@ def compare(old: Path, new: Path, threshold: float, fail_on_slower: bool) -> Non
 
     OLD and NEW are files of `tritorch bench --json` or of `make gpu`.  FASTER and SLOWER: the
     medians differ surely, by more than the threshold; SAME: surely by less; WRONG: not verified in
-    one of them; UNSURE also: taken while the GPU was throttled.  Of all rows together a false
-    alarm has a chance of 5 %.
+    one of them; UNSURE also: taken while the GPU was throttled, had another clock, or waited for
+    the host, or without samples to tell by.  Of all rows together a false alarm has a chance of
+    5 %.  Results of two GPUs are compared, and --fail-on-slower is refused.
 
     The counts, the geometric mean and the exit status are of our kernels, or yours.  torch's calls
     and the ceilings are the control: what has moved there is the machine.
@@ -143,6 +144,9 @@ def compare(old: Path, new: Path, threshold: float, fail_on_slower: bool) -> Non
         before, after = (comparing.read(path) for path in (old, new))
     except comparing.NoResult as error:
         stop(str(error), USAGE)
+    then, now = (one["environment"].get("gpu") for one in (before, after))
+    if fail_on_slower and then != now:
+        stop(f"--fail-on-slower: {old} is of {then or 'a CPU'}, {new} of {now or 'a CPU'}", USAGE)
     report = comparing.compare(before, after, threshold)
     _show(report, Console(highlight=False, soft_wrap=True))
     if fail_on_slower and any(one.verdict in ("SLOWER", "WRONG") for one in report.ours):
