@@ -177,6 +177,27 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
     assert {row["pass"] for row in json.loads(path.read_text())["rows"]} == {"forward"}
 
 
+def test_an_error_of_the_gpu_keeps_what_was_measured(monkeypatch, tmp_path):
+    measured = rows.Bench.rows
+
+    def fails(self, case, which, slots):
+        if which == "backward":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return measured(self, case, which, slots)
+
+    monkeypatch.setattr(rows.Bench, "rows", fails)
+    files = [tmp_path / "result.json", tmp_path / "result.md"]
+    result = bench("relu", "softmax", "--json", files[0], "--md", files[1], *QUICK)
+    said = "not measured: the rest: AcceleratorError: CUDA error: an illegal memory access"
+    assert said in result.output
+    assert result.exit_code == 3
+    written = json.loads(files[0].read_text())
+    assert {row["pass"] for row in written["rows"]} == {"forward"}
+    assert {row["implementation"] for row in written["rows"]} == {"tritorch", "torch"}
+    assert written["problems"][0].startswith(said)
+    assert "| relu | " in files[1].read_text()
+
+
 def test_a_full_disk_is_told_and_leaves_the_last_file(monkeypatch, tmp_path):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")

@@ -116,7 +116,7 @@ def run(targets: tuple[str, ...], **options: Any) -> None:
     `tritorch bench compare OLD NEW` compares two files of --json.
 
     Exit status: 0, 1 where a result was wrong (a peer's excepted), 2 a wrong call, 3 something is
-    missing, 130 interrupted; what was measured is written in any case.
+    missing or the GPU has failed, 130 interrupted; what was measured is written in any case.
     """
     files = {name: options.pop(name) for name in _OUTPUTS}
     check_free(files, options.pop("force"))
@@ -167,6 +167,12 @@ def run(targets: tuple[str, ...], **options: Any) -> None:
         status = _STOPPED
     except OSError as error:
         console.print(f"the result could not be written: {error}", style="bold red", markup=False)
+        status = UNABLE
+    except RuntimeError as error:
+        # of the GPU, after which this process measures nothing more
+        text = f"not measured: the rest: {type(error).__name__}: {error}"
+        console.print(text, style="bold red", markup=False)
+        store.more["problems"] = [text]
         status = UNABLE
     write(store, files, console)
     sys.exit(status)
