@@ -290,6 +290,23 @@ def test_show_makes_a_page_of_an_old_result(tmp_path):
     assert "say what to make" in bench("show", tmp_path / "old").output
 
 
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_a_file_is_written_once_and_never_over_its_source(tmp_path, force):
+    path = tmp_path / "a"
+    same = tmp_path / "b" / ".." / "a"
+    result = bench("relu", "--json", path, "--csv", same, *QUICK, *force)
+    assert result.exit_code == 2
+    assert f"--csv {same} is --json: name another file" in result.output
+    assert not path.exists()
+    before = result_file(path, 1).read_text()
+    (tmp_path / "link").symlink_to(path)
+    for name in (path, tmp_path / "link"):
+        result = bench("show", path, "--md", name, *force)
+        assert result.exit_code == 2
+        assert f"--md {name} is the result itself: name another file" in result.output
+    assert path.read_text() == before
+
+
 def test_help_tells_of_options_and_of_compare():
     text = bench("--help").output
     assert "--sizes" in text

@@ -75,11 +75,17 @@ def write(store: Store, files: Mapping[str, Path | None], console: Console) -> N
         stop(f"the result could not be written: {error}", UNABLE)
 
 
-def check_free(files: Mapping[str, Path | None], force: bool) -> None:
-    """Before minutes of work whose result could not be written."""
+def check_free(files: Mapping[str, Path | None], force: bool, result: Path | None = None) -> None:
+    """Before minutes of work whose result could not be written.
+
+    `result`: what is read, and not to be replaced by what is made of it.
+    """
+    taken = {} if result is None else {result.resolve(): "the result itself"}
     for name, path in files.items():
         if path is None or str(path) == "-":
             continue
+        if (other := taken.setdefault(path.resolve(), f"--{name}")) != f"--{name}":
+            raise click.UsageError(f"--{name} {path} is {other}: name another file")
         check_folder(path.parent)
         if path.exists() and not force:
             raise click.UsageError(f"--{name} {path} exists: name a new file, or add --force")
@@ -103,7 +109,7 @@ def show(result: Path, force: bool, **files: Path | None) -> None:
     from tritorch.bench import compare as comparing
     from tritorch.bench.store import Store
 
-    check_free(files, force)
+    check_free(files, force, result)
     try:
         found = comparing.read(result)
     except comparing.NoResult as error:
