@@ -78,6 +78,20 @@ def test_rows_of_an_op_are_shown_and_written(tmp_path):
     assert "http" not in re.sub(r'xmlns\S*="[^"]*"|<metadata>.*?</metadata>', "", page, flags=re.S)
 
 
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    [((), "--device cpu --small"), (("--real",), "--device cpu --real")],
+)
+def test_the_command_that_is_recorded_repeats_the_run(theirs, tmp_path, options, recorded):
+    path = tmp_path / "result.json"
+    sizes = ("--sizes", "M=8,K=16,N=8", "--pass", "forward")
+    bench(f"{theirs}:product", *sizes, *options, "--json", path, *QUICK)
+    assert json.loads(path.read_text())["command"] == (
+        f"tritorch bench {theirs}:product --dtype bfloat16 --seconds 0.01 --precision 0.01 "
+        f"--seed 0 --sizes 'M=8,K=16,N=8' --pass forward {recorded}"
+    )
+
+
 def test_a_users_function_is_measured_beside_its_reference(theirs, tmp_path):
     path = tmp_path / "result.json"
     sizes = ("--sizes", "M=8,K=16; M=64,N=8,K=4")

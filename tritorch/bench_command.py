@@ -155,7 +155,7 @@ def run(targets: tuple[str, ...], **options: Any) -> None:
     path = files["json"] if files["json"] is not None and str(files["json"]) != "-" else None
     store = Store(path)
     store.go_on(environment(), fresh=True)
-    store.more = {"command": _command(targets, options)}
+    store.more = {"command": _command(targets, options, device, small)}
     status = 0
     try:
         with _progress(console) as on_case:
@@ -236,7 +236,8 @@ def _head(device: str, small: bool, count: int) -> str:
     )
 
 
-def _command(targets: tuple[str, ...], options: Mapping[str, Any]) -> str:
+def _command(targets: tuple[str, ...], options: Mapping[str, Any], device: str, small: bool) -> str:
+    """What measures the same again, on another machine too."""
     words = ["tritorch bench", *targets]
     for name in ("dtype", "seconds", "precision", "seed"):
         words.append(f"--{name} {options[name]}")
@@ -247,6 +248,7 @@ def _command(targets: tuple[str, ...], options: Mapping[str, Any]) -> str:
         words.append(f"--vs '{','.join(options['beside'])}'")
     if options["passes"]:
         words.append(f"--pass {','.join(options['passes'])}")
+    words += [f"--device {device}", "--small" if small else "--real"]
     return " ".join(words)
 
 
