@@ -64,6 +64,24 @@ def test_cost_moves_at_least_the_arguments(spec):
         assert moved >= sum(t.numel() * t.element_size() for t in tensors)
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("group_norm", {"num_groups": 2}),
+        ("instance_norm", {}),
+        ("instance_norm", {"use_input_stats": False}),
+        ("layer_norm", {"normalized_shape": (4, 8, 8)}),
+    ],
+)
+def test_a_norm_moves_its_tensors_once_at_least(name, more):
+    (spec,) = (spec for spec in specs() if spec.name == name)
+    x = torch.empty(2, 4, 8, 8, device="meta")
+    cost = spec.cost(input=x, **more)
+    # the input and the output; the input and both gradients
+    assert cost["forward"].bytes == 2 * 4 * x.numel()
+    assert cost["backward"].bytes == 3 * 4 * x.numel()
+
+
 def test_a_filter_smaller_than_its_stride_reads_some_pixels():
     (spec,) = (spec for spec in specs() if spec.name == "conv2d")
     x, w = torch.empty(2, 3, 8, 8, device="meta"), torch.empty(5, 3, 1, 1, device="meta")
