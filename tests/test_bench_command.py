@@ -150,6 +150,8 @@ def test_a_users_function_stands_beside_ours(theirs, tmp_path):
         (("relu", "--dtype", "int8"), "received int8"),
         (("sgd_step", "--pass", "backward"), "nothing to measure"),
         (("relu", "--precision", "2"), "is not a share"),
+        (("relu", "--seconds", "nan"), "nan is not a finite number"),
+        (("relu", "--seconds", "inf"), "inf is not a finite number"),
         (("relu", "--json", "{}"), "exists: name a new file, or add --force"),
         (("relu", "--md", "{}/x.md"), "is not a folder to write in"),
         (("compare", "{}", "{}"), "theirs.py: Expecting value"),

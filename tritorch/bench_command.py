@@ -13,7 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tritorch import results_command
-from tritorch.results_command import SLOWER, UNABLE, USAGE, check_free, output, percent, stop, write
+from tritorch.results_command import (
+    SLOWER,
+    UNABLE,
+    USAGE,
+    check_free,
+    finite,
+    output,
+    percent,
+    stop,
+    write,
+)
 
 if TYPE_CHECKING:
     from tritorch.bench.store import Store
@@ -87,6 +97,7 @@ def _words(context: click.Context, option: click.Parameter, value: str) -> tuple
 @click.option(
     "--seconds",
     type=click.FloatRange(0.001),
+    callback=finite,
     default=1.0,
     show_default=True,
     help="That one pass may take at most.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from tritorch import (
     inspect_command,
     tune_command,
 )
+from tritorch.results_command import finite
 
 if TYPE_CHECKING:
     from tritorch.screen import Screen
@@ -39,12 +39,6 @@ class Unable(click.ClickException):
     """What was asked for needs something that this machine lacks."""
 
     exit_code = _UNABLE
-
-
-def _finite(context: click.Context, option: click.Parameter, value: float) -> float:
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number", context, option)
-    return value
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,13 +62,13 @@ main.add_command(tune_command.tune)
 @click.option(
     "--lr",
     type=click.FloatRange(0),
-    callback=_finite,
+    callback=finite,
     default=0.05,
     show_default=True,
     help="Learning rate of the first step; falls linearly to zero.",
 )
 @click.option(
-    "--momentum", type=click.FloatRange(0), callback=_finite, default=0.9, show_default=True
+    "--momentum", type=click.FloatRange(0), callback=finite, default=0.9, show_default=True
 )
 @click.option(
     "--seed",
