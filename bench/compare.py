@@ -28,6 +28,8 @@ _Row = Mapping[str, Any]
 Verdict = Literal["FASTER", "SLOWER", "SAME", "UNSURE", "WRONG"]
 
 THRESHOLD = 0.03
+# without which nobody knows what a row is of
+_FIELDS = ("op", "shape", "pass", "implementation", "median_us", "verified")
 # of all rows together
 _ALPHA = 0.05
 _RESAMPLES = 600
@@ -100,6 +102,13 @@ def read(path: Path) -> dict[str, Any]:
         raise NoResult(f"{path} is no result of a benchmark: it has no rows")
     if result.get("schema") != SCHEMA:
         raise NoResult(f"{path} has schema {result.get('schema')}, this tritorch reads {SCHEMA}")
+    for row in result["rows"]:
+        lacks = [name for name in _FIELDS if not isinstance(row, dict) or name not in row]
+        if lacks:
+            kind = result.get("kind")
+            raise NoResult(f"{path} is of kind {kind}, whose rows have no {', '.join(lacks)}")
+    if not isinstance(result.get("environment"), dict):
+        raise NoResult(f"{path} is no result of a benchmark: it has no environment")
     return result
 
 

@@ -139,9 +139,14 @@ def _detailed(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return [cells for cells in map(details, rows) if any(cells[4:])]
 
 
+def failure_of(row: Mapping[str, Any]) -> str:
+    """Why a row was not verified; old results do not say it."""
+    return row.get("failure") or "not verified"
+
+
 def _checked(row: Mapping[str, Any]) -> str:
     if not row.get("verified"):
-        return f"FAILED: {row.get('failure', '')}"
+        return f"FAILED: {failure_of(row)}"
     headroom = row.get("headroom")
     said = [] if headroom is None else [f"error {headroom:.0%} of its limit"]
     if row.get("host_bound"):
@@ -225,7 +230,8 @@ def _card(head: str, what: str, note: str) -> str:
 
 
 def _failures(rows: Sequence[Mapping[str, Any]], result: Result) -> str:
-    found = [f"{' '.join(line(row)[:4])}: {row['failure']}" for row in rows if not row["verified"]]
+    wrong = [row for row in rows if not row["verified"]]
+    found = [f"{' '.join(_named(row))}: {failure_of(row)}" for row in wrong]
     found += result.get("problems", [])
     items = "".join(f"<li>{escape(text)}</li>" for text in found)
     return f'<ul class="bad">{items}</ul>' if items else ""

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from tritorch.bench import compare
+from tritorch.bench import compare, host, reports
 from tritorch.bench.compare import NoResult, read
 from tritorch.bench.intervals import median
 from tritorch.bench.measured import RESULTS
@@ -259,6 +259,8 @@ def test_a_result_is_the_same_as_itself():
         ("{", "Expecting"),
         ("[]", "no result of a benchmark"),
         (json.dumps({"rows": [], "schema": 0}), "has schema 0, this tritorch reads 1"),
+        (json.dumps({"rows": [], "schema": 1}), "it has no environment"),
+        (json.dumps({"rows": [3], "schema": 1}), "whose rows have no op, shape, pass"),
     ],
 )
 def test_a_file_that_is_no_result_is_refused(tmp_path, content, said):
@@ -267,3 +269,30 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, content, said):
         read(tmp_path / "a.json")
     with pytest.raises(NoResult, match="No such file"):
         read(tmp_path / "b.json")
+
+
+COMMITTED = sorted(RESULTS.glob("*/*/*.json"))
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in COMMITTED])
+def test_what_is_committed_is_compared_and_shown_or_refused(path, monkeypatch):
+    # pictures take their time
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    kind = json.loads(path.read_text()).get("kind")
+    if kind not in ("bench", "calibration"):
+        with pytest.raises(NoResult, match=r"whose rows have no |has schema None"):
+            read(path)
+        return
+    content = read(path)
+    report = compare.compare(content, content)
+    assert report.count("FASTER") + report.count("SLOWER") == 0
+    assert "<html" in reports.page(content)
+
+
+def test_a_result_of_the_host_alone_is_refused(tmp_path, monkeypatch):
+    row = {"op": "relu", "median_us": 1.0, "baseline_us": 2.0, "verified": True, "functions": 3}
+    rows = [{**row, "pass": which, "launches": 1} for which in ("host", "host_both")]
+    monkeypatch.setattr(host, "rows", lambda: rows)
+    host.main(["--json", str(tmp_path / "a.json")])
+    with pytest.raises(NoResult, match="is of kind host, whose rows have no shape, implementation"):
+        read(tmp_path / "a.json")
