@@ -208,6 +208,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="take everything as it is now")
     parser.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
     options = parser.parse_args()
+    unknown = sorted(set(options.ops) - {spec.name for spec in inspection.own_ops([])})
+    if unknown:
+        parser.error(f"there is no op {', '.join(unknown)}")
     baseline = load()
     version = metadata.version("triton")
     if baseline is None and not options.write:

@@ -66,3 +66,12 @@ def test_another_estimator_is_not_held_against_a_kernel():
     for readers, ok in ((gate.readers(), False), ("another", True)):
         baseline = {"rows": cheaper, "readers": readers}
         assert gate.judge(baseline, found, spec, "sm_90").ok == ok
+
+
+@pytest.mark.parametrize("name", ["nosuchop", "a.py:f"])
+def test_an_op_that_there_is_not_is_a_wrong_call(monkeypatch, capsys, name):
+    monkeypatch.setattr("sys.argv", ["gate", "relu", name, "--write"])
+    with pytest.raises(SystemExit) as stopped:
+        gate.main()
+    assert stopped.value.code == 2
+    assert f"error: there is no op {name}" in capsys.readouterr().err
