@@ -84,3 +84,23 @@ def test_the_command_prints_them():
     assert result.exit_code == 0
     assert "forward: matmul_kernel" in result.output
     assert "the kernel's own choice" in result.output
+
+
+@pytest.mark.parametrize("asked", [("--why", "linear", "64,256,128"), ("linear", "--rank")])
+def test_an_answer_that_is_no_report_is_not_written(tmp_path, asked):
+    path = tmp_path / "a.json"
+    result = CliRunner().invoke(main, ["inspect", *asked, "--json", str(path)])
+    option = "--why" if "--why" in asked else "--rank"
+    assert f"--json holds the report of a TARGET, not {option}" in result.output
+    assert (result.exit_code, path.exists()) == (2, False)
+
+
+def test_a_difference_of_reports_is_not_written(tmp_path):
+    reports = [tmp_path / "a.json", tmp_path / "b.json"]
+    for report in reports:
+        report.write_text("{}")
+    path = tmp_path / "c.json"
+    words = ["inspect", "--diff", *map(str, reports), "--json", str(path)]
+    result = CliRunner().invoke(main, words)
+    assert "not --diff of two reports" in result.output
+    assert (result.exit_code, path.exists()) == (2, False)

@@ -142,7 +142,7 @@ def _answer(
     console: Console,
 ) -> None:
     diff = options["diff"]
-    if diff and all(Path(one).is_file() for one in diff):
+    if diff and _are_files(diff):
         _diff_of_files(diff, console)
         return
     if options["why"]:
@@ -169,6 +169,10 @@ def _answer(
         _write(rows, target, json_file, force)
 
 
+def _are_files(names: tuple[str, str]) -> bool:
+    return all(Path(name).is_file() for name in names)
+
+
 def _check(
     target: str | None, json_file: Path | None, force: bool, options: dict[str, Any]
 ) -> None:
@@ -181,6 +185,12 @@ def _check(
         if not options["stages"]:
             raise click.UsageError("--out needs --emit")
         check_command.check_folder(options["out"])
+    if json_file is not None:
+        # what these answer is no report
+        told = [f"--{name}" for name in ("why", "rank") if options[name]]
+        told += ["--diff of two reports"] if options["diff"] and _are_files(options["diff"]) else []
+        if told:
+            raise click.UsageError(f"--json holds the report of a TARGET, not {' or '.join(told)}")
     if importlib.util.find_spec("triton") is None:
         _stop("tritorch inspect needs Triton: pip install triton", _UNABLE)
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
