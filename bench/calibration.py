@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tritorch.bench import predictions
+from tritorch.bench import compare, predictions
 from tritorch.bench.environment import environment
 from tritorch.bench.precompile import target_of
 from tritorch.bench.predictions import Measured, Prediction
@@ -138,6 +138,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     path: Path = options.result
+    try:
+        compare.read(path)
+    except compare.NoResult as error:
+        parser.error(str(error))
     measured = Store(path)
     measured.again()
     store = Store(None, "calibration")

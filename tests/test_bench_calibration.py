@@ -111,6 +111,22 @@ def test_an_old_result_is_left_as_it_is_and_gets_a_file_beside_it(doubled, tmp_p
 
 
 @pytest.mark.reference
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "No such file"), ("{", "Expecting"), ("[]", "is no result of a benchmark")],
+)
+def test_what_is_no_result_is_a_wrong_call(tmp_path, capsys, content, said):
+    path = tmp_path / "a-gpu.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        calibration.main([str(path)])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "a-calibration.json").exists()
+
+
+@pytest.mark.reference
 def test_nothing_measured_is_said(capsys):
     calibration.add(Store.of({**result(ROW), "environment": environment()}), 1)
     assert "no row of a GPU" in capsys.readouterr().out
