@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import multiprocessing
 import os
 import signal
@@ -45,6 +46,10 @@ _INTERRUPTED, _UNABLE = 130, 3
 
 # threads of the parent are of no use to its children
 _processes: Any = multiprocessing.get_context("fork")
+
+
+class NoGpu(RuntimeError):
+    """There is none, and no other device was asked for."""
 
 
 @dataclass
@@ -186,6 +191,8 @@ class Run:
             if event == "finished":
                 return True
             if event == "environment":
+                if self.setting.device == "cuda" and fields["environment"]["gpu"] is None:
+                    raise NoGpu("--device cuda: torch finds no GPU")
                 self.store.go_on(fields["environment"])
                 self.done |= {rows.key(row) for row in self.store.rows}
                 connection.send((self.done, self.store.rows, self.ended, self.lost))
@@ -323,6 +330,11 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(chosen) - set(SECTIONS)
     if unknown:
         parser.error(f"--sections: unknown {', '.join(sorted(unknown))}: {', '.join(SECTIONS)}")
+    for name in ("batch", "shrink"):
+        if (number := getattr(options, name)) < 1:
+            parser.error(f"--{name}: expects 1 or more, received {number}")
+    if options.seconds is not None and not 0 < options.seconds < math.inf:
+        parser.error(f"--seconds: expects more than 0, received {options.seconds}")
     setting = Setting(
         batch=options.batch,
         shrink=options.shrink,
@@ -354,7 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 print("skipped: correctness: it is about a GPU")
         _pictures(store)
-    except OtherResults as error:
+    except (NoGpu, OtherResults) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print(f"interrupted: {len(store.rows)} rows are kept in {store.path}", flush=True)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tritorch.bench import gpu
 from tritorch.bench.environment import environment
@@ -308,3 +309,37 @@ def test_details_are_of_a_gpu(tmp_path):
     result, _ = run(tmp_path / "out", "", "host,details")
     assert [one["why"] for one in result["skipped"]] == ["it is about a GPU"]
     assert all("kernels" not in row for row in result["rows"])
+
+
+@pytest.mark.parametrize(
+    ("option", "number", "said"),
+    [
+        ("--shrink", "0", "--shrink: expects 1 or more, received 0"),
+        ("--batch", "0", "--batch: expects 1 or more, received 0"),
+        ("--seconds", "-5", "--seconds: expects more than 0, received -5.0"),
+        ("--seconds", "nan", "--seconds: expects more than 0, received nan"),
+        ("--seconds", "inf", "--seconds: expects more than 0, received inf"),
+    ],
+)
+def test_a_number_that_makes_no_run_is_a_wrong_call(tmp_path, capsys, option, number, said):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main([*SMALL, "--out", str(out), option, number, "--sections", "calibration"])
+    assert (stopped.value.code, said in capsys.readouterr().err) == (2, True)
+    assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_told_and_nothing_is_written(tmp_path):
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "tritorch.bench.gpu", "--out", str(out), "--workers", "0"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.endswith("error: --device cuda: torch finds no GPU\n")
+    assert not out.exists()
