@@ -6,6 +6,7 @@ under which this machine's results are kept.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+import tritorch
 from tritorch.bench import clocks
 
 __all__ = ["PEERS", "SCHEMA", "environment", "gpu_slug", "write_result", "write_whole"]
@@ -38,15 +40,16 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment() -> dict[str, Json]:
-    """Everything that a result depends on besides the code that was timed, ready for JSON.
+    """Everything that a result depends on, ready for JSON.
 
     `gpu`, `capability` (such as "9.0"), `multiprocessors`, `gpu_memory` and `l2_cache` (bytes) are
     None without a GPU, and what `clocks.settings` asks of the machine (driver, power limit, highest
     clock, ECC, MIG) where it does not answer; `triton` is None where it is not installed. `commit`
     and `dirty` (tracked files differ from it) describe the checkout that this file is in. Both are
     None outside one; a copy of the tree that lacks its history can be told its commit in the
-    variable TRITORCH_COMMIT. `date` is UTC, ISO 8601, seconds. `tf32` holds torch's two switches,
-    `triton_env` the TRITON_* variables. `peers` is there if others' kernels are.
+    variable TRITORCH_COMMIT. `code` is a hash of what ran, committed or not. `date` is UTC, ISO
+    8601, seconds. `tf32` holds torch's two switches, `triton_env` the TRITON_* variables. `peers`
+    is there if others' kernels are.
     """
     commit, dirty = _commit()
     # `allow_tf32` raises once a program has set a newer switch; torch gives those no types
@@ -64,6 +67,7 @@ def environment() -> dict[str, Json]:
         "platform": platform.platform(),
         "commit": commit,
         "dirty": dirty,
+        "code": _code(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "tf32": {
             "matmul": backends.cuda.matmul.fp32_precision == "tf32",
@@ -171,6 +175,21 @@ def _commit() -> tuple[str | None, bool | None]:
         return os.environ.get("TRITORCH_COMMIT"), None
     status = _git("status", "--porcelain", "--untracked-files=no")
     return _git("rev-parse", "HEAD"), None if status is None else status != ""
+
+
+def _code() -> str:
+    """A hash of the package's source and of the tables of configurations that it ships."""
+    package, found = Path(tritorch.__file__).resolve().parent, hashlib.sha256()
+    files = [
+        Path(folder, name)
+        for folder, _, names in os.walk(package, followlinks=True)
+        for name in names
+        if name.endswith(".py") or Path(folder) == package / "data" / "tuned"
+    ]
+    for file in sorted(files):
+        content = file.read_bytes()
+        found.update(f"{file.relative_to(package)} {len(content)}\n".encode() + content)
+    return found.hexdigest()[:16]
 
 
 def _git(*arguments: str) -> str | None:

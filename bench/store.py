@@ -14,10 +14,23 @@ from tritorch.bench.environment import SCHEMA, environment, write_whole
 _EVERY = 2.0
 # that a result has in any case
 _FIELDS = ("schema", "kind", "environment", "rows", "skipped")
+# of an environment: with another one times are not of the same thing
+_SAME = (
+    "gpu",
+    "driver",
+    "power_limit_watts",
+    "mig",
+    "cuda",
+    "cudnn",
+    "torch",
+    "triton",
+    "commit",
+    "code",
+)
 
 
 class OtherResults(ValueError):
-    """The file holds what another commit or another GPU gave."""
+    """The file holds what other code or another machine gave."""
 
 
 class Store:
@@ -41,23 +54,25 @@ class Store:
         return store
 
     def go_on(self, environment: Mapping[str, Any], *, fresh: bool = False) -> None:
-        """Takes the environment of a run, and unless it is `fresh` the rows that an earlier one in
-        it left.
+        """Takes the environment of a run, or unless it is `fresh` the rows and the environment that
+        an earlier one in it left.
 
-        Raises OtherResults where the file is of another environment.
+        Raises OtherResults where the file is of another environment, and leaves it as it is.
         """
-        self.environment = environment
-        if fresh or self.rows or self.path is None or not self.path.exists():
+        if self.environment is not None:
             return
-        found = self._read(self.path)
-        for name in ("gpu", "commit", "torch", "triton"):
-            then = found["environment"].get(name)
-            if then != environment.get(name):
-                raise OtherResults(
-                    f"{self.path} holds results of {name} {then}, this is "
-                    f"{environment.get(name)}: name another folder"
-                )
-        self._take(found)
+        if not fresh and self.path is not None and self.path.exists():
+            found = self._read(self.path)
+            then = found["environment"]
+            for name in _SAME:
+                if then.get(name) != environment.get(name):
+                    raise OtherResults(
+                        f"{self.path} holds results of {name} {then.get(name)}, this is "
+                        f"{environment.get(name)}: name another folder"
+                    )
+            self._take(found)
+            environment = then
+        self.environment = environment
 
     def again(self) -> None:
         """Takes what an earlier run left, whatever its environment, and keeps its environment.
@@ -115,6 +130,7 @@ class Store:
 
     def write(self) -> None:
         """Raises OSError where the disk is full: what was written before is left as it is."""
-        if self.path is not None:
+        # until a run has begun, what lies there may be another one's
+        if self.path is not None and (self.environment is not None or not self.path.exists()):
             write_whole(self.path, self.content(), overwrite=True)
         self._written = time.monotonic()

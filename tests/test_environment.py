@@ -81,6 +81,25 @@ def test_commit_and_dirty_flag_of_a_checkout(checkout):
     assert (environment()["commit"], environment()["dirty"]) == (head, True)
 
 
+def test_code_is_what_the_package_holds(tmp_path, monkeypatch):
+    """With or without a commit, tracked or not; a result beside it is none."""
+    package = tmp_path / "package"
+    (package / "data" / "tuned").mkdir(parents=True)
+    (tmp_path / "bench").mkdir()
+    # a checkout shows folders by links
+    (package / "bench").symlink_to(tmp_path / "bench")
+    monkeypatch.setattr(module.tritorch, "__file__", str(package / "__init__.py"))
+    seen = [environment()["code"]]
+    for name in ("__init__.py", "bench/rows.py", "data/tuned/gpu.json"):
+        for text in ("1", "2"):
+            (package / name).write_text(text)
+            seen.append(environment()["code"])
+    assert len(set(seen)) == len(seen)
+    (package / "bench" / "result.json").write_text("{}")
+    (package / "bench" / "rows.py").write_text("2")
+    assert environment()["code"] == seen[-1]
+
+
 def test_commit_is_not_that_of_a_surrounding_repository(checkout, monkeypatch):
     installed = checkout / "site-packages"
     installed.mkdir()
