@@ -30,6 +30,8 @@ _DIFFERENT = 2.0**-6
 # bytes of the tensors of all sets of a ring
 _MEMORY = 1 << 30
 _MOST_SETS = 8
+# arguments whose numbers are none below zero: of what has a root taken, and counts
+_POSITIVE = frozenset({"var", "rstd", "running_var", "exp_avg_sqs", "max_exp_avg_sqs", "steps"})
 _PLAN = timing.Plan(precision=0.005)
 
 
@@ -156,15 +158,18 @@ def _planned(argument: Any) -> Any:
     return argument
 
 
-def _made(argument: Any, device: torch.device) -> Any:
+def _made(argument: Any, device: torch.device, positive: bool) -> Any:
     if isinstance(argument, Tensor):
-        made = torch.empty_strided(
-            argument.shape, argument.stride(), dtype=argument.dtype, device=device
-        )
+        lengths = zip(argument.shape, argument.stride(), strict=True)
+        extent = 1 + sum((n - 1) * s for n, s in lengths) if argument.numel() else 0
         # of indices and taps zero is always one
-        return made.normal_() if argument.is_floating_point() else made.zero_()
+        memory = torch.zeros(extent, dtype=argument.dtype, device=device)
+        if argument.is_floating_point():
+            # the memory, because of what is expanded nothing can be written twice
+            memory = memory.uniform_(0.5, 2.0) if positive else memory.normal_()
+        return memory.as_strided(argument.shape, argument.stride())
     if isinstance(argument, list):
-        return [_made(one, device) for one in argument]
+        return [_made(one, device, positive) for one in argument]
     return argument
 
 
@@ -220,6 +225,11 @@ def _timed(
     with tuned.using({}):
         with launch.recorded() as names:
             expected = _results(task, ring[0])
+        if not all(bool(result.isfinite().all()) for result in expected):
+            raise ValueError(
+                f"tune: {task}: the kernel's own choice gives results that are not finite, with "
+                "which no other can be compared"
+            )
         # a plan may decline what was chosen, and then another family's kernel runs
         must = configs["own"] is None or any(name in kernels for name in names)
         sides: dict[str, list[timing.Call]] = {"own": [_call(task, one) for one in ring]}
@@ -247,7 +257,15 @@ def _ring(task: Task, device: torch.device, clock: timing.Clock) -> list[list[An
     """Sets of arguments that together do not fit the cache."""
     size = sum(a.numel() * a.element_size() for a in task.arguments if isinstance(a, Tensor))
     sets = max(1, min(_MOST_SETS, 2 * clock.cache() // max(size, 1) + 1, _MEMORY // max(size, 1)))
-    return [[_made(argument, device) for argument in task.arguments] for _ in range(sets)]
+    return [_set(task, device) for _ in range(sets)]
+
+
+def _set(task: Task, device: torch.device) -> list[Any]:
+    names = [argument.name for argument in task.op._schema.arguments]
+    return [
+        _made(argument, device, name in _POSITIVE)
+        for name, argument in zip(names, task.arguments, strict=False)
+    ]
 
 
 def _call(
