@@ -23,7 +23,7 @@ from tritorch.bench.environment import Json
 from tritorch.bench.intervals import Interval
 from tritorch.bench.passes import Prepared
 from tritorch.bench.tuned_table import TunedTable
-from tritorch.testing.calls import outputs_of
+from tritorch.testing.calls import outputs_of, tensors_of
 
 # of a 16-bit result's norm: another order of a sum, and far from a wrong index
 _DIFFERENT = 2.0**-6
@@ -249,15 +249,23 @@ def _timed(
                 refused.append(f"{config}: another kernel runs")
             else:
                 sides[name] = [_call(task, one, function, config) for one in ring]
-        times = timing.measure(sides, clock, plan, flush=len(ring) == 1)
+        flush = len(ring) * _size(task) < 2 * clock.cache()
+        times = timing.measure(sides, clock, plan, flush=flush)
     return {name: one.median for name, one in times.items()}, refused
 
 
 def _ring(task: Task, device: torch.device, clock: timing.Clock) -> list[list[Any]]:
-    """Sets of arguments that together do not fit the cache."""
-    size = sum(a.numel() * a.element_size() for a in task.arguments if isinstance(a, Tensor))
-    sets = max(1, min(_MOST_SETS, 2 * clock.cache() // max(size, 1) + 1, _MEMORY // max(size, 1)))
+    """Sets of arguments that together do not fit the cache, as far as there may be so many."""
+    size = max(1, _size(task))
+    sets = max(1, min(_MOST_SETS, 2 * clock.cache() // size + 1, _MEMORY // size))
     return [_set(task, device) for _ in range(sets)]
+
+
+def _size(task: Task) -> int:
+    """Bytes of the tensors of one set."""
+    found = [one for argument in task.arguments for one in tensors_of(argument)]
+    # a list may be of strides
+    return sum(one.numel() * one.element_size() for one in found if isinstance(one, Tensor))
 
 
 def _set(task: Task, device: torch.device) -> list[Any]:

@@ -62,3 +62,24 @@ def test_what_has_no_finite_result_is_said(device, measured, monkeypatch):
     with pytest.raises(ValueError, match=said):
         tune.answer(*question, tasks, torch.device(device), PLAN)
     assert measured == []
+
+
+@pytest.mark.parametrize(
+    ("cache", "sets", "flush"),
+    [
+        (0, 1, False),
+        # the whole ring is twice the cache, or as many sets as there may be are less
+        (8 * 33 * 33, 3, False),
+        (8 * 33 * 33 * 16, 8, True),
+    ],
+)
+def test_the_cache_is_emptied_where_the_ring_does_not(
+    device, measured, monkeypatch, cache, sets, flush
+):
+    monkeypatch.setattr(timing.CpuClock, "cache", lambda self: cache)
+    monkeypatch.setattr(timing, "clock", lambda device: timing.CpuClock())
+    a, b = (torch.randn(33, 33, device=device) for _ in range(2))
+    [(question, tasks)] = tune.asked_by([lambda: ops.matmul(a, b)]).items()
+    tune.answer(*question, tasks, torch.device(device), PLAN)
+    [(sides, options)] = measured
+    assert ({len(ring) for ring in sides.values()}, options) == ({sets}, {"flush": flush})
