@@ -7,22 +7,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tritorch.bench.rows import key
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 Row = dict[str, Any]
 
 
-def newest(
-    folder: Path, wanted: Callable[[Row], bool]
-) -> Iterator[tuple[tuple[str, str, str, str], Row]]:
-    """GPU, op, pass and shape of what was timed, and its newest row."""
-    found: dict[tuple[str, str, str, str], Row] = {}
+def newest(folder: Path, wanted: Callable[[Row], bool]) -> Iterator[tuple[str, Row]]:
+    """GPU and newest row of each call and pass that was timed."""
+    found: dict[tuple[str, ...], tuple[str, Row]] = {}
     for environment, row in timed(folder):
         if wanted(row):
-            # a call whose host time counts is any small one
-            shape = "" if row["pass"].startswith("host") else str(row["shape"])
-            found[str(environment["gpu"]), str(row["op"]), str(row["pass"]), shape] = row
-    yield from found.items()
+            gpu, of_call = str(environment["gpu"]), key(row)
+            if row["pass"].startswith("host"):
+                # a call whose host time counts is any small one
+                of_call = str(row["op"]), str(row["pass"])
+            found[(gpu, *of_call)] = gpu, row
+    yield from found.values()
 
 
 def timed(folder: Path) -> Iterator[tuple[Row, Row]]:

@@ -103,9 +103,9 @@ def _by_gpu(folder: Path) -> Iterator[tuple[str, dict[tuple[str, str], Time]]]:
     """Each GPU and its times by layer and pass; estimates for what is lacking."""
     wanted = {(case.name, which): case for case in _cases() for which in case.passes}
     found: dict[str, dict[tuple[str, str], Time]] = {}
-    for (gpu, _, which, _), row in newest(folder, _is_convolution):
+    for gpu, row in newest(folder, _is_convolution):
         time = Time(row["median_us"], row["baseline_us"], True, bool(row["verified"]))
-        found.setdefault(gpu, {})[str(row["name"]), which] = time
+        found.setdefault(gpu, {})[str(row["name"]), str(row["pass"])] = time
     for gpu, times in sorted(found.items()) or [("no GPU yet", {})]:
         yield (
             gpu,

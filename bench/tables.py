@@ -83,10 +83,11 @@ def _second_gradient(spec: OpSpec) -> str:
 
 
 def results_table(folder: Path = RESULTS) -> str:
-    """One row per GPU, op and pass: the newest time of each shape, summed over the shapes.
+    """One row per GPU, op and pass: the newest time of each call, summed over the calls that the
+    sections of `make gpu` have, but for `layers`.
 
-    A shape counts as often as its workload has it.  No speed-up is given where one of the shapes
-    was not verified.
+    A call counts as often as its workload has it.  No speed-up is given where one of them was not
+    verified.
     """
     header = ("GPU", "op", "pass", "shapes", "tritorch, us", "torch, us", "speed-up", "weakest")
     return markdown(header, rows) if (rows := _summed_up(folder)) else _NOTHING
@@ -94,10 +95,11 @@ def results_table(folder: Path = RESULTS) -> str:
 
 def _summed_up(folder: Path) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for key, row in newest(folder, lambda row: row.get("section") != "layers"):
-        gpu, op, which, shape = key
+    # what a user names himself has no section
+    for gpu, row in newest(folder, lambda row: row.get("section") not in (None, "layers")):
+        op, which = str(row["op"]), str(row["pass"])
         # sums of whole steps would mix batch sizes
-        shape = shape if which.startswith("train_step") else ""
+        shape = str(row["shape"]) if which.startswith("train_step") else ""
         groups.setdefault((gpu, op, which, shape), []).append(row)
     return [(*key[:3], *_summed(key[3], rows)) for key, rows in sorted(groups.items())]
 
@@ -122,8 +124,8 @@ def speedups_table(folder: Path = RESULTS) -> str:
 def layers_table(folder: Path = RESULTS) -> str:
     """One row per GPU and op: the newest times of one typical call, forward and backward."""
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for (gpu, op, which, _), row in newest(folder, lambda row: row.get("section") == "layers"):
-        found.setdefault((gpu, op), {})[which] = row
+    for gpu, row in newest(folder, lambda row: row.get("section") == "layers"):
+        found.setdefault((gpu, str(row["op"])), {})[str(row["pass"])] = row
     if not found:
         return _NOTHING
     rows = []

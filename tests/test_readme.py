@@ -89,7 +89,8 @@ def test_results_are_summed_and_unverified_ones_show_no_speedup(tmp_path):
 
     def row(op, which, shape, ours, torchs, verified=True, **more):
         times = {"median_us": ours, "baseline_us": torchs, "speedup": torchs / ours}
-        return {"op": op, "pass": which, "shape": shape, **times, "verified": verified, **more}
+        found = {"op": op, "pass": which, "shape": shape, **times, "verified": verified}
+        return {**found, "section": "pointwise", **more}
 
     result("2026-01-01", [row("relu", "forward", [1], 100.0, 1.0)])
     result(
@@ -103,12 +104,21 @@ def test_results_are_summed_and_unverified_ones_show_no_speedup(tmp_path):
             row("relu", "host", [], 5.0, 1.0, verified=False),
             row("net", "train_step", [8], 4.0, 6.0),
             row("net", "train_step", [9], 4.0, 2.0),
+            # of one shape, and another call each
+            row("pool", "forward", [1], 1.0, 1.0, name="a", layout="contiguous"),
+            row("pool", "forward", [1], 2.0, 4.0, name="b", layout="contiguous"),
+            row("pool", "forward", [1], 4.0, 7.0, name="b", layout="channels_last"),
+            row("pool", "forward", [1], 8.0, 12.0, name="b", layout="channels_last", dtype="f"),
+            # of a user's own, and of another table
+            row("pool", "forward", [2], 50.0, 1.0, section=None),
+            row("pool", "forward", [3], 50.0, 1.0, section="layers"),
             {"op": "copy", "pass": "forward", "shape": [1], "median_us": 1.0},
         ],
     )
     assert tables.results_table(tmp_path).splitlines()[2:] == [
         "| G | net | train_step | [8] | 4 | 6 | 1.50 | 1.50 |",
         "| G | net | train_step | [9] | 4 | 2 | 0.50 | 0.50 |",
+        "| G | pool | forward | 4 | 15 | 24 | 1.60 | 1.00 |",
         "| G | relu | backward | 2 | 4 | 18 |  | 1 not verified |",
         "| G | relu | forward | 2 | 10 | 7 | 0.70 | 0.50 |",
         "| G | relu | host | 1 | 5 | 1 |  |  |",
@@ -117,6 +127,7 @@ def test_results_are_summed_and_unverified_ones_show_no_speedup(tmp_path):
     assert tables.speedups_table(tmp_path).splitlines() == [
         "| GPU | op | forward | backward | grad_input | grad_weight |",
         "| -- | -- | -- | -- | -- | -- |",
+        "| G | pool | 1.60 (1.00) |  |  |  |",
         "| G | relu | 0.70 (0.50) | 1 not verified |  |  |",
     ]
     for table in tables.results_table, tables.speedups_table, tables.layers_table:
