@@ -18,7 +18,10 @@ import torch
 
 import tritorch.ops  # noqa: F401  declares the specs
 from tritorch.bench import peers_table, regret, resnet50_tables
+from tritorch.bench.cases import OURS
 from tritorch.bench.measured import RESULTS, markdown, newest
+from tritorch.bench.rows import head, key
+from tritorch.bench.sections import Setting, planned
 from tritorch.registry import Maker, OpSpec, specs
 
 _RAISES = "raises"
@@ -122,9 +125,22 @@ def speedups_table(folder: Path = RESULTS) -> str:
 
 
 def layers_table(folder: Path = RESULTS) -> str:
-    """One row per GPU and op: the newest times of one typical call, forward and backward."""
+    """One row per GPU and op: the newest times of one typical call, forward and backward.
+
+    A call that an earlier section has too is measured there.
+    """
+    calls = {
+        key(head(case, which, OURS))
+        for case in planned("layers", Setting())
+        for which in case.passes
+    }
+
+    def wanted(row: dict[str, Any]) -> bool:
+        section = row.get("section")
+        return section == "layers" or (section is not None and key(row) in calls)
+
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for gpu, row in newest(folder, lambda row: row.get("section") == "layers"):
+    for gpu, row in newest(folder, wanted):
         found.setdefault((gpu, str(row["op"])), {})[str(row["pass"])] = row
     if not found:
         return _NOTHING

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import tritorch.nn
-from tritorch.bench import peers_table, tables
+from tritorch.bench import peers_table, rows, tables
+from tritorch.bench.sections import Setting, planned
 
 pytestmark = pytest.mark.reference
 
@@ -132,6 +133,30 @@ def test_results_are_summed_and_unverified_ones_show_no_speedup(tmp_path):
     ]
     for table in tables.results_table, tables.speedups_table, tables.layers_table:
         assert "No result of a GPU" in table(tmp_path / "gpu" / "none")
+
+
+def test_a_layer_that_another_section_measured_has_a_row(tmp_path):
+    """Its call is in two sections, and measured in the first of them."""
+
+    def row(case, section, us, **more):
+        times = {"median_us": us, "baseline_us": 2 * us, "speedup": 2.0, "verified": True}
+        return {**rows.head(case, "forward", "tritorch"), **times, "section": section, **more}
+
+    cases = {case.op: case for case in planned("layers", Setting())}
+    found = [
+        row(cases["cross_entropy"], "pointwise", 3.0),
+        row(cases["cross_entropy"], "pointwise", 9.0, name="another call"),
+        row(cases["softmax"], "layers", 4.0),
+        # of a user's own
+        row(cases["relu"], None, 5.0),
+    ]
+    (tmp_path / "gpu").mkdir()
+    text = json.dumps({"environment": {"gpu": "G", "date": "1"}, "rows": found})
+    (tmp_path / "gpu" / "1.json").write_text(text)
+    assert tables.layers_table(tmp_path).splitlines()[2:] == [
+        "| G | cross_entropy | input[256, 1000] target[256]:int64 | 3.0 | 2.00 |  |  |",
+        "| G | softmax | input[4096, 1000] dim=1 dtype=None | 4.0 | 2.00 |  |  |",
+    ]
 
 
 def test_peers_stand_beside_us_in_the_newest_run_that_has_them(tmp_path):
