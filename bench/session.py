@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,12 +105,12 @@ def beside(case: Case, names: Sequence[str]) -> dict[str, Case]:
     Raises what a peer raises when it is imported, or when it is asked.
     """
     both: dict[str, Any] = {}
+    shown = _shown(names, case.implementations)
     for name in names:
         if name == "compile":
             both[COMPILED] = baselines.compiled(case.reference, again=True)
         elif ":" in name:
-            own = name.rpartition(":")[2]
-            both[name if own in case.implementations else own] = loading.find(name).value
+            both[shown[name]] = loading.find(name).value
     found = {}
     for which in case.passes:
         more = dict(both)
@@ -118,6 +119,15 @@ def beside(case: Case, names: Sequence[str]) -> dict[str, Case]:
                 more[name] = function
         found[which] = case.on(**more) if more else case
     return found
+
+
+def _shown(targets: Sequence[str], taken: Iterable[str]) -> dict[str, str]:
+    """What rows call each "module:function": the function's name, or all of it where another one
+    of them, a peer or what is `taken` has that name.
+    """
+    own = {target: target.rpartition(":")[2] for target in targets if ":" in target}
+    count = Counter([*own.values(), *peers.NAMES, *taken])
+    return {target: name if count[name] == 1 else target for target, name in own.items()}
 
 
 # hears of what is about to be measured, and how much of it there is

@@ -135,6 +135,36 @@ def test_a_users_function_stands_beside_ours(theirs, tmp_path):
     assert result.exit_code == 1
 
 
+def acts(file, body, name="halves"):
+    file.write_text(
+        "INPUTS = 'input[M]'\n"
+        "def reference(input):\n    return input / 2\n"
+        f"def {name}(input, inplace=False):\n    return {body}\n"
+    )
+    return f"{file}:{name}"
+
+
+def test_two_functions_of_one_name_are_told_apart(tmp_path):
+    """And one that has a peer's name is not that peer, whose mistakes are not the user's."""
+    one = acts(tmp_path / "one.py", "input.clamp(min=0)")
+    two = acts(tmp_path / "two.py", "input / 2")
+    peer = acts(tmp_path / "three.py", "input / 2", "attorch")
+    path = tmp_path / "result.json"
+    options = ("--pass", "forward", "--dtype", "float32", "--force", "--json", path, *QUICK)
+    bench("relu", "--vs", f"{one},{two}", *options)
+    found = {row["implementation"]: row for row in json.loads(path.read_text())["rows"]}
+    assert {name: row["verified"] for name, row in found.items()} == {
+        "tritorch": True,
+        "torch": True,
+        one: True,
+        two: False,
+    }
+    result = bench("relu", "--vs", peer, *options)
+    found = {row["implementation"]: row for row in json.loads(path.read_text())["rows"]}
+    assert found.keys() == {"tritorch", "torch", peer}
+    assert result.exit_code == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
