@@ -14,7 +14,7 @@ import torch
 import tritorch.ops  # noqa: F401  declares the specs
 from tritorch.bench import baselines, cases, ceilings, clocks, fatal, peers, rows, timing
 from tritorch.bench.baselines import COMPILED
-from tritorch.bench.cases import Case, Planner
+from tritorch.bench.cases import OURS, TORCH, Case, Planner
 from tritorch.registry import Maker, Sample, specs
 from tritorch.testing import loading, requests
 from tritorch.testing.errors import RequestError
@@ -57,9 +57,8 @@ def plan(wanted: Wanted) -> list[Case]:
             raise RequestError(f"bench: there is no op {name!r}; {hint}")
     if names or not wanted.targets:
         found += cases.workloads(names, wanted.dtype, small=wanted.small)
-    for target in wanted.targets:
-        if ":" in target:
-            found += _of_user(target, wanted)
+    for target, name in _shown(wanted.targets, (OURS, TORCH, *names)).items():
+        found += _of_user(target, name, wanted)
     chosen = [_with_passes(case, wanted.passes) for case in found]
     return [case for case in chosen if case.passes]
 
@@ -70,11 +69,10 @@ def _with_passes(case: Case, passes: Sequence[str]) -> Case:
     return replace(case, passes={n: w for n, w in case.passes.items() if n in passes})
 
 
-def _of_user(target: str, wanted: Wanted) -> Iterator[Case]:
+def _of_user(target: str, name: str, wanted: Wanted) -> Iterator[Case]:
     request = requests.Request(target, reference=wanted.reference, inputs=wanted.inputs)
     asked = requests.find(request)
     subject, text = asked.subject, asked.inputs
-    name = target.rpartition(":")[2]
     if text is None:
         if wanted.sizes:
             raise RequestError("bench: --sizes needs --inputs, whose letters it gives numbers")

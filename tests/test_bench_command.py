@@ -165,6 +165,30 @@ def test_two_functions_of_one_name_are_told_apart(tmp_path):
     assert result.exit_code == 1
 
 
+def test_targets_of_one_name_and_one_that_is_called_torch_are_measured(tmp_path):
+    right, wrong = (
+        acts(tmp_path / f"{name}.py", body)
+        for name, body in (("right", "input / 2"), ("wrong", "input"))
+    )
+    torchs = acts(tmp_path / "third.py", "input", "torch")
+    path = tmp_path / "result.json"
+    options = ("--sizes", "M=8", "--pass", "forward", "--dtype", "float32", "--json", path)
+    assert bench(right, wrong, torchs, *options, *QUICK).exit_code == 1
+    found = [
+        (row["op"], row["implementation"], row["verified"])
+        for row in json.loads(path.read_text())["rows"]
+        if row.get("section") != "ceilings"
+    ]
+    assert found == [
+        (right, right, True),
+        (right, "torch", True),
+        (wrong, wrong, False),
+        (wrong, "torch", True),
+        (torchs, torchs, False),
+        (torchs, "torch", True),
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
