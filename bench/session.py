@@ -55,6 +55,13 @@ def plan(wanted: Wanted) -> list[Case]:
             close = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else ", ".join(sorted(known))
             raise RequestError(f"bench: there is no op {name!r}; {hint}")
+    if len(names) == len(wanted.targets):
+        for option in ("reference", "inputs", "sizes"):
+            if getattr(wanted, option):
+                raise RequestError(
+                    f"bench: --{option} is of a function of yours, MODULE:FUNCTION; received "
+                    f"{', '.join(names) or 'none'}"
+                )
     if names or not wanted.targets:
         found += cases.workloads(names, wanted.dtype, small=wanted.small)
     for target, name in _shown(wanted.targets, (OURS, TORCH, *names)).items():
