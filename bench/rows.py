@@ -137,23 +137,38 @@ class Bench:
             if name == TORCH:
                 prepared.prepare(name)
                 continue
+            # of a backward pass the forward one may change them, which runs once
+            before = [(n, t.detach().clone()) for n, t in prepared.slots[0].tensors()]
+            results: dict[str, Any] = {}
             try:
                 start = timing.now()
                 prepared.prepare(name)
-                failures[name], results = _first_results(prepared, name)
+                results = _first_results(prepared, name)
                 self.clock.finish()
                 # compiling, loading, searching for algorithms
                 self.first[name] = timing.now() - start
+                failures[name] = guards.lazy(results)
             except Exception as error:
                 fatal.reraise(error)
                 failures[name] = f"raises {type(error).__name__}: {error}"[:500]
                 prepared.calls[name].clear()
-                continue
+            if changed := _changed(before, prepared.slots[0]):
+                failures[name] = failures[name] or f"mutated input: {changed} has changed"
+                # not timed: it would spoil what the others are timed and judged on
+                prepared.calls[name].clear()
+                self._restore(prepared)
+                judge.forget()
             if not failures[name]:
                 verdicts[name] = judge.verdict(results, 0)
                 failures[name] = verdicts[name].failure
-            del results
         return failures, verdicts
+
+    def _restore(self, prepared: Prepared) -> None:
+        """New numbers in all slots, and the calls that there are made again."""
+        for number in range(len(prepared.slots)):
+            prepared.refill(number, self.seed + number)
+        for name in [name for name, calls in prepared.calls.items() if calls]:
+            prepared.prepare(name)
 
     def _timed(
         self, prepared: Prepared, failures: dict[str, str]
@@ -263,24 +278,27 @@ class _Kept:
         return f"while timed: {said}" if said else ""
 
 
-def _first_results(prepared: Prepared, name: str) -> tuple[str, dict[str, Any]]:
+def _first_results(prepared: Prepared, name: str) -> dict[str, Any]:
     """What a side gives for the first slot, looked at after a call on the second one.
 
     It runs before its reference does, in memory that holds NaN: it cannot find its result there.
     """
     calls = prepared.calls[name]
     grad = bool(prepared.wanted)
-    before = [(n, t.detach().clone()) for n, t in prepared.slots[0].tensors()]
     # what torch.compile made refuses other settings than it was made under
     poisoned = contextlib.nullcontext() if name == COMPILED else running.poisoned_memory()
     with torch.set_grad_enabled(grad), poisoned:
         results = _results(prepared, name, calls[0])
         calls[1]()
-    failure = guards.lazy(results)
-    for (argument, then), (_, now) in zip(before, prepared.slots[0].tensors(), strict=True):
-        if not failure and not running.bitwise_equal(now, then):
-            failure = f"mutated input: {argument} has changed"
-    return failure, results
+    return results
+
+
+def _changed(before: list[tuple[str, torch.Tensor]], slot: Slot) -> str:
+    """Names an argument that is not what it was, "" for none."""
+    for (name, then), (_, now) in zip(before, slot.tensors(), strict=True):
+        if not running.bitwise_equal(now, then):
+            return name
+    return ""
 
 
 def _results(prepared: Prepared, name: str, call: Callable[[], Any]) -> dict[str, Any]:

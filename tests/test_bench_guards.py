@@ -85,7 +85,44 @@ def test_mutated_input_is_caught():
         a[0, 0] += 1
         return c
 
-    refused(measured(spoils), "mutated input: a has changed")
+    row = measured(spoils)
+    assert (row["failure"], row["verified"]) == ("mutated input: a has changed", False)
+    # its time would be one of the inputs that it makes of them
+    assert (row["median_us"], row["speedup"]) == (None, None)
+
+
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_who_mutates_an_input_spoils_his_own_row_alone(which):
+    """Whoever was called before him or will be after, in a pass whose graph was made before too."""
+
+    def spoils(a: Tensor, b: Tensor) -> Tensor:
+        with torch.no_grad():
+            a.fill_(0.0)
+        return a @ b
+
+    make = Planner(torch.float32)
+    functions = {"first": product, "spoils": spoils, "last": lambda a, b: (b.T @ a.T).T}
+    case = Case(
+        op="product",
+        name="",
+        dtype=torch.float32,
+        arguments={"a": make(24, 16), "b": make(16, 8)},
+        implementations={**functions, "torch": product},
+        reference=product,
+        passes={which: () if which == "forward" else ("b",)},
+    )
+    bench = Bench(torch.device("cpu"), timing.Plan(seconds=0.02, least=3))
+    slots = bench.slots(case)
+    found = {row["implementation"]: row for row in bench.rows(case, which, slots)}
+    assert {name: row["failure"] for name, row in found.items()} == {
+        "first": "",
+        "spoils": "mutated input: a has changed",
+        "last": "",
+        "torch": "",
+    }
+    assert found["first"]["speedup"]
+    assert found["last"]["speedup"]
+    assert all(bool(slot.arguments["a"].count_nonzero()) for slot in slots)
 
 
 def test_input_mutated_later_is_caught():
