@@ -141,12 +141,9 @@ class Bench:
             before = [(n, t.detach().clone()) for n, t in prepared.slots[0].tensors()]
             results: dict[str, Any] = {}
             try:
-                start = timing.now()
-                prepared.prepare(name)
+                first, *_ = prepared.prepare(name)
+                self.first[name] = self._seconds(prepared, first)
                 results = _first_results(prepared, name)
-                self.clock.finish()
-                # compiling, loading, searching for algorithms
-                self.first[name] = timing.now() - start
                 failures[name] = guards.lazy(results)
             except Exception as error:
                 fatal.reraise(error)
@@ -162,6 +159,16 @@ class Bench:
                 verdicts[name] = judge.verdict(results, 0)
                 failures[name] = verdicts[name].failure
         return failures, verdicts
+
+    def _seconds(self, prepared: Prepared, call: timing.Call) -> float:
+        """What a first call takes: compiling, loading, searching for algorithms."""
+        # a backward pass has queued forward ones
+        self.clock.finish()
+        start = timing.now()
+        with torch.set_grad_enabled(bool(prepared.wanted)):
+            call()
+        self.clock.finish()
+        return timing.now() - start
 
     def _restore(self, prepared: Prepared) -> None:
         """New numbers in all slots, and the calls that there are made again."""

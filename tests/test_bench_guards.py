@@ -75,6 +75,21 @@ def test_cached_output_is_caught():
     refused(measured(cached), "after timing: output 0: C1")
 
 
+@pytest.mark.parametrize("which", [{"forward": ()}, {"backward": ("a",)}])
+def test_the_first_call_is_one_call(monkeypatch, which):
+    """Without the forward calls of a backward pass, and without the next one."""
+    calls = []
+
+    def counts(a: Tensor, b: Tensor) -> Tensor:
+        calls.append(None)
+        return a @ b
+
+    monkeypatch.setattr(timing, "now", lambda: time.perf_counter() + 1000 * len(calls))
+    row = measured(counts, which)
+    assert row["verified"]
+    assert int(row["first_seconds"]) // 1000 == ("forward" in which)
+
+
 def test_zeros_are_caught():
     refused(measured(lambda a, b: torch.zeros(a.shape[0], b.shape[1])), "output 0: C1")
 
