@@ -20,17 +20,16 @@ Row = dict[str, Any]
 
 # of a graph, whose samples are alike
 _GRAPH = timing.Plan(seconds=0.05, precision=0.01, least=6, most=60)
-# calls of the host's time, each of which a GPU must finish before the queue is full
-_HOST_CALLS = 100
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One implementation of a pass."""
+    """One implementation of a pass; `seconds`: that the host's time may take."""
 
     prepared: Prepared
     name: str
     clock: timing.Clock
+    seconds: float = 0.1
 
     def call(self) -> timing.Call:
         """One call on the first slot, made now if it was not."""
@@ -39,7 +38,7 @@ class Subject:
 
 
 def _host(subject: Subject) -> Row:
-    found = timing.host_time(subject.call(), subject.clock, calls=_HOST_CALLS)
+    found = timing.host_time(subject.call(), subject.clock, seconds=subject.seconds)
     return {"host_us": found.value}
 
 

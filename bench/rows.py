@@ -124,7 +124,8 @@ class Bench:
         self, prepared: Prepared, name: str, wanted: Iterable[str]
     ) -> tuple[Row, dict[str, float]]:
         """Fields of a row that need no times of others beside them, and what each took."""
-        subject = details.Subject(prepared, name, self.clock)
+        seconds = self.plan.seconds / len(prepared.case.implementations)
+        subject = details.Subject(prepared, name, self.clock, seconds)
         return details.of(subject, wanted, self.device)
 
     def _prepare(
@@ -162,13 +163,8 @@ class Bench:
 
     def _seconds(self, prepared: Prepared, call: timing.Call) -> float:
         """What a first call takes: compiling, loading, searching for algorithms."""
-        # a backward pass has queued forward ones
-        self.clock.finish()
-        start = timing.now()
         with torch.set_grad_enabled(bool(prepared.wanted)):
-            call()
-        self.clock.finish()
-        return timing.now() - start
+            return timing.finished(call, self.clock)
 
     def _restore(self, prepared: Prepared) -> None:
         """New numbers in all slots, and the calls that there are made again."""

@@ -36,6 +36,8 @@ _ROUND = 16
 _ROUNDS = 3, 12
 # times that it is looked for work on other streams, and calls of one look
 _TRIES, _TOGETHER = 3, 4
+# rounds of the host's time, and calls of one, at most as many as the queue has room for
+_HOST_ROUNDS, _HOST_CALLS = 5, 100
 # that much more than the L2 cache is read to empty it
 _COLD = 2
 
@@ -278,15 +280,19 @@ def _known(rounds: Mapping[str, Sequence[Sequence[float]]], plan: Plan) -> bool:
     )
 
 
-def host_time(call: Call, clock: Clock, *, calls: int = 100, repeats: int = 5) -> Interval:
+def host_time(call: Call, clock: Clock, *, seconds: float) -> Interval:
     """What the host takes for one call, in microseconds, while no result is waited for.
 
-    Of calls whose work a GPU finishes sooner: otherwise the queue fills and the host waits.
+    Of calls whose work a GPU finishes sooner: otherwise the queue fills and the host waits.  Raises
+    ValueError for a call so long that five do not fit in `seconds`.
     """
-    for _ in range(10):
-        call()
+    # the shortest of some: one of them may be held up
+    once = min(finished(call, clock) for _ in range(_TRIES))
+    calls = min(_HOST_CALLS, int(seconds / _HOST_ROUNDS / max(once, 1e-9)))
+    if not calls:
+        raise ValueError(f"a call takes {1e6 * once:.0f} us: too long to be the host's time")
     found = []
-    for _ in range(repeats):
+    for _ in range(_HOST_ROUNDS):
         clock.finish()
         start = now()
         for _ in range(calls):
@@ -294,6 +300,15 @@ def host_time(call: Call, clock: Clock, *, calls: int = 100, repeats: int = 5) -
         found.append((now() - start) / calls * 1e6)
     clock.finish()
     return intervals.median(found)
+
+
+def finished(call: Call, clock: Clock) -> float:
+    """Seconds until a call's work is done, but for what was to be done before."""
+    clock.finish()
+    start = now()
+    call()
+    clock.finish()
+    return now() - start
 
 
 def graph_time(make: Callable[[], Sequence[Call]], plan: Plan = Plan()) -> Interval:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -86,6 +87,19 @@ def test_without_a_gpu_the_host_alone_is_timed(subject):
     found, seconds = details.of(ours, details.MEASURES, torch.device("cpu"))
     assert (found.keys(), seconds.keys()) == ({"host_us"}, {"host"})
     assert found["host_us"] > 0
+
+
+def test_the_host_s_time_of_a_long_call_is_left_out(subject, monkeypatch):
+    asked = []
+
+    def host_time(call, clock, *, seconds):
+        asked.append(seconds)
+        raise ValueError("too long")
+
+    monkeypatch.setattr(timing, "host_time", host_time)
+    ours, _ = subject(OURS)
+    found, _ = details.of(dataclasses.replace(ours, seconds=0.5), ("host",), GPU)
+    assert (found, asked) == ({"host_failure": "ValueError: too long"}, [0.5])
 
 
 def test_an_error_of_the_gpu_is_not_kept_quiet(subject, monkeypatch):

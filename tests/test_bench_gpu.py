@@ -305,6 +305,20 @@ def test_details_are_added_to_rows_that_are_there(tmp_path):
     assert again["rows"] == result["rows"]
 
 
+def test_a_call_that_is_too_long_for_the_host_s_time_has_none(tmp_path):
+    patch = """
+from tritorch.bench import timing
+def long(call, clock, *, seconds):
+    raise ValueError("too long")
+timing.host_time = long
+"""
+    result, _ = run(tmp_path / "out", patch)
+    assert ops(result) == ["conv2d", "batch_norm", "relu"]
+    for row in result["rows"]:
+        assert (row["median_us"], row["host_failure"]) == (None, "ValueError: too long")
+        assert (row["speedup"], row.get("baseline_us")) == (None, None)
+
+
 def test_details_are_of_a_gpu(tmp_path):
     result, _ = run(tmp_path / "out", "", "host,details")
     assert [one["why"] for one in result["skipped"]] == ["it is about a GPU"]

@@ -204,6 +204,24 @@ def test_work_that_no_event_has_seen_is_found(gpu, monkeypatch):
     assert CpuClock().unfinished(elsewhere) == 0
 
 
+@pytest.mark.parametrize(("us", "count"), [(10.0, 503), (1000.0, 53), (9000.0, 8)])
+def test_the_host_is_timed_within_its_seconds(monkeypatch, us, count):
+    """Three calls that say how many there may be, and five rounds."""
+    calls = []
+    monkeypatch.setattr(timing, "now", lambda: 1e-6 * us * len(calls))
+    found = timing.host_time(lambda: calls.append(None), CpuClock(), seconds=0.05)
+    assert found.value == pytest.approx(us)
+    assert len(calls) == count
+
+
+def test_what_takes_longer_is_not_the_host_s_time(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing, "now", lambda: 0.02 * len(calls))
+    with pytest.raises(ValueError, match="a call takes 20000 us: too long to be the host's time"):
+        timing.host_time(lambda: calls.append(None), CpuClock(), seconds=0.05)
+    assert len(calls) == 3
+
+
 @pytest.fixture
 def graphs(gpu, monkeypatch):
     """CUDA graphs that keep a diary; a replay takes a millisecond."""
