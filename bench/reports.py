@@ -315,7 +315,7 @@ $failures
 <details><summary>Ceilings of this machine, measured in the same run</summary>$ceilings</details>
 <details><summary>Environment</summary>$environment</details>
 <footer><p>Repeat: <code>$command</code></p>
-<p>Medians with 95 % intervals; every call on a cold cache, in turns with torch's. Values were
-verified before and after timing: without that there is no speed-up.</p></footer>
+<p>Medians with 95 % intervals; calls in turns with torch's, on a GPU each on a cold cache. Values
+were verified before and after timing: without that there is no speed-up.</p></footer>
 </main></body></html>
 """)

@@ -1,4 +1,4 @@
-"""Times callables in turns, each call with a cold L2 cache, until their medians are known.
+"""Times callables in turns, on a GPU each call with a cold L2 cache, until medians are known.
 
 A side of a measurement is a ring of calls: the same function on different tensors.  Sides take
 turns in rounds, so that what changes meanwhile (clocks, temperature, other programs) changes all of
@@ -67,7 +67,7 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """Wall time; the ring alone keeps caches cold."""
+    """Wall time; nothing keeps caches cold."""
 
     host_bound = False
 

@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-from tritorch.bench import plots, reports, told
+from tritorch.bench import plots, reports, timing, told
 from tritorch.bench.store import Store
 
 pytestmark = pytest.mark.reference
@@ -66,6 +66,13 @@ def test_the_page_has_them_too():
     page = reports.page(result(ROW, TORCH))
     for cell in DETAILS:
         assert f"<td>{cell}</td>" in page
+
+
+def test_the_page_tells_of_a_cold_cache_on_a_gpu_alone():
+    text = " ".join(reports.page(result(ROW)).split())
+    assert timing.CpuClock().cache() == 0
+    assert "on a GPU each on a cold cache" in text
+    assert text.count("cold cache") == 1
 
 
 def test_csv_has_a_line_for_each_number():

@@ -119,10 +119,10 @@ def _words(context: click.Context, option: click.Parameter, value: str) -> tuple
 def run(targets: tuple[str, ...], **options: Any) -> None:
     """Time ops of tritorch's, or functions of yours, beside torch.
 
-    Each call has other inputs and a cold cache, and torch takes turns with it in the same process.
-    Results are verified before and after; what is wrong, or caught at a trick, has no speed-up.  A
-    function of yours is described as for `tritorch check`: a reference in plain PyTorch and what
-    the arguments look like.
+    Each call has other inputs, and on a GPU a cold cache; torch takes turns with it in the same
+    process.  Results are verified before and after; what is wrong, or caught at a trick, has no
+    speed-up.  A function of yours is described as for `tritorch check`: a reference in plain
+    PyTorch and what the arguments look like.
 
     `tritorch bench compare OLD NEW` compares two files of --json.
 
