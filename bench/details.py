@@ -39,7 +39,7 @@ class Subject:
 
 def _host(subject: Subject) -> Row:
     found = timing.host_time(subject.call(), subject.clock, seconds=subject.seconds)
-    return {"host_us": found.value}
+    return {"host_us": found.value, "host_interval_us": list(found[1:])}
 
 
 def _graph(subject: Subject) -> Row:

@@ -226,6 +226,7 @@ class Runner:
             row = {k: v for k, v in row.items() if k not in (*kept, "speedup_interval", "tflops")}
             row["device_us"] = row["median_us"]
             row |= {"pass": _pass("host", which), "median_us": row.get("host_us")}
+            row["interval_us"] = row.pop("host_interval_us", None)
             if row["implementation"] != TORCH:
                 known = row["verified"] and row["median_us"] and torchs
                 row["baseline_us"] = torchs
