@@ -106,6 +106,7 @@ def test_one_case_runs_alone(tmp_path):
         ("double", ("--dtypes", "float33"), "unknown dtype 'float33'"),
         ("double", ("--arch", "sm_81"), "--arch: expects sm_80,"),
         ("double", ("--level", "slow"), "--level"),
+        ("double", ("--timeout", "inf"), "inf is not a finite number"),
         ("double", ("--json", f"{CHECKED}/report.json"), "is not a folder to write in"),
         ("double", ("--repro", f"{CHECKED}/scripts"), "is not a folder to write in"),
         ("doubel", SHORT, f"{CHECKED} has no 'doubel'; did you mean double"),

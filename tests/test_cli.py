@@ -61,6 +61,11 @@ def test_wrong_call_is_status_2(options, said):
     assert (result.exit_code, said in result.output) == (2, True), result.output
 
 
+def test_seconds_of_tuning_are_finite():
+    result = call("tune", "softmax", "--seconds", "nan")
+    assert (result.exit_code, "nan is not a finite number" in result.output) == (2, True)
+
+
 def test_numbers_are_not_replaced_unasked(tmp_path):
     path = tmp_path / "run.json"
     path.write_text("mine")

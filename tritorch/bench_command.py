@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tritorch import results_command
+from tritorch.check_command import finite
 from tritorch.results_command import (
     SLOWER,
     UNABLE,
     USAGE,
     check_free,
-    finite,
     output,
     percent,
     stop,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -28,6 +29,13 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
     if value is None:
         return None
     return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+def finite(context: click.Context, option: click.Parameter, value: float) -> float:
+    """No NaN and no infinity, which ranges let through."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number", context, option)
+    return value
 
 
 @click.command()
@@ -90,6 +98,7 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
 @click.option(
     "--timeout",
     type=click.FloatRange(1),
+    callback=finite,
     default=120.0,
     show_default=True,
     metavar="SECONDS",

@@ -20,7 +20,7 @@ from tritorch import (
     inspect_command,
     tune_command,
 )
-from tritorch.results_command import finite
+from tritorch.check_command import finite
 
 if TYPE_CHECKING:
     from tritorch.screen import Screen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -32,13 +31,6 @@ def percent(context: click.Context, option: click.Parameter, value: str) -> floa
     if not 0 < number < 1:
         raise click.BadParameter(f"{value!r} is not a share such as 3% or 0.03", context, option)
     return number
-
-
-def finite(context: click.Context, option: click.Parameter, value: float) -> float:
-    """No NaN and no infinity, which ranges let through."""
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number", context, option)
-    return value
 
 
 def output(name: str, what: str) -> Callable[[Any], Any]:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tritorch.check_command import finite
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,6 +35,7 @@ _UNABLE, _USAGE, _STOPPED = 3, 2, 130
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
+    callback=finite,
     default=1.0,
     show_default=True,
     help="At most for each question.",
