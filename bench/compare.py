@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,12 +147,18 @@ def _by_call(*results: Sequence[Mapping[str, Any]]) -> list[dict[tuple[str, ...]
     ]
     # old results do not say the arguments: what is like their rows is told by its shape alone
     untold = {key(row) for rows in found for row in rows if row.get("arguments") is None}
+    # where two are, nobody knows which of them it was
+    for rows in found:
+        untold -= {name for name, count in Counter(map(_short, rows)).items() if count > 1}
 
     def call(row: _Row) -> tuple[str, ...]:
-        short = key({**row, "arguments": None})
-        return short if short in untold else key(row)
+        return short if (short := _short(row)) in untold else key(row)
 
     return [{call(row): row for row in rows} for rows in found]
+
+
+def _short(row: _Row) -> tuple[str, ...]:
+    return key({**row, "arguments": None})
 
 
 def _mean(found: Iterable[Comparison]) -> Interval | None:

@@ -227,6 +227,18 @@ def test_results_that_do_not_say_their_arguments_are_compared_by_their_shapes():
     assert compare.compare(new, old).count("FASTER") == 3
 
 
+def test_a_shape_that_two_calls_have_tells_neither():
+    old, new = result(1, count=1), result(2, count=1)
+    [one] = new["rows"]
+    new["rows"] = [one | {"arguments": f"input[8] kernel_size={size}"} for size in (1, 3)]
+    report = compare.compare(old, new)
+    assert report.rows == ()
+    assert report.only_old == ("relu [0] forward tritorch",)
+    assert report.only_new == tuple(
+        f"relu input[8] kernel_size={size} forward tritorch" for size in (1, 3)
+    )
+
+
 def test_old_results_without_samples_are_compared_by_their_intervals():
     old, new = result(1, count=5), result(2, factor=1.5, count=5)
     for one in old["rows"]:
