@@ -219,9 +219,18 @@ class Named(torch.Tensor):
     """A class with a name alone: its memory is read as any other's."""
 
 
+class Passing(torch.Tensor):
+    """A class that hears of torch's functions, and calls them."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 @pytest.mark.interpret
-def test_a_class_that_computes_nothing_runs_the_kernels(device):
-    x = torch.randn(3, 5, device=device).as_subclass(Named)
+@pytest.mark.parametrize("kind", [Named, Passing])
+def test_a_class_that_computes_nothing_runs_the_kernels(kind, device):
+    x = torch.randn(3, 5, device=device).as_subclass(kind)
     with backend.use("triton"), backend.strict():
         y = ops.relu(x)
     torch.testing.assert_close(y.as_subclass(torch.Tensor), F.relu(x.as_subclass(torch.Tensor)))

@@ -7,7 +7,6 @@ torch's own autograd and is an independent oracle for the kernels.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections import Counter
@@ -138,19 +137,13 @@ def takes_nested(op: str, tensor: Tensor) -> bool:
     return tensor.is_nested and not runs_triton(op, tensor, declined=_NESTED)
 
 
-@functools.cache
 def _computes(kind: type[Tensor]) -> bool:
     """Whether a subclass says itself what torch's ops do to it, as DTensor and quantized weights:
     of ours it knows none.
     """
-    # torch's own, which know every op that has shapes
-    if kind.__module__.partition(".")[2].startswith("_subclasses"):
-        return False
-    function, own = (getattr(one.__torch_function__, "__func__", None) for one in (Tensor, kind))
-    function_is_plain = own is function or (
-        kind.__torch_function__ is torch._C._disabled_torch_function_impl
-    )
-    return not function_is_plain or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    # torch's own know every op that has shapes
+    is_torchs = kind.__module__.startswith("torch._subclasses.")
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_torchs
 
 
 def _reason(tensors: tuple[Tensor | None, ...]) -> str | None:
