@@ -22,8 +22,9 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritorch import patterns
+from tritorch.bytecode import names_in
 from tritorch.convert import check_module, convert, names_of, own, report_table, twin_classes
-from tritorch.recorded import DeclinedError, names_in, record
+from tritorch.recorded import DeclinedError, record
 
 
 def fuse(model: Module, inplace: bool = False) -> Module:
@@ -38,9 +39,10 @@ def fuse(model: Module, inplace: bool = False) -> Module:
     A model without a layer of tritorch is converted first.  A module with joined steps is the same
     object of a subclass of its class, whose forward is the recorded one; `tritorch.revert` undoes
     both.  A forward is recorded once, for tensors as arguments: with others it runs as it was
-    written, and for good once an attribute of its module is set or deleted, or the number of its
-    children changes, those of its lists of modules included.  Nobody notices a change of a global,
-    of an attribute of a child, or of what functions outside of its class look at.
+    written, and for good once an attribute of its module is set or deleted; and as long as its
+    children, those of its lists of modules included, have other names or another order.  Nobody
+    notices a change of a global, of an attribute of a child, or of what functions outside of its
+    class look at.
 
     Args:
         model: any module.

@@ -4,15 +4,13 @@ The modules that it calls are single steps of the record, never looked into.  A 
 Python decides while it is made, so a forward is declined that decides by more than the classes of
 its arguments and the attributes of its module, or whose record would lack something that it does.
 What no record can notice is left: a global that changes, an attribute of a child that the forward
-looks at, `type(x) is Tensor`, what is done besides to objects that are no module's.
+looks at, what is done besides to objects that are no module's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dis
-import functools
 import inspect
 import random
 import sys
@@ -25,7 +23,7 @@ from torch import Tensor, fx
 from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritorch import nn, ops, toplevel
+from tritorch import bytecode, nn, ops, toplevel
 
 
 class DeclinedError(Exception):
@@ -47,11 +45,14 @@ def record(module: Module, written: type[Module]) -> fx.Graph:
     ):
         raise DeclinedError("its forward has optional arguments")
     kind: Any = written
-    named: frozenset[str] = names_in(kind)
-    if unseen := named & _UNSEEN:
+    named: frozenset[str] = bytecode.names_in(kind)
+    codes = bytecode.of_forward(kind)
+    if unseen := _UNSEEN & bytecode.names_of(codes):
         raise DeclinedError(f"it may use {min(unseen)}, which no record does")
-    if any(map(_tries, codes_in(kind))):
-        raise DeclinedError("it has a try statement, of which a record knows one way")
+    if any(map(bytecode.tries, codes)):
+        raise DeclinedError("it has a try or a match statement, of which a record knows one way")
+    if any(map(bytecode.identifies, codes)):
+        raise DeclinedError("it asks by `is` for something else than None, which no value is")
     for name in sorted(named & (vars(module).keys() - _OF_MODULES)):
         if not _is_fixed(vars(module)[name]):
             found = type(vars(module)[name]).__name__
@@ -105,41 +106,8 @@ def _is_fixed(value: Any) -> bool:
     return isinstance(value, _FIXED)
 
 
-# what does something besides, once
-_UNSEEN = frozenset(("print", "manual_seed", "fork_rng"))
-
-
-@functools.cache
-def names_in(written: Any) -> frozenset[str]:
-    """What its methods name, attributes or strings, but for what only builds it."""
-    names: set[str] = set()
-    for code in codes_in(written):
-        names.update(code.co_names, (one for one in code.co_consts if isinstance(one, str)))
-    return frozenset(names)
-
-
-@functools.cache
-def codes_in(written: Any) -> tuple[types.CodeType, ...]:
-    """The code of its methods, and of functions in them, but for what only builds it."""
-    codes: list[types.CodeType] = []
-    for kind in written.__mro__[: written.__mro__.index(Module)]:
-        for name, value in vars(kind).items():
-            function = getattr(value, "fget", getattr(value, "__func__", value))
-            if name != "__init__" and isinstance(function, types.FunctionType):
-                codes.append(function.__code__)
-    # those that are found on the way are gone through too
-    for code in codes:
-        codes += [one for one in code.co_consts if isinstance(one, types.CodeType)]
-    return tuple(codes)
-
-
-def _tries(code: types.CodeType) -> bool:
-    """Whether it has a try statement: what it handles besides the ends of `with` blocks."""
-    names = [one.opname for one in dis.get_instructions(code)]
-    # Python 3.10 has no PUSH_EXC_INFO
-    handlers = names.count("PUSH_EXC_INFO") + names.count("SETUP_FINALLY")
-    ends = names.count("WITH_EXCEPT_START") if "PUSH_EXC_INFO" in names else 0
-    return handlers > ends
+# what does something besides, once, or takes an exception for an answer
+_UNSEEN = frozenset(("print", "manual_seed", "fork_rng", "suppress"))
 
 
 @contextlib.contextmanager
@@ -191,16 +159,19 @@ def _record(module: Module, written: type[Module]) -> fx.Graph:
     vars(stand_in).update(_copies(module))
     below = [one for one in module.modules() if one is not module]
     drawn, numpys, torchs = random.getstate(), _state_of_numpy(), torch.get_rng_state()
+    # other threads may draw meanwhile, but not seed
+    seed = torch.initial_seed()
     try:
         with _unchanged(below), _NoTensors():  # type: ignore[no-untyped-call]
             graph = _Recorder().trace(stand_in)
         if random.getstate() != drawn or _state_of_numpy() != numpys:
             raise DeclinedError("its forward draws random numbers in Python")
-        if not torch.equal(torch.get_rng_state(), torchs):
+        if torch.initial_seed() != seed:
             raise DeclinedError("its forward seeds torch's generator")
     finally:
         random.setstate(drawn)
-        torch.set_rng_state(torchs)
+        if torch.initial_seed() != seed:
+            torch.set_rng_state(torchs)
         if numpys is not None:
             sys.modules["numpy"].random.set_state(numpys)
     if _contents(stand_in) != _contents(module):
@@ -254,6 +225,11 @@ class _Asked:
         # what is written in C believes the answer, and reads a tensor where there is none
         raise DeclinedError("its forward asks for the class of a value")
 
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        # that of torch.fx asks of each argument whether it is of this class
+        return fx.Proxy.__torch_function__(*args, **kwargs)
+
     def __hash__(self) -> int:
         raise DeclinedError("its forward looks a value up")
 
@@ -267,18 +243,33 @@ class _Asked:
 
 
 # what may be None, which a forward can ask without a step of the record
-_MAYBE_NONE = frozenset(("grad", "grad_fn", "_grad", "_grad_fn", "_base", "_backward_hooks"))
+_MAYBE_NONE = frozenset(
+    (
+        "grad",
+        "grad_fn",
+        "_grad",
+        "_grad_fn",
+        "_base",
+        "_backward_hooks",
+        "_post_accumulate_grad_hooks",
+    )
+)
+# of what class an attribute is that torch's functions take for what it is
+_CLASSES = {
+    "shape": torch.Size,
+    "dtype": torch.dtype,
+    "device": torch.device,
+    "layout": torch.layout,
+}
 
 
 class _Value(_Asked, fx.Proxy):
     """A value of the record."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in _MAYBE_NONE:
-            raise DeclinedError(f"its forward may ask whether {name} is None")
         if not hasattr(Tensor, name):
             raise AttributeError(f"a tensor has no {name}")
-        return _Attribute(self, name)
+        return _Attribute.of(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
@@ -292,8 +283,18 @@ class _Value(_Asked, fx.Proxy):
 class _Attribute(_Asked, fx.proxy.Attribute):
     """An attribute of a value, or a method."""
 
+    @classmethod
+    def of(cls, value: fx.Proxy, name: str) -> _Attribute:
+        if name in _MAYBE_NONE:
+            raise DeclinedError(f"its forward may ask whether {name} is None")
+        return cls(value, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return _CLASSES.get(self.attr) or super().__class__
+
     def __getattr__(self, name: str) -> Any:
-        return _Attribute(self, name)
+        return _Attribute.of(self, name)
 
 
 def _declines(method: str) -> Any:
