@@ -3,6 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -264,3 +269,38 @@ def test_a_profiler_of_all_threads_hears_of_library_ops(device):
     with torch.profiler.profile(experimental_config=everybody) as profile:
         ops.relu(x)
     assert "tritorch::activation_forward" in {event.name for event in profile.events()}
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_sharded_models_train_as_with_torch(name, mesh):
+    found = []
+    for home in (tritorch, torch):
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU()
+        model = torch.nn.Sequential(*layers, torch.nn.Linear(4, 2))
+        model = tritorch.convert(model) if home is tritorch else model
+        parallelize_module(model, mesh, {"0": ColwiseParallel(output_layouts=Replicate())})
+        fully_shard(model[3], mesh=mesh)
+        optimizer = getattr(home.optim, name)(model.parameters(), lr=0.1)
+        x = torch.randn(6, 5)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        found.append(losses)
+    torch.testing.assert_close(found[0], found[1])
+    assert found[1][2] < found[1][0]
