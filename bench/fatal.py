@@ -17,8 +17,13 @@ _FATAL = (
 _HARMLESS = ("out of memory", "captur")
 
 
-def reraise(error: Exception) -> None:
-    """Raises an error of the device again: nothing more can be measured by this process."""
+def is_fatal(error: Exception) -> bool:
+    """Whether it is the device's, so that this process can measure nothing more."""
     text = str(error)
-    if any(fatal in text for fatal in _FATAL) and not any(one in text for one in _HARMLESS):
+    return any(fatal in text for fatal in _FATAL) and not any(one in text for one in _HARMLESS)
+
+
+def reraise(error: Exception) -> None:
+    """Raises an error of the device again."""
+    if is_fatal(error):
         raise error

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from tests.settings import restored
-from tritorch.bench import rows
+from tritorch.bench import ceilings, rows
 from tritorch.cli import main
 
 pytestmark = pytest.mark.reference
@@ -271,6 +271,15 @@ def test_an_error_of_the_gpu_keeps_what_was_measured(monkeypatch, tmp_path):
     assert {row["implementation"] for row in written["rows"]} == {"tritorch", "torch"}
     assert written["problems"][0].startswith(said)
     assert "| relu | " in files[1].read_text()
+
+
+def test_an_error_that_is_not_the_gpu_s_is_raised(monkeypatch, tmp_path):
+    def fails(*arguments):
+        raise RuntimeError("expected scalar type Float")
+
+    monkeypatch.setattr(ceilings, "measure", fails)
+    result = bench("relu", "--json", tmp_path / "result.json", *QUICK)
+    assert repr(result.exception) == "RuntimeError('expected scalar type Float')"
 
 
 def test_a_full_disk_is_told_and_leaves_the_last_file(monkeypatch, tmp_path):

@@ -135,7 +135,7 @@ def run(targets: tuple[str, ...], **options: Any) -> None:
         stop("--png needs matplotlib: pip install matplotlib", UNABLE)
     import torch
 
-    from tritorch.bench import session, timing
+    from tritorch.bench import fatal, session, timing
     from tritorch.bench.environment import environment
     from tritorch.bench.store import Store
     from tritorch.testing.errors import RequestError
@@ -180,7 +180,8 @@ def run(targets: tuple[str, ...], **options: Any) -> None:
         console.print(f"the result could not be written: {error}", style="bold red", markup=False)
         status = UNABLE
     except RuntimeError as error:
-        # of the GPU, after which this process measures nothing more
+        if not fatal.is_fatal(error):
+            raise
         text = f"not measured: the rest: {type(error).__name__}: {error}"
         console.print(text, style="bold red", markup=False)
         store.more["problems"] = [text]
