@@ -90,6 +90,10 @@ LOOKS_UP = "its forward looks a value up"
 WRITES_OUT = "its forward writes a value out"
 DECLINED = {
     "function": (lambda m, x: F.relu(m.bn(Reversed.apply(x))), CLASS),
+    "class of an attribute": (
+        lambda m, x: F.relu(m.bn(x)) if isinstance(x.mT, torch.Tensor) else m.bn(x),
+        CLASS,
+    ),
     "as_tensor": (lambda m, x: F.relu(m.bn(torch.as_tensor(x))), CLASS),
     "float32": (in_float32, "its forward enters a context"),
     "asks autocast": (

@@ -217,13 +217,16 @@ class _NoTensors(TorchDispatchMode):
         raise DeclinedError(f"its forward calls {func} on no value that it is given")
 
 
+_CLASS = "its forward asks for the class of a value"
+
+
 class _Asked:
     """Declines what tells Python, and no record, something of a value."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         # what is written in C believes the answer, and reads a tensor where there is none
-        raise DeclinedError("its forward asks for the class of a value")
+        raise DeclinedError(_CLASS)
 
     @classmethod
     def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -291,7 +294,10 @@ class _Attribute(_Asked, fx.proxy.Attribute):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return _CLASSES.get(self.attr) or super().__class__
+        if self.attr in _CLASSES:
+            return _CLASSES[self.attr]
+        # of the one above `super()` gives that of `super` itself
+        raise DeclinedError(_CLASS)
 
     def __getattr__(self, name: str) -> Any:
         return _Attribute.of(self, name)
