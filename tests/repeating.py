@@ -6,7 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
-from tritorch import backend, composed, nodes, seen, watched
+from tritorch import backend
+from tritorch.repeats import composed, nodes, seen, watched
 
 # the whole op, the forward pass of its Function and its library ops: each is tried on its own
 LEVELS = 3

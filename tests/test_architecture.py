@@ -49,7 +49,7 @@ ROOMS = (
         "an op imports torch, the core and its siblings; binding alone registers ops with torch",
         may="__future__ collections dataclasses functools math typing torch tritorch.backend"
         " tritorch.binding tritorch.checks tritorch.descriptors tritorch.hardware tritorch.launch"
-        " tritorch.ops tritorch.registry tritorch.repeats",
+        " tritorch.ops tritorch.registry tritorch.repeats.decorator",
         never="torch.library",
         unused="torch.library",
     ),
@@ -100,20 +100,19 @@ ROOMS = (
     Room(
         "tritorch/binding.py",
         "binding ties any op to torch and knows none",
-        may="stdlib torch tritorch.launch tritorch.nodes tritorch.seen",
+        may="stdlib torch tritorch.launch tritorch.repeats",
     ),
     Room(
-        "tritorch/heard.py tritorch/seen.py tritorch/watched.py",
+        "tritorch/repeats/listener.py tritorch/repeats/seen.py tritorch/repeats/watched.py",
         "what is repeated knows no op, and nothing of autograd",
         may="stdlib torch tritorch.backend tritorch.checks tritorch.descriptors tritorch.launch"
-        " tritorch.heard tritorch.watched",
+        " tritorch.repeats.listener tritorch.repeats.watched",
         unused="torch.library torch.autograd.Function",
     ),
     Room(
-        "tritorch/repeats.py tritorch/composed.py tritorch/nodes.py",
+        "tritorch/repeats/*.py",
         "what is repeated under autograd knows no op",
-        may="stdlib torch tritorch.binding tritorch.composed tritorch.launch tritorch.heard"
-        " tritorch.nodes tritorch.seen tritorch.watched",
+        may="stdlib torch tritorch.binding tritorch.launch tritorch.repeats",
         unused="torch.library",
     ),
     Room(
@@ -132,8 +131,7 @@ ROOMS = (
     Room("tritorch/data/make_digits.py", "a script run by hand", may="stdlib numpy sklearn"),
     Room("tritorch/data/*.py", "data knows no op", may="stdlib numpy torch"),
     Room(
-        "tritorch/cli.py tritorch/*_command.py tritorch/doctor*.py tritorch/screen.py"
-        " tritorch/train.py",
+        "tritorch/cli/*.py tritorch/doctor/*.py tritorch/training/train.py",
         "programs use what a user has, and record where their results come from",
         may="stdlib click numpy rich torch tritorch",
         lazily="matplotlib triton",
@@ -269,7 +267,7 @@ def test_forbidden_import_is_reported_with_its_place(file, source, reported):
         ("tritorch/ops/conv.py", "import torch.nn.functional as F\nfrom . import strided"),
         ("tritorch/launch.py", "import json\ndef f():\n    import triton"),
         ("tritorch/testing/dry.py", "if TYPE_CHECKING:\n    import triton"),
-        ("tritorch/cli.py", "from tritorch.bench.environment import write_result"),
+        ("tritorch/cli/train.py", "from tritorch.bench.environment import write_result"),
     ],
 )
 def test_permitted_import_is_not_reported(file, source):

@@ -249,7 +249,7 @@ def test_a_peer_that_refuses_is_told_and_is_no_failure_of_ours(monkeypatch):
     (row,) = rows_of("flag_gems", ["relu"])
     assert row["failure"] == "raises RuntimeError: not on this GPU"
     # as on a machine with a GPU, where peers are asked for
-    monkeypatch.setattr("tritorch.bench_command._beside", lambda names, device: ("flag_gems",))
+    monkeypatch.setattr("tritorch.cli.bench._beside", lambda names, device: ("flag_gems",))
     command = ["bench", "relu", "--pass", "forward", "--seconds", "0.01", "--device", "cpu"]
     result = CliRunner().invoke(main, command)
     assert "flag_gems" in result.output
@@ -266,7 +266,7 @@ def test_peers_are_not_asked_without_a_gpu():
 
 def test_a_peer_that_cannot_be_imported_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "attorch", None)
-    monkeypatch.setattr("tritorch.bench_command._beside", lambda names, device: ("attorch",))
+    monkeypatch.setattr("tritorch.cli.bench._beside", lambda names, device: ("attorch",))
     command = ["bench", "relu", "--pass", "forward", "--seconds", "0.01", "--device", "cpu"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 1

@@ -126,7 +126,7 @@ def test_a_call_that_leaves_the_kernels_is_status_1(monkeypatch):
     def leaves(*arguments, **options):
         raise backend.FallbackError("conv2d: the kernels do not take this call: why")
 
-    monkeypatch.setattr("tritorch.train.run", leaves)
+    monkeypatch.setattr("tritorch.training.train.run", leaves)
     result = call(*SHORT, "--no-replay")
     assert result.exit_code == 1
     assert "do not take this call: why" in result.output

@@ -7,7 +7,7 @@ import pytest
 
 from tests.lab import gallery
 from tests.lab.gallery import ROOT
-from tritorch.check_command import check
+from tritorch.cli.check import check
 from tritorch.registry import Maker
 
 GUIDE = ROOT / "docs" / "check.md"

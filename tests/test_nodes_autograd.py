@@ -16,7 +16,8 @@ from tests.repeating import again as again
 from tests.repeating import images as images
 from tests.repeating import kernels_only as kernels_only
 from tests.test_repeats import assert_same
-from tritorch import backend, composed, launch, nn, ops
+from tritorch import backend, launch, nn, ops
+from tritorch.repeats import composed
 
 pytestmark = pytest.mark.interpret
 

@@ -16,7 +16,8 @@ from tests.repeating import again as again
 from tests.repeating import images as images
 from tests.repeating import kernels_only as kernels_only
 from tests.repeating import repeated as repeated
-from tritorch import backend, binding, checks, composed, launch, nodes, ops, seen
+from tritorch import backend, binding, checks, launch, ops
+from tritorch.repeats import composed, nodes, seen
 
 pytestmark = pytest.mark.interpret
 

@@ -16,8 +16,9 @@ from tests.repeating import LEVELS, often
 from tests.repeating import images as images
 from tests.repeating import kernels_only as kernels_only
 from tests.repeating import repeated as repeated
-from tritorch import launch, ops, repeats, seen, watched
+from tritorch import launch, ops, repeats
 from tritorch.registry import Maker, specs
+from tritorch.repeats import seen, watched
 from tritorch.testing import calls, detectors
 
 pytestmark = pytest.mark.interpret
@@ -283,7 +284,8 @@ def test_nothing_of_torch_compile_is_imported():
     program = """
 import sys
 import torch
-from tritorch import backend, ops, watched
+from tritorch import backend, ops
+from tritorch.repeats import watched
 repeat, count = watched.Repeat.__call__, []
 watched.Repeat.__call__ = lambda *given: count.append(1) or repeat(*given)
 with torch.no_grad():

@@ -9,7 +9,8 @@ from tests.repeating import LEVELS, often
 from tests.repeating import images as images
 from tests.repeating import kernels_only as kernels_only
 from tests.repeating import repeated as repeated
-from tritorch import backend, launch, ops, repeats, seen, watched
+from tritorch import backend, launch, ops, repeats
+from tritorch.repeats import seen, watched
 
 pytestmark = pytest.mark.interpret
 

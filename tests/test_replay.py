@@ -5,9 +5,9 @@ import torch
 
 from tritorch import backend, ops
 from tritorch.data import Digits, split
-from tritorch.replay import replay
-from tritorch.train import run
-from tritorch.twins import Lenet8, Settings, Twin
+from tritorch.training.replay import replay
+from tritorch.training.train import run
+from tritorch.training.twins import Lenet8, Settings, Twin
 
 pytestmark = pytest.mark.interpret
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritorch import train as training
-from tritorch.train import Curves, Epoch
-from tritorch.twins import Settings
+from tritorch.training import train as training
+from tritorch.training.train import Curves, Epoch
+from tritorch.training.twins import Settings
 
 pytestmark = pytest.mark.reference
 

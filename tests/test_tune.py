@@ -9,10 +9,11 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from tritorch import backend, hardware, kernels, launch, ops, tune_command, tuned
+from tritorch import backend, hardware, kernels, launch, ops, tuned
 from tritorch.bench import candidates, timing, tune, tuned_table
 from tritorch.bench.tuned_table import TunedTable
 from tritorch.cli import main
+from tritorch.cli import tune as tune_command
 from tritorch.ops import matmul_tma
 from tritorch.testing import configurations
 
@@ -314,7 +315,7 @@ def command(device, two, tmp_path, monkeypatch):
     """`tritorch tune` of a model that asks two questions, whose answers take no time."""
     (tmp_path / "asking.py").write_text(f"DEVICE = {device!r}\n{MODEL}")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("tritorch.tune_command._device", lambda: torch.device(device))
+    monkeypatch.setattr("tritorch.cli.tune._device", lambda: torch.device(device))
 
     def measure(sides, clock, plan, **options):
         made = timing.intervals.median

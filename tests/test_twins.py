@@ -6,10 +6,10 @@ import dataclasses
 import pytest
 import torch
 
-from tritorch import report, twins
 from tritorch.data import Digits, split
-from tritorch.train import curves_of, run
-from tritorch.twins import Lenet8, NoiseTwin, Settings, Twin
+from tritorch.training import report, twins
+from tritorch.training.train import curves_of, run
+from tritorch.training.twins import Lenet8, NoiseTwin, Settings, Twin
 
 pytestmark = pytest.mark.reference
 

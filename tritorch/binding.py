@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
 from tritorch import launch as launching
-from tritorch import nodes, seen
+from tritorch.repeats import nodes, seen
 
 # what is plain no class need be asked
 _PLAIN = frozenset((type(None), bool, int, float, str, tuple, torch.Size))

@@ -64,16 +64,7 @@ class _Thread(threading.local):
 
 thread = _Thread()
 
-_OURS = (
-    "tritorch.checks",
-    "tritorch.composed",
-    "tritorch.heard",
-    "tritorch.nodes",
-    "tritorch.ops.",
-    "tritorch.repeats",
-    "tritorch.seen",
-    "tritorch.watched",
-)
+_OURS = ("tritorch.checks", "tritorch.ops.", "tritorch.repeats.")
 
 
 def warn(message: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from tritorch.check_command import check
+from tritorch.cli.check import check
 from tritorch.testing import findings, input_sizes, inputs, schedule
 
 ROOT = Path(__file__).resolve().parent.parent.parent

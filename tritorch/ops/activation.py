@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, repeats
+from tritorch import backend, binding, checks
 from tritorch.ops import strided
 from tritorch.ops.activation_function import Activation, keeps_input
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def relu_reference(input: Tensor, inplace: bool = False) -> Tensor:
@@ -120,7 +121,7 @@ def _call(
     return input.copy_(output) if copies else output
 
 
-@repeats.repeated
+@repeated
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """max(input, 0) elementwise; NaN and -0.0 pass, as in torch.
 
@@ -145,7 +146,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     return _call("relu", relu_reference, input, inplace, inplace=inplace)
 
 
-@repeats.repeated
+@repeated
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """min(max(input, 0), 6) elementwise; arguments and result as those of `relu`.
 
@@ -154,7 +155,7 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     return _call("relu6", F.relu6, input, inplace, inplace=inplace)
 
 
-@repeats.repeated
+@repeated
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """input where it is positive, else input * negative_slope; otherwise as `relu`.
 
@@ -174,7 +175,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     )
 
 
-@repeats.repeated
+@repeated
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """input * sigmoid(input) elementwise; otherwise as `relu`, but of floating point alone.
 
@@ -183,7 +184,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     return _call("silu", F.silu, input, inplace, inplace=inplace)
 
 
-@repeats.repeated
+@repeated
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """input times the normal distribution function of it; of floating point alone.
 
@@ -207,7 +208,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     return _call("gelu", gelu_reference, input, approximate, activation=activation)
 
 
-@repeats.repeated
+@repeated
 def sigmoid(input: Tensor) -> Tensor:
     """1 / (1 + exp(-input)) elementwise; otherwise as `relu`, integers give floating point.
 
@@ -216,7 +217,7 @@ def sigmoid(input: Tensor) -> Tensor:
     return _call("sigmoid", torch.sigmoid, input)
 
 
-@repeats.repeated
+@repeated
 def tanh(input: Tensor) -> Tensor:
     """The hyperbolic tangent elementwise; otherwise as `sigmoid`.
 
@@ -225,7 +226,7 @@ def tanh(input: Tensor) -> Tensor:
     return _call("tanh", torch.tanh, input)
 
 
-@repeats.repeated
+@repeated
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """input * min(max(input + 3, 0), 6) / 6 elementwise; otherwise as `silu`.
 
@@ -234,7 +235,7 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     return _call("hardswish", F.hardswish, input, inplace, inplace=inplace)
 
 
-@repeats.repeated
+@repeated
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """min(max(input + 3, 0), 6) / 6 elementwise; otherwise as `silu`.
 

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, checks, repeats
+from tritorch import backend, checks
 from tritorch.ops import pool_function, windows
 from tritorch.ops.pool import widened_reference
 from tritorch.ops.windows import Counts
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def adaptive_max_pool2d_reference(
@@ -24,7 +25,7 @@ def adaptive_max_pool2d_reference(
     return widened_reference(F.adaptive_max_pool2d, input, (output_size,), return_indices)
 
 
-@repeats.repeated
+@repeated
 def adaptive_max_pool2d(
     input: Tensor, output_size: Counts, return_indices: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

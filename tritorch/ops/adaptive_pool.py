@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, launch, repeats
+from tritorch import backend, binding, checks, launch
 from tritorch.ops import avg_pool_function, windows
 from tritorch.ops.geometry import is_channels_last
 from tritorch.ops.pool3d import in_format_of
@@ -18,6 +18,7 @@ from tritorch.ops.spatial_mean import SpatialMean
 from tritorch.ops.strided import Layout
 from tritorch.ops.windows import Counts, Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 kernels = launch.kernels("adaptive_pool")
 
@@ -127,7 +128,7 @@ def _declined(input: Tensor, size: Sequence[int]) -> str | None:
     return None
 
 
-@repeats.repeated
+@repeated
 def adaptive_avg_pool1d(input: Tensor, output_size: Ints) -> Tensor:
     """The mean of each of `output_size` windows: `adaptive_avg_pool2d` along one axis.
 
@@ -154,7 +155,7 @@ def adaptive_avg_pool1d(input: Tensor, output_size: Ints) -> Tensor:
     return _mean(input.unsqueeze(-2), (1, *size)).squeeze(-2)
 
 
-@repeats.repeated
+@repeated
 def adaptive_avg_pool2d(input: Tensor, output_size: Counts) -> Tensor:
     """The mean of each of P x Q windows that cover the image.
 
@@ -188,7 +189,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Counts) -> Tensor:
     return _mean(input, size)
 
 
-@repeats.repeated
+@repeated
 def adaptive_avg_pool3d(input: Tensor, output_size: Counts) -> Tensor:
     """The mean of each of Z x P x Q windows that cover the volume: as `adaptive_avg_pool2d`.
 

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, checks, repeats
+from tritorch import backend, checks
 from tritorch.ops import avg_pool_function, windows
 from tritorch.ops.windows import Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def avg_pool2d_reference(
@@ -31,7 +32,7 @@ def avg_pool2d_reference(
     return output
 
 
-@repeats.repeated
+@repeated
 def avg_pool2d(
     input: Tensor,
     kernel_size: Ints,

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, repeats
+from tritorch import backend, binding, checks
 from tritorch.ops import loss
 from tritorch.ops.loss_function import ElementwiseLoss
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def binary_cross_entropy_reference(
@@ -36,7 +37,7 @@ def binary_cross_entropy_with_logits_reference(
     )
 
 
-@repeats.repeated
+@repeated
 def binary_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
@@ -82,7 +83,7 @@ def binary_cross_entropy(
     return result
 
 
-@repeats.repeated
+@repeated
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritorch import repeats
 from tritorch.ops import conv_call, conv_cost
 from tritorch.ops.activation import with_residual
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 Pair = int | Sequence[int]
 
@@ -33,7 +33,7 @@ def conv2d_reference(
     return conv_call.reference(2, input, weight, bias, *given)
 
 
-@repeats.repeated
+@repeated
 def conv2d(
     input: Tensor,
     weight: Tensor,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritorch import repeats
 from tritorch.ops import conv_call, conv_cost
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 Single = int | Sequence[int]
 
@@ -30,7 +30,7 @@ def conv1d_reference(
     return conv_call.reference(1, input, weight, bias, *given)
 
 
-@repeats.repeated
+@repeated
 def conv1d(
     input: Tensor,
     weight: Tensor,

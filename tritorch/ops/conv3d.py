@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritorch import repeats
 from tritorch.ops import conv_call, conv_cost
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 Triple = int | Sequence[int]
 
@@ -30,7 +30,7 @@ def conv3d_reference(
     return conv_call.reference(3, input, weight, bias, *given)
 
 
-@repeats.repeated
+@repeated
 def conv3d(
     input: Tensor,
     weight: Tensor,

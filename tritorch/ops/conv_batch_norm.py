@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritorch import backend, binding, checks, repeats
+from tritorch import backend, binding, checks
 from tritorch.ops import conv_call, conv_checks
 from tritorch.ops.conv import Pair, conv2d, conv2d_reference
 from tritorch.ops.conv_batch_norm_function import ConvolutionBatchNorm
@@ -17,6 +17,7 @@ from tritorch.ops.norm_checks import check_shapes, check_statistics
 from tritorch.ops.norm_stages import keeps_bits
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 _OP = "conv2d_batch_norm"
 
@@ -45,7 +46,7 @@ def conv2d_batch_norm_reference(
     return batch_norm_reference(y, *given, activation=activation, residual=residual)
 
 
-@repeats.repeated
+@repeated
 def conv2d_batch_norm(
     input: Tensor,
     weight: Tensor,

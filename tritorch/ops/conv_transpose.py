@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import repeats
 from tritorch.ops import conv_call
 from tritorch.ops.conv_transpose_samples import (
     rejects_of,
@@ -21,6 +20,7 @@ from tritorch.ops.conv_transpose_samples import (
     workloads_of,
 )
 from tritorch.registry import Cost, OpSpec, register
+from tritorch.repeats.decorator import repeated
 
 Ints = int | Sequence[int]
 
@@ -73,7 +73,7 @@ def conv_transpose3d_reference(
     )
 
 
-@repeats.repeated
+@repeated
 def conv_transpose1d(
     input: Tensor,
     weight: Tensor,
@@ -105,7 +105,7 @@ def conv_transpose1d(
     )
 
 
-@repeats.repeated
+@repeated
 def conv_transpose2d(
     input: Tensor,
     weight: Tensor,
@@ -162,7 +162,7 @@ def conv_transpose2d(
     )
 
 
-@repeats.repeated
+@repeated
 def conv_transpose3d(
     input: Tensor,
     weight: Tensor,

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, repeats
+from tritorch import backend, binding, checks
 from tritorch.ops import classes, cross_entropy_function, loss
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def cross_entropy_reference(
@@ -33,7 +34,7 @@ def cross_entropy_reference(
     )
 
 
-@repeats.repeated
+@repeated
 def cross_entropy(
     input: Tensor,
     target: Tensor,

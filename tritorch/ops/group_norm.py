@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, repeats
+from tritorch import backend, binding, checks
 from tritorch.ops import strided
 from tritorch.ops.norm_of_one import Norm
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def group_norm_reference(
@@ -28,7 +29,7 @@ def group_norm_reference(
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 
-@repeats.repeated
+@repeated
 def group_norm(
     input: Tensor,
     num_groups: int,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, repeats
+from tritorch import backend, binding, checks
 from tritorch.ops import strided
 from tritorch.ops.geometry import is_channels_last
 from tritorch.ops.norm import batch_norm
@@ -18,6 +18,7 @@ from tritorch.ops.norm_checks import check_statistics
 from tritorch.ops.norm_of_one import Norm
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 _OP = "instance_norm"
 
@@ -40,7 +41,7 @@ def instance_norm_reference(
     return _channels_last(output) if _is_channels_last(input) else output
 
 
-@repeats.repeated
+@repeated
 def instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,

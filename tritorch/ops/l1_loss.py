@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, repeats
+from tritorch import backend, binding, checks
 from tritorch.ops import loss
 from tritorch.ops.loss_function import ElementwiseLoss
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def l1_loss_reference(
@@ -45,7 +46,7 @@ def huber_loss_reference(
     )
 
 
-@repeats.repeated
+@repeated
 def l1_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None
 ) -> Tensor:
@@ -82,7 +83,7 @@ def l1_loss(
     return result
 
 
-@repeats.repeated
+@repeated
 def smooth_l1_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", beta: float = 1.0
 ) -> Tensor:
@@ -123,7 +124,7 @@ def smooth_l1_loss(
     return result
 
 
-@repeats.repeated
+@repeated
 def huber_loss(
     input: Tensor,
     target: Tensor,

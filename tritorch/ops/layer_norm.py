@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, repeats
+from tritorch import backend, binding, checks
 from tritorch.ops import strided
 from tritorch.ops.norm_of_one import Norm
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def layer_norm_reference(
@@ -27,7 +28,7 @@ def layer_norm_reference(
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
-@repeats.repeated
+@repeated
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],

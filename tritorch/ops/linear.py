@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, repeats
+from tritorch import backend, binding, checks
 from tritorch.ops.activation import (
     check_epilogue,
     checked_residual,
@@ -17,6 +17,7 @@ from tritorch.ops.activation import (
 from tritorch.ops.matmul import matmul_cost
 from tritorch.ops.matmul_function import Linear
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def linear_reference(
@@ -31,7 +32,7 @@ def linear_reference(
     return epilogue_reference(F.linear(input, weight, bias), activation, residual)
 
 
-@repeats.repeated
+@repeated
 def linear(
     input: Tensor,
     weight: Tensor,

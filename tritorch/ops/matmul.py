@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tritorch import backend, binding, checks, repeats
+from tritorch import backend, binding, checks
 from tritorch.ops.matmul_function import Matmul, rows_of
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def matmul_reference(input: Tensor, other: Tensor) -> Tensor:
@@ -17,7 +18,7 @@ def matmul_reference(input: Tensor, other: Tensor) -> Tensor:
     return torch.matmul(input, other)
 
 
-@repeats.repeated
+@repeated
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """input @ other, with torch.matmul's rules for vectors, matrices and broadcast batches.
 

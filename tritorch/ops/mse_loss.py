@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, repeats
+from tritorch import backend, binding, checks
 from tritorch.ops import loss
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def mse_loss_reference(
@@ -104,7 +105,7 @@ class MseLossBackward(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
-@repeats.repeated
+@repeated
 def mse_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None
 ) -> Tensor:

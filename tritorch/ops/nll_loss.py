@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, launch, repeats
+from tritorch import backend, binding, checks, launch
 from tritorch.ops import classes, loss, strided
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 kernels = launch.kernels("nll_loss")
 
@@ -217,7 +218,7 @@ class NllLossRows(torch.autograd.Function):
         return (of_input, None, None, None, None)
 
 
-@repeats.repeated
+@repeated
 def nll_loss(
     input: Tensor,
     target: Tensor,

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, repeats
+from tritorch import backend, binding, checks
 from tritorch.ops.activation import epilogue_reference
 from tritorch.ops.norm_checks import check_shapes, check_statistics
 from tritorch.ops.norm_gradient import BatchNorm
 from tritorch.ops.norm_stages import keeps_bits
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def batch_norm_reference(
@@ -38,7 +39,7 @@ def batch_norm_reference(
     return epilogue_reference(y, activation)
 
 
-@repeats.repeated
+@repeated
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, checks, repeats
+from tritorch import backend, checks
 from tritorch.ops import pool_function, windows
 from tritorch.ops.windows import Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def max_pool2d_reference(
@@ -46,7 +47,7 @@ def widened_reference(
     return output.to(input.dtype)
 
 
-@repeats.repeated
+@repeated
 def max_pool2d(
     input: Tensor,
     kernel_size: Ints,

@@ -9,11 +9,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, checks, repeats
+from tritorch import backend, checks
 from tritorch.ops import avg_pool_function, pool_function, windows
 from tritorch.ops.pool import widened_reference
 from tritorch.ops.windows import Ints, Window
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def max_pool1d_reference(
@@ -50,7 +51,7 @@ def _of_a_row(window: Window) -> Window:
     return 1, k, 1, stride, 0, padding, 1, dilation
 
 
-@repeats.repeated
+@repeated
 def max_pool1d(
     input: Tensor,
     kernel_size: Ints,
@@ -99,7 +100,7 @@ def max_pool1d(
     return values.squeeze(-2), indices.squeeze(-2)
 
 
-@repeats.repeated
+@repeated
 def avg_pool1d(
     input: Tensor,
     kernel_size: Ints,

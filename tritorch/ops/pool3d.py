@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, checks, repeats
+from tritorch import backend, checks
 from tritorch.ops import avg_pool_function, pool_function, windows
 from tritorch.ops.geometry import is_channels_last
 from tritorch.ops.pool import widened_reference
 from tritorch.ops.windows import Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 
 def max_pool3d_reference(
@@ -67,7 +68,7 @@ def in_format_of(input: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     return function(x).contiguous(memory_format=memory_format)
 
 
-@repeats.repeated
+@repeated
 def max_pool3d(
     input: Tensor,
     kernel_size: Ints,
@@ -113,7 +114,7 @@ def max_pool3d(
     return pool_function.max_pool(input, window, size, bool(return_indices))
 
 
-@repeats.repeated
+@repeated
 def avg_pool3d(
     input: Tensor,
     kernel_size: Ints,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritorch import backend, binding, checks, launch, repeats
+from tritorch import backend, binding, checks, launch
 from tritorch.ops import strided
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 kernels = launch.kernels("reduce")
 
@@ -141,7 +142,7 @@ class ChannelSum(torch.autograd.Function):
         return grad_output.reshape(view).expand(ctx.shape), None
 
 
-@repeats.repeated
+@repeated
 def channel_sum(input: Tensor, dim: int = 1) -> Tensor:
     """Sums `input` over every dimension but `dim`: the gradient of a bias.
 

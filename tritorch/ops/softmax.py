@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, binding, checks, launch, repeats
+from tritorch import backend, binding, checks, launch
 from tritorch.ops import strided
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.repeats.decorator import repeated
 
 kernels = launch.kernels("softmax")
 
@@ -148,7 +149,7 @@ class Softmax(torch.autograd.Function):
         return grad_input, None, None, None
 
 
-@repeats.repeated
+@repeated
 def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """exp(input) / sum(exp(input)) along a dimension.
 
@@ -174,7 +175,7 @@ def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = N
     return _call("softmax", F.softmax, False, input, dim, dtype)
 
 
-@repeats.repeated
+@repeated
 def log_softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """input - log(sum(exp(input))) along a dimension, without overflow; otherwise as `softmax`.
 

@@ -12,11 +12,11 @@ from html import escape
 from string import Template
 from typing import Any
 
-from tritorch import charts
-from tritorch.charts import Series
-from tritorch.replay import Check
-from tritorch.train import Result
-from tritorch.twins import Cost
+from tritorch.training import charts
+from tritorch.training.charts import Series
+from tritorch.training.replay import Check
+from tritorch.training.train import Result
+from tritorch.training.twins import Cost
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 

@@ -2,7 +2,7 @@
 
 Both start from the same weights and see the same batches of real handwritten digits.  Where there
 is no GPU the tritorch twin trains on the reference path, and some of its steps are taken a second
-time through the kernels, in Triton's corrected interpreter (`tritorch.replay`).
+time through the kernels, in Triton's corrected interpreter (`tritorch.training.replay`).
 
 **When two trainings agree.**  Rounding alone drives them apart: once one activation falls on the
 other side of a ReLU, the gap between the losses grows a thousandfold within a few steps.  So the
@@ -32,9 +32,9 @@ from torch import Tensor
 import tritorch
 from tritorch import backend
 from tritorch.data import Digits, split
-from tritorch.replay import Check, replay
 from tritorch.testing.tolerances import unit_roundoff
-from tritorch.twins import Cost, Lenet8, NoiseTwin, Settings, Twin, costs
+from tritorch.training.replay import Check, replay
+from tritorch.training.twins import Cost, Lenet8, NoiseTwin, Settings, Twin, costs
 
 # significant bits that the noise twins' parameters lose
 _LOST_BITS = (6, 7)

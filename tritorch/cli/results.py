@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from tritorch.check_command import check_folder
+from tritorch.cli.options import check_folder, percent
 
 if TYPE_CHECKING:
     from tritorch.bench import compare as comparing
@@ -20,17 +20,6 @@ if TYPE_CHECKING:
     from tritorch.bench.store import Store
 
 SLOWER, USAGE, UNABLE = 1, 2, 3
-
-
-def percent(context: click.Context, option: click.Parameter, value: str) -> float:
-    """A share: 3% or 0.03."""
-    try:
-        number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
-    except ValueError:
-        number = -1.0
-    if not 0 < number < 1:
-        raise click.BadParameter(f"{value!r} is not a share such as 3% or 0.03", context, option)
-    return number
 
 
 def output(name: str, what: str) -> Callable[[Any], Any]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tritorch import launch, seen
-from tritorch import watched as watching
+from tritorch import launch
+from tritorch.repeats import seen
+from tritorch.repeats import watched as watching
 
 # what a backward pass may find in its context, besides tensors that are saved, and be repeated
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, type)

@@ -12,15 +12,14 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tritorch import results_command
-from tritorch.check_command import finite
-from tritorch.results_command import (
+from tritorch.cli import results
+from tritorch.cli.options import finite, percent
+from tritorch.cli.results import (
     SLOWER,
     UNABLE,
     USAGE,
     check_free,
     output,
-    percent,
     stop,
     write,
 )
@@ -47,8 +46,8 @@ def bench() -> None:
     """Measure how fast kernels are, or compare two results."""
 
 
-bench.add_command(results_command.compare)
-bench.add_command(results_command.show)
+bench.add_command(results.compare)
+bench.add_command(results.show)
 
 
 def _words(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:

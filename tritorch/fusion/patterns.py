@@ -17,10 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritorch import nn, ops, toplevel
 from tritorch.convert import names_of
+from tritorch.fusion.recorded import iadd
 from tritorch.nn import fused
 from tritorch.ops.activation import REFERENCES
 from tritorch.ops.activation_function import needs_output
-from tritorch.recorded import iadd
 
 
 class _Activation(NamedTuple):

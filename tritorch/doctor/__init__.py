@@ -293,7 +293,7 @@ def _asked(question: str, **variables: str) -> dict[str, Any]:
     """What `doctor_probes` answers in a process of its own, which may die."""
     if importlib.util.find_spec("torch") is None:
         raise RuntimeError("torch is not installed")
-    command = [sys.executable, "-m", "tritorch.doctor_probes", question]
+    command = [sys.executable, "-m", "tritorch.doctor.probes", question]
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)}

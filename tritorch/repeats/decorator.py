@@ -1,11 +1,4 @@
-"""Calls that come again: what a call allocated and launched is done once more, without asking why.
-
-A program calls an op with the same shapes over and over.  The first calls go their way, the next
-one is watched, and from then on its allocations, copies and launches are repeated with the tensors
-at hand; where its result has a gradient, the nodes that it gave autograd.  Only what did nothing
-else is repeated: a call that did more in torch, or took a tensor from elsewhere than its arguments,
-goes its way for ever.
-"""
+"""The decorator of ops whose calls are repeated."""
 
 from __future__ import annotations
 
@@ -15,7 +8,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from tritorch import composed, launch, seen
+from tritorch import launch
+from tritorch.repeats import composed, seen
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")

@@ -15,7 +15,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from tritorch import check_command
+from tritorch.cli.options import check_folder
 
 _USAGE, _UNABLE = 2, 3
 _KIND = "inspect"
@@ -178,13 +178,13 @@ def _check(
 ) -> None:
     """Before a minute of compiling."""
     if json_file is not None and str(json_file) != "-":
-        check_command.check_folder(json_file.parent)
+        check_folder(json_file.parent)
         if json_file.exists() and not force:
             raise click.UsageError(f"--json {json_file} exists: name a new file, or add --force")
     if options["out"] is not None:
         if not options["stages"]:
             raise click.UsageError("--out needs --emit")
-        check_command.check_folder(options["out"])
+        check_folder(options["out"])
     if json_file is not None:
         # what these answer is no report
         told = [f"--{name}" for name in ("why", "rank") if options[name]]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tritorch.check_command import finite
+from tritorch.cli.options import finite
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tritorch import __version__
-from tritorch.train import Epoch, Result, Setup
-from tritorch.twins import Settings
+from tritorch.training.train import Epoch, Result, Setup
+from tritorch.training.twins import Settings
 
 _EPOCH = "{:>6} {:>15} {:>15} {:>12} {:>12} {:>14} {:>14}"
 _SUMMARY = "{:>14} {:>13} {:>13}   {}"

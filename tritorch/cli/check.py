@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import math
-import os
 import re
 import sys
 import traceback
@@ -17,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 from rich.text import Text
+
+from tritorch.cli.options import check_folder, finite
 
 if TYPE_CHECKING:
     from tritorch.testing.report import Report
@@ -29,13 +29,6 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
     if value is None:
         return None
     return tuple(word.strip() for word in value.split(",") if word.strip())
-
-
-def finite(context: click.Context, option: click.Parameter, value: float) -> float:
-    """No NaN and no infinity, which ranges let through."""
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number", context, option)
-    return value
 
 
 @click.command()
@@ -178,13 +171,6 @@ def check(target: str, json_file: Path | None, force: bool, **options: Any) -> N
     if report.mistakes:
         sys.exit(_UNABLE)
     sys.exit(0 if report.ok else _FOUND)
-
-
-def check_folder(folder: Path) -> None:
-    """The nearest folder of `folder`'s path that exists must be one to write in."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise click.UsageError(f"{folder}: {existing} is not a folder to write in")
 
 
 def _stop(message: str, status: int) -> Any:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._python_dispatch import _pop_mode_temporarily
 
-from tritorch import binding, launch, nodes
-from tritorch.heard import Listener
+from tritorch import binding, launch
+from tritorch.repeats import nodes
+from tritorch.repeats.listener import Listener
 
 
 class Cast(NamedTuple):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tritorch import launch, watched
+from tritorch import launch
+from tritorch.repeats import watched
 
 # keys of one function: a program with ever new shapes would make more and more
 _MOST_KEYS = 4096

@@ -23,7 +23,8 @@ from torch import Tensor, fx
 from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritorch import bytecode, nn, ops, toplevel
+from tritorch import nn, ops, toplevel
+from tritorch.fusion import bytecode
 
 
 class DeclinedError(Exception):

@@ -1,4 +1,4 @@
-"""The command line.  Exit status: 0 equal, 1 different, 2 a wrong call, 3 something is missing."""
+"""`tritorch train`: a network and its torch.nn twin, trained side by side and compared."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tritorch import (
-    __version__,
-    bench_command,
-    check_command,
-    doctor_command,
-    inspect_command,
-    tune_command,
-)
-from tritorch.check_command import finite
+from tritorch.cli.options import check_folder, finite
 
 if TYPE_CHECKING:
-    from tritorch.screen import Screen
-    from tritorch.train import Result
-    from tritorch.twins import Settings
+    from tritorch.cli.screen import Screen
+    from tritorch.training.train import Result
+    from tritorch.training.twins import Settings
 
 _EPOCHS, _REPLAY_STEPS = 12, 3
 _QUICK_EPOCHS, _QUICK_REPLAY_STEPS = 2, 1
@@ -41,20 +33,7 @@ class Unable(click.ClickException):
     exit_code = _UNABLE
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="tritorch")
-def main() -> None:
-    """Hand-written Triton kernels behind torch's interface."""
-
-
-main.add_command(check_command.check)
-main.add_command(inspect_command.inspect)
-main.add_command(doctor_command.doctor)
-main.add_command(bench_command.bench)
-main.add_command(tune_command.tune)
-
-
-@main.command()
+@click.command()
 @click.option("--epochs", type=click.IntRange(1), help=f"Passes over the digits.  [{_EPOCHS}]")
 @click.option(
     "--batch", type=click.IntRange(2), default=64, show_default=True, help="Digits a step."
@@ -137,9 +116,9 @@ def train(**options: Any) -> None:
     import torch
 
     from tritorch import backend
-    from tritorch import train as training
-    from tritorch.screen import Screen
-    from tritorch.twins import Settings
+    from tritorch.cli.screen import Screen
+    from tritorch.training import train as training
+    from tritorch.training.twins import Settings
 
     if wanted and kernels and device == "cpu" and not backend.INTERPRETING:
         raise Unable("tritorch was imported before: set TRITON_INTERPRET=1 before Python starts")
@@ -232,7 +211,7 @@ def _check_free(out: Path | None, json_file: Path | None, force: bool) -> None:
     """Before minutes of work whose result could not be written."""
     for path in (out, json_file):
         if path is not None and str(path) != "-":
-            check_command.check_folder(path if path is out else path.parent)
+            check_folder(path if path is out else path.parent)
     if force:
         return
     if json_file is not None and str(json_file) != "-" and json_file.exists():
@@ -259,8 +238,8 @@ def _write(
     force: bool,
     screen: Screen,
 ) -> None:
-    from tritorch import report
     from tritorch.bench.environment import write_result
+    from tritorch.training import report
 
     def write(path: Path, overwrite: bool) -> str:
         rows, details = report.rows(result), report.details(result)

@@ -21,10 +21,10 @@ from torch import Tensor, fx
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tritorch import patterns
-from tritorch.bytecode import names_in
 from tritorch.convert import check_module, convert, names_of, own, report_table, twin_classes
-from tritorch.recorded import DeclinedError, record
+from tritorch.fusion import patterns
+from tritorch.fusion.bytecode import names_in
+from tritorch.fusion.recorded import DeclinedError, record
 
 
 def fuse(model: Module, inplace: bool = False) -> Module:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _pop_mode_temporarily
 
 from tritorch import backend, descriptors, launch
-from tritorch.heard import Listener
+from tritorch.repeats.listener import Listener
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset(

@@ -1,0 +1,34 @@
+"""What commands ask of the values of their options."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import click
+
+
+def finite(context: click.Context, option: click.Parameter, value: float) -> float:
+    """No NaN and no infinity, which ranges let through."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number", context, option)
+    return value
+
+
+def percent(context: click.Context, option: click.Parameter, value: str) -> float:
+    """A share: 3% or 0.03."""
+    try:
+        number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < 1:
+        raise click.BadParameter(f"{value!r} is not a share such as 3% or 0.03", context, option)
+    return number
+
+
+def check_folder(folder: Path) -> None:
+    """The nearest folder of `folder`'s path that exists must be one to write in."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise click.UsageError(f"{folder}: {existing} is not a folder to write in")
