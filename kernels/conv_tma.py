@@ -15,11 +15,11 @@ from tritorch.kernels.pixels import residue_taps
 @triton.jit
 def conv2d_tma_kernel(
     x_desc, w_desc, bias_ptr, y_desc, before_desc, moments_ptr, residual_desc,
-    N, C, K, R, S, P, Q, TILES, STEPS, SPLITS, bias_stride,
+    N, C, K, R, S, P, Q, H, W, TILES, STEPS, SPLITS, bias_stride,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     tap_step_h, tap_step_w, inverse_h, inverse_w,
     TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr, ACTIVATION: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    SKIPS: tl.constexpr, PERSISTENT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_NPQ: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
@@ -35,6 +35,9 @@ def conv2d_tma_kernel(
     Products of float32 are TF32's, of filters whose channels read lie along memory: transposed,
     they are described as (taps, K, C) and not as (taps, C, K).
 
+    SKIPS: rows and columns of taps that read nothing of the H x W image for any pixel of a tile are
+    left out, all but one, and STEPS is that of the tiles with most.
+
     PERSISTENT: a program goes on to others of the TILES in the same loop, so that loads never
     pause; for one split.
 
@@ -48,7 +51,7 @@ def conv2d_tma_kernel(
     group = tl.program_id(1) // SPLITS
     groups = tl.num_programs(1) // SPLITS
     channels = (C, K, group, groups)
-    image = (P, Q, R, S)
+    image = (P, Q, R, S, H, W)
     geometry = (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
                 tap_step_h, tap_step_w, inverse_h, inverse_w)
     # pixels from one tap to the next that reaches the tile, and the taps between them
@@ -61,18 +64,19 @@ def conv2d_tma_kernel(
     outputs = (bias_ptr, y_desc, before_desc, moments_ptr, residual_desc, bias_stride)
     sizes = (N, P, Q)
     k, n, p, q, parity_h, parity_w, first_tap, num_r, num_s, h, w = _place(
-        pid, K, image, geometry, TRANSPOSED, PAIRS, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
+        pid, K, image, geometry, walk, TRANSPOSED, PAIRS, SKIPS,
+        BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
     num_c = tl.cdiv(C, BLOCK_C)
     acc = tl.zeros((BLOCK_K, BLOCK_NPQ), dtype=tl.float32)
     if PERSISTENT:
         programs = tl.num_programs(0)
         steps = tl.cdiv(TILES - pid, programs) * STEPS
-        if TRANSPOSED:
-            # residues have different numbers of taps
+        if TRANSPOSED or SKIPS:
+            # tiles have different numbers of taps
             steps = 0
             for tile in range(pid, TILES, programs):
                 _, _, _, _, _, _, _, rows, columns, _, _ = _place(
-                    tile, K, image, geometry, TRANSPOSED, PAIRS,
+                    tile, K, image, geometry, walk, TRANSPOSED, PAIRS, SKIPS,
                     BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
                 steps += num_c * rows * columns
         # known to the compiler, or it waits for every product before the next one
@@ -85,7 +89,8 @@ def conv2d_tma_kernel(
             if (c == 0) & (i == 0) & (j == 0):
                 t += programs
                 k, n, p, q, parity_h, parity_w, first_tap, num_r, num_s, h, w = _place(
-                    t, K, image, geometry, TRANSPOSED, PAIRS, BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
+                    t, K, image, geometry, walk, TRANSPOSED, PAIRS, SKIPS,
+                    BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
             filters, x = _operands(
                 x_desc, w_desc, channels, walk, k, n, h, w, first_tap, c, i, j,
                 TRANSPOSED, PAIRS, BLOCK_K, BLOCK_NPQ, BLOCK_C)
@@ -98,7 +103,13 @@ def conv2d_tma_kernel(
                 acc = tl.zeros((BLOCK_K, BLOCK_NPQ), dtype=tl.float32)
     else:
         begin = split * STEPS
-        steps = min(STEPS, num_c * num_r * num_s - begin)
+        steps = num_c * num_r * num_s
+        if SKIPS:
+            # what is left of them, in shares
+            begin = split * steps // SPLITS
+            steps = (split + 1) * steps // SPLITS - begin
+        else:
+            steps = min(STEPS, steps - begin)
         tl.assume(steps > 0)
         c = begin % num_c * BLOCK_C
         i = begin // num_c // num_s
@@ -116,15 +127,15 @@ def conv2d_tma_kernel(
 
 @triton.jit
 def _place(
-    tile, K, image, geometry,
-    TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr, BLOCK_K: tl.constexpr,
+    tile, K, image, geometry, walk,
+    TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr, SKIPS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
     """First channel, image and pixel that a tile writes, and the parities of PAIRS; the first tap
     that reaches it, rows and columns of such taps, and the pixel that the first one reads, which
     may lie outside the image.
     """
-    P, Q, R, S = image
+    P, Q, R, S, H, W = image
     (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
      tap_step_h, tap_step_w, inverse_h, inverse_w) = geometry
     num_k = tl.cdiv(K, BLOCK_K)
@@ -162,7 +173,33 @@ def _place(
     else:
         h = p * stride_h - padding_h
         w = q * stride_w - padding_w
+    if SKIPS:
+        step_h, step_w, tap_row, tap_column = walk
+        # from the first pixel that a tap reads to its last
+        last_h = h + (BLOCK_P - 1) * (1 if TRANSPOSED else stride_h)
+        last_w = w + (BLOCK_Q - 1) * (1 if TRANSPOSED else stride_w)
+        skipped_r, num_r = _reaching(h, last_h, H, step_h, num_r, TRANSPOSED)
+        skipped_s, num_s = _reaching(w, last_w, W, step_w, num_s, TRANSPOSED)
+        first_tap += skipped_r * tap_row + skipped_s * tap_column
+        h += skipped_r * step_h
+        w += skipped_s * step_w
     return k, n, p, q, residue_h, residue_w, first_tap, num_r, num_s, h, w
+
+
+@triton.jit
+def _reaching(first, last, size, step, taps, TRANSPOSED: tl.constexpr):
+    """How many taps come before those that read any of an axis of this size, and how many these
+    are; at least one.  The first tap reads the pixels from `first` to `last`.
+    """
+    if TRANSPOSED:
+        # from high to low
+        before = tl.maximum(first - size - step, 0) // -step
+        end = tl.maximum(last - step, 0) // -step
+    else:
+        before = tl.cdiv(tl.maximum(-last, 0), step)
+        end = tl.cdiv(tl.maximum(size - first, 0), step)
+    before = tl.minimum(before, taps - 1)
+    return before, tl.maximum(tl.minimum(end, taps) - before, 1)
 
 
 @triton.jit

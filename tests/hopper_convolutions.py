@@ -90,5 +90,12 @@ CASES = {
     "persistent-pairs": Case(
         (4, 32, 4, 8), (32, 16, 3, 2), stride=2, padding=(1, 0), groups=2, persistent=True
     ),
+    # tiles of single pixels leave out the taps that read nothing, and corners have none left
+    "edges": Case((16, 16, 3, 3), (16, 16, 3, 3)),
+    "edges-persistent": Case((16, 16, 3, 4), (32, 16, 3, 2), persistent=True),
+    "edges-stride-2": Case((16, 16, 4, 6), (16, 16, 4, 3), stride=2, padding=(2, 1)),
+    "edges-split": Case((16, 144, 1, 3), (16, 144, 1, 3), padding=(0, 1)),
+    "edges-groups": Case((16, 32, 3, 3), (32, 16, 2, 3), padding=2, dilation=2, groups=2),
+    "corners": Case((16, 16, 2, 2), (16, 16, 3, 2), padding=4),
     "1x1-stride-2": Case((16, 16, 3, 3), (16, 16, 1, 1), stride=2, padding=0),
 }

@@ -1,13 +1,17 @@
 """What convolutions on Hopper compute: results, gradients, residuals, few channels."""
 
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.hopper_convolutions import CASES, FORWARD, PORTABLE, WEIGHT, Case, gradients, last, tiles
+from tests.tiles import reaching_kernel
 from tritorch import launch, ops
 from tritorch.ops import conv_tma, implicit_gemm, matmul_tma
-from tritorch.ops.geometry import Geometry
+from tritorch.ops.geometry import Geometry, Weight
 from tritorch.ops.strided import Layout
 from tritorch.registry import specs
 from tritorch.testing import cases, interpreter, products
@@ -193,6 +197,87 @@ def _pixels_of_a_tile(x, w, y, stride):
     geometry = Geometry(strides, (1, 1), (1, 1), 1)
     plan = conv_tma.plan_convolve(*map(Layout.of, (x, w, y)), geometry, False, 132)
     return tuple(plan.constants[f"BLOCK_{axis}"] for axis in "NPQ")
+
+
+def _plan(case, transposed):
+    x, w, _, grad = (Layout.of(each) for each in case.make())
+    given = (case.stride, case.padding, case.dilation)
+    each_axis = [(one, one) if isinstance(one, int) else one for one in given]
+    operands = (grad, w, x) if transposed else (x, w, grad)
+    with tiles(case):
+        geometry = Geometry(*each_axis, case.groups)
+        return conv_tma.plan_convolve(*operands, geometry, transposed, 132)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("edges")])
+def test_taps_that_read_nothing_are_left_out(name, transposed):
+    plan = _plan(CASES[name], transposed)
+    assert plan.constants["SKIPS"]
+    assert (plan.splits > 1) == (name == "edges-split" and not transposed)
+    assert plan.constants["PAIRS"] == (name == "edges-stride-2")
+
+
+def test_all_taps_are_read_where_few_read_nothing_or_a_tile_may_have_too_few(monkeypatch):
+    assert not _plan(CASES["relu"], False).constants["SKIPS"]
+    # the last column has at least a slice for each split, while there are as many slices
+    split = CASES["edges-split"]._replace(input=(16, 48, 1, 3), weight=(16, 48, 1, 3))
+    for slices, expected in ((3, (3, True)), (1, (9, False))):
+        monkeypatch.setattr(conv_tma, "_MIN_SLICES", slices)
+        plan = _plan(split, False)
+        assert (plan.splits, plan.constants["SKIPS"]) == expected
+
+
+GEOMETRIES = list(
+    itertools.product((1, 2, 3, 7), (1, 2, 3, 4), (1, 2, 3), (0, 1, 4), (1, 2, 3), (1, 2, 4))
+)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_taps_left_are_those_that_read_the_image(transposed):
+    """Of each tile of pixels along an axis, on the host and in the kernel: the first and the last
+    tap that read any of it, and those between them; one where none does.
+    """
+    out, counted = torch.empty(2, dtype=torch.int32), 0
+    for size, taps, stride, padding, dilation, block in GEOMETRIES:
+        if transposed:
+            written = (size - 1) * stride + dilation * (taps - 1) + 1 - 2 * padding
+        else:
+            written = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        # what has no pixel, and pixels without a tap
+        if written < 1 or (transposed and (math.gcd(stride, dilation) > 1 or stride > taps)):
+            continue
+        image, other = (Layout((1, 1, 1, length), (), 2) for length in (size, written))
+        given = Weight(1, 1, (1, taps), ()), Geometry((1, stride), (0, padding), (1, dilation), 1)
+        found = list(conv_tma._taps_of_tiles(1, image, other, *given, transposed, block))
+        exact = list(_reads(taps, stride, padding, dilation, block, written, transposed))
+        assert len(found) == len(exact)
+        for (left, number), reads in zip(found, exact, strict=True):
+            some = [n for n, (low, high) in enumerate(reads) if high >= 0 and low < size]
+            assert (left, number) == (max(len(some), 1), len(reads))
+            if counted % 3 == 0:
+                step = -dilation if transposed else dilation
+                reaching_kernel[(1,)](out, *reads[0], size, step, number, transposed)
+                before, count = out.tolist()
+                assert count == left
+                assert before == some[0] if some else 0 <= before < number
+            counted += 1
+    assert counted > 1000
+
+
+def _reads(taps, stride, padding, dilation, block, written, transposed):
+    """Of each tile, by trying every tap: the first and the last pixel that it reads."""
+    for residue in range(stride if transposed else 1):
+        pixels = math.ceil(written / stride) if transposed else written
+        for tile in range(0, pixels, block):
+            ends = tile, tile + block - 1
+            if transposed:
+                at = [residue + stride * one + padding for one in ends]
+                reached = [tap for tap in range(taps) if (at[0] - tap * dilation) % stride == 0]
+                yield [[(one - tap * dilation) // stride for one in at] for tap in reached]
+            else:
+                at = [one * stride - padding for one in ends]
+                yield [[one + tap * dilation for one in at] for tap in range(taps)]
 
 
 STEMS = {

@@ -1,7 +1,11 @@
-"""Kernels on descriptors, for the tests of launches and of what the compiler makes of them."""
+"""Kernels for the tests of launches, of what the compiler makes of descriptors, and of functions
+that other kernels call.
+"""
 
 import triton
 import triton.language as tl
+
+from tritorch.kernels.conv_tma import _reaching
 
 
 @triton.jit
@@ -19,3 +23,10 @@ def product_kernel(x_desc, y_desc, steps, S, TOLD: tl.constexpr):
         a = x_desc.load([step // S, step % S])
         acc = tl.dot(a, a.T, acc)
     y_desc.store([0, 0], acc.to(y_desc.dtype))
+
+
+@triton.jit
+def reaching_kernel(y_ptr, first, last, size, step, taps, TRANSPOSED: tl.constexpr):
+    before, count = _reaching(first, last, size, step, taps, TRANSPOSED)
+    tl.store(y_ptr, before)
+    tl.store(y_ptr + 1, count)

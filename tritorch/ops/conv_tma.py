@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ configs = launch.kernels("conv_tma_configs")
 
 # slices of channels that one program must have before it pays to split a sum
 _MIN_SLICES = 8
+# of the taps of all tiles, those that may read nothing before they are left out, since programs
+# that have several tiles count theirs first
+_FEW_TAPS = 1 / 16
 # how many times their pixels tiles may have, before the portable kernel wastes less
 _MAX_WASTE = 1.7
 # a stride of tensors along an axis of one element, which no address uses but the hardware checks
@@ -120,11 +124,14 @@ def plan_convolve(
     tiles = parts * num_k * residues
     tap_steps, inverses = geometry.residues(transposed)
     taps = math.ceil(r / tap_steps[0]) * math.ceil(s / tap_steps[1])
-    splits, steps = 1, math.ceil(w.read / block_c) * taps
+    slices = math.ceil(w.read / block_c)
+    splits, steps = 1, slices * taps
     persistent = config.kwargs["PERSISTENT"]
     # the sums of a split are images after the last one, which a tile must not reach into
     if residues == 1 and n % blocks[0] == 0 and not persistent:
         splits, steps = split(2 * tiles * groups, steps, _MIN_SLICES)
+    # a tile with a single tap left has a slice for each split
+    skips = splits <= slices and _leaves_out(x, y, w, geometry, transposed, blocks[1:])
     stored = configs.stored_pixels(config, itemsize, *blocks)
     views = (
         _pixels(x, blocks, block_c, pairs and not transposed),
@@ -146,7 +153,7 @@ def plan_convolve(
     return Plan(
         (programs, groups * splits),
         views,
-        (n, w.read, w.written, r, s, *image, tiles, steps, splits),
+        (n, w.read, w.written, r, s, *image, *x.shape[2:], tiles, steps, splits),
         (*geometry.scalars(), *tap_steps, *inverses),
         splits,
         added,
@@ -155,6 +162,7 @@ def plan_convolve(
         {
             "TRANSPOSED": transposed,
             "PAIRS": pairs,
+            "SKIPS": skips,
             "BLOCK_N": blocks[0],
             "BLOCK_P": blocks[1],
             "BLOCK_Q": blocks[2],
@@ -192,6 +200,59 @@ def _is_of_pairs(image: Layout) -> bool:
     """Whether two rows are one of twice as many, and two columns one of twice the channels."""
     _, c, h, w = image.shape
     return h % 2 == w % 2 == 0 and image.stride(3) == c
+
+
+def _leaves_out(
+    x: Layout,
+    y: Layout,
+    w: Weight,
+    geometry: Geometry,
+    transposed: bool,
+    blocks: Sequence[int],
+) -> bool:
+    """Whether enough taps of tiles of so many rows and columns read nothing of x."""
+    left = taken = 1
+    for axis, block in enumerate(blocks):
+        each = list(_taps_of_tiles(axis, x, y, w, geometry, transposed, block))
+        left *= sum(one for one, _ in each)
+        taken *= sum(all_taps for _, all_taps in each)
+    return left <= (1 - _FEW_TAPS) * taken
+
+
+def _taps_of_tiles(
+    axis: int,
+    x: Layout,
+    y: Layout,
+    w: Weight,
+    geometry: Geometry,
+    transposed: bool,
+    block: int,
+) -> Iterator[tuple[int, int]]:
+    """Of each tile of `block` pixels along an axis of y, of all residues: the taps that the kernel
+    does not leave out, as `_reaching` in kernels/conv_tma.py counts them, and all of them.
+    """
+    size, pixels, taps = x.shape[axis + 2], y.shape[axis + 2], w.taps[axis]
+    stride, padding, dilation = (numbers[axis] for numbers in geometry[:3])
+    if not transposed:
+        for start in range(-padding, pixels * stride - padding, block * stride):
+            before = max(math.ceil(-(start + (block - 1) * stride) / dilation), 0)
+            end = math.ceil((size - start) / dilation)
+            yield _left(before, end, taps), taps
+        return
+    inverse = geometry.residues(True)[1][axis]
+    for residue in range(stride):
+        # as `residue_taps` of kernels/pixels.py, of a stride that has no factor of the dilation
+        first = (residue + padding) * inverse % stride
+        number = math.ceil((taps - first) / stride)
+        origin = (residue + padding - first * dilation) // stride
+        for start in range(origin, origin + math.ceil(pixels / stride), block):
+            before = max((start - size) // dilation + 1, 0)
+            end = (start + block - 1) // dilation + 1
+            yield _left(before, end, number), number
+
+
+def _left(before: int, end: int, taps: int) -> int:
+    return max(min(end, taps) - min(before, taps - 1), 1)
 
 
 def _blocks(
