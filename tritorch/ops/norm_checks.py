@@ -49,6 +49,8 @@ def check_shapes(
         )
     if training and eps <= 0:
         checks.fail(ValueError, op, "eps must be positive in training", eps=eps)
+    if eps < 0:
+        checks.fail(ValueError, op, "eps must not be negative", eps=eps)
     check_epilogue(op, activation)
     vectors = {
         "running_mean": running_mean,
