@@ -206,6 +206,15 @@ def test_derivatives_of_third_order(name, device):
         assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu"])
+def test_a_second_derivative_of_lines_is_zero(name, device):
+    """And no error of autograd, which there is for a tensor that no gradient reaches."""
+    x = torch.linspace(-2.0, 8.0, 5, device=device, requires_grad=True)
+    (first,) = torch.autograd.grad(FUNCTIONS[name](x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(second, torch.zeros_like(x))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_peer_defect_4_expanded_gradient(name, device):
     """`.sum().backward()` sends a stride of 0, which a flat kernel reads past its end."""

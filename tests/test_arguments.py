@@ -187,7 +187,11 @@ DECLINED = {
         (((3, 4), (5, 4), bias), {}, "a bias that broadcasts")
         for bias in ((), (1,), (1, 5), (3, 5), (3, 1))
     ]
-    + [(((2, 3, 4), (5, 4), (3, 5)), {}, "a bias that broadcasts")],
+    + [
+        (((2, 3, 4), (5, 4), (3, 5)), {}, "a bias that broadcasts"),
+        (((4,), (4,), ()), {}, "a bias of a vector"),
+        (((2, 3, 4), (4,), ()), {}, "a bias of a vector"),
+    ],
     "adaptive_avg_pool1d": [
         (((2, 3, 0),), {"output_size": 1}, "images without pixels"),
     ],

@@ -105,3 +105,9 @@ def test_gradient_goes_through(function, device):
     x = torch.tensor([-1.0, 2.0, 0.0], device=device, requires_grad=True)
     function(x * 3).sum().backward()
     assert x.grad.tolist() == [0.0, 3.0, 0.0]
+
+
+@pytest.mark.parametrize("function", IN_PLACE.values(), ids=IN_PLACE)
+def test_an_expanded_tensor_without_elements_is_returned(function, device):
+    x = torch.empty(1, 0, device=device).expand(2, 0)
+    assert function(x) is x

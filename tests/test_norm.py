@@ -182,6 +182,12 @@ def test_an_empty_batch_leaves_the_running_statistics(device):
     assert_close(given, kept, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("mean", [None, torch.zeros(3)], ids=["neither", "mean-alone"])
+def test_an_empty_batch_needs_no_running_statistics(mean, device):
+    mean = None if mean is None else mean.to(device)
+    assert ops.batch_norm(torch.empty(0, 3, 4, device=device), mean, None).shape == (0, 3, 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "group_norm"])
 def test_half_precision_with_float32_parameters(name, dtype, device):

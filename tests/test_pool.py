@@ -291,3 +291,17 @@ def test_peer_defect_17_lanes_outside_add_nothing(axes, device):
     given = {"kernel_size": 4, "stride": 3, "padding": 2, "count_include_pad": False}
     output = pair("avg_pool", axes)[0](x, **given)
     assert_close(output, torch.full_like(output, 2.0), rtol=0, atol=0)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["max_pool3d", "avg_pool3d", "adaptive_avg_pool3d"])
+def test_volumes_under_autocast_have_torchs_dtype(name, device):
+    """On a CPU float32, which torch makes of 16 bits there, as on no GPU."""
+    results = []
+    for module in (ops, F):
+        x = torch.linspace(-1, 1, 32, device=device).view(1, 2, 2, 2, 4).bfloat16()
+        x.requires_grad_()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            y = getattr(module, name)(x, 2)
+        results.append((y, *torch.autograd.grad(y.sum(), x)))
+    assert_close(*results)

@@ -192,8 +192,11 @@ class ActivationBackward(torch.autograd.Function):
         into_grad = into_saved = None
         if ctx.needs_input_grad[0]:
             into_grad = binding.apply(ActivationBackward, grad, saved, *rest, ctx.order)
-        if ctx.needs_input_grad[1] and ctx.activation in _CURVED:
-            if ctx.order == 1:
+        if ctx.needs_input_grad[1]:
+            if ctx.activation not in _CURVED:
+                # zeros, as torch's: without allow_unused autograd takes None for an error
+                into_saved = torch.zeros_like(saved)
+            elif ctx.order == 1:
                 into_saved = binding.apply(ActivationBackward, grad * grad_output, saved, *rest, 2)
             else:
                 plain = functools.partial(_plain_second, activation=ctx.activation)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tritorch import backend, binding, checks, launch
 from tritorch.ops import avg_pool_function, windows
 from tritorch.ops.geometry import is_channels_last
-from tritorch.ops.pool3d import in_format_of
+from tritorch.ops.pool3d import in_autocast_of_cpu, in_format_of
 from tritorch.ops.spatial_mean import SpatialMean
 from tritorch.ops.strided import Layout
 from tritorch.ops.windows import Counts, Ints
@@ -199,7 +199,8 @@ def adaptive_avg_pool3d(input: Tensor, output_size: Counts) -> Tensor:
         output_size: Z, P and Q, or one number for all; None keeps the input's size.
 
     Returns:
-        (N, C, Z, P, Q) or (C, Z, P, Q) in the input's dtype and memory format, which torch loses.
+        (N, C, Z, P, Q) or (C, Z, P, Q) in the input's dtype (float32 under autocast of the CPU) and
+        memory format, which torch loses.
 
     Raises:
         IndexError: an input without three dimensions for an `output_size` of 1.
@@ -213,6 +214,7 @@ def adaptive_avg_pool3d(input: Tensor, output_size: Counts) -> Tensor:
     op = "adaptive_avg_pool3d"
     checks.tensor(op, input=input)
     size = windows.adaptive_size(op, input, output_size, 3, averages=True)
+    input = in_autocast_of_cpu(input)
     if not backend.runs_triton(op, input, declined=_declined(input, size)):
         return adaptive_avg_pool3d_reference(input, output_size)
     return _mean(input, size)

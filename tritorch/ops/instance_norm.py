@@ -13,8 +13,8 @@ from torch import Tensor
 from tritorch import backend, binding, checks
 from tritorch.ops import strided
 from tritorch.ops.geometry import is_channels_last
-from tritorch.ops.norm import batch_norm
 from tritorch.ops.norm_checks import check_statistics
+from tritorch.ops.norm_gradient import BatchNorm
 from tritorch.ops.norm_of_one import Norm
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
@@ -97,11 +97,38 @@ def instance_norm(
         return instance_norm_reference(*given)
     checks.parameters(_OP, input, accumulator_dtype(input.dtype), **vectors)
     if not use_input_stats:
-        return batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+        return _of_batch(input, running_mean, running_var, weight, bias, False, 0.0, eps)
     if running_mean is not None:
         return _moving(input, running_mean, running_var, weight, bias, momentum, eps)
     # a channel is a group
     output: Tensor = binding.apply(Norm, input, "group_norm", input.shape[1], weight, bias, eps)
+    return output
+
+
+def _of_batch(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch normalisation of any `eps`: torch asks for a positive one in its function alone."""
+    output: Tensor = binding.apply(
+        BatchNorm,
+        input,
+        weight,
+        bias,
+        None,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        None,
+    )
     return output
 
 
@@ -121,7 +148,7 @@ def _moving(
     mean, var = (one.to(dtype).repeat(images) for one in (running_mean, running_var))
     scale, shift = (None if one is None else one.to(dtype).repeat(images) for one in (weight, bias))
     x = _with_gradient_formatted(input).contiguous().view(1, images * channels, *size)
-    output = batch_norm(x, mean, var, scale, shift, True, momentum, eps).view(input.shape)
+    output = _of_batch(x, mean, var, scale, shift, True, momentum, eps).view(input.shape)
     for statistic, moved in ((running_mean, mean), (running_var, var)):
         statistic.copy_(moved.view(images, channels).mean(0))
     return _channels_last(output) if _is_channels_last(input) else output
@@ -209,6 +236,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("eval", 2, 3, 4, 5, stats=True, use_input_stats=False, layouts=True)
     yield sample("length", 3, 18, 11, affine="", eps=1e-3)
     yield sample("volume", 2, 3, 2, 3, 4, affine="b", float32=True)
+    yield sample("moving-without-eps", 2, 3, 7, stats=True, eps=0.0)
     yield sample("moving-float32", 2, 4, 9, stats=True, affine="w", float32=True)
     # in evaluation one pixel is enough
     yield sample("pixel", 2, 3, 1, 1, stats=True, use_input_stats=False)

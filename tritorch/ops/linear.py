@@ -46,7 +46,8 @@ def linear(
     Args:
         input: (..., in_features), any strides.
         weight: (out_features, in_features) or (in_features,).
-        bias: (out_features,) for the kernels, what broadcasts to the result, or None.
+        bias: (out_features,) for the kernels, what broadcasts to the result, or None; beside a
+            weight of one dimension what torch takes, a scalar unless the input is a matrix.
         activation: None, "relu", "relu6", "leaky_relu" (of slope 0.01), "silu", "gelu",
             "gelu_tanh", "sigmoid", "tanh", "hardswish" or "hardsigmoid", applied before the result
             is rounded and stored.
@@ -100,13 +101,16 @@ def _check_linear(
         )
     if bias is None or (weight.dim() == 2 and bias.shape == weight.shape[:1]):
         return None
+    if weight.dim() == 1:
+        # which of them fit depends on how torch multiplies
+        return "a bias of a vector"
     result = (*input.shape[:-1], weight.shape[0])
     sizes = zip(reversed(bias.shape), reversed(result), strict=False)
-    if weight.dim() == 1 or bias.dim() > len(result) or any(a not in (1, b) for a, b in sizes):
+    if bias.dim() > len(result) or any(a not in (1, b) for a, b in sizes):
         checks.fail(
             RuntimeError,
             "linear",
-            "bias must have one element for each row of a weight of two dimensions",
+            "bias must have one element for each row of the weight",
             bias=bias,
             weight=weight,
         )

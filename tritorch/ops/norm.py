@@ -72,7 +72,7 @@ def batch_norm(
 
     Raises:
         ValueError: in training one value per channel, an `eps` that is not positive, or one running
-            statistic without the other; an unknown activation.
+            statistic without the other; a negative `eps`; an unknown activation.
         RuntimeError: no running statistics outside training, or ones that require a gradient;
             sizes, dtypes or devices that do not match.
         IndexError: an input without channels.
@@ -267,6 +267,8 @@ def _rejects(make: Maker) -> Iterator[Reject]:
     none: Any = {"running_mean": None, "running_var": None}
     yield reject("one-value", r"more than one value.*\(1, 3, 1\)", 1, 3, 1, **training)
     yield reject("eps", r"eps must be positive in training \(eps 0.0\)", 4, 3, eps=0.0, **training)
+    # of which torch makes NaN, or refuses it, as its version is
+    yield reject("eps-eval", r"eps must not be negative", 4, 3, eps=-0.1, raises=ValueError)
     yield reject("no-statistics", r"running statistics are needed", 4, 3, **none)
     yield reject("mean-alone", r"must both be tensors", 4, 3, running_var=None, **training)
     yield reject("mean-alone-eval", r"must both be tensors", 4, 3, running_var=None)

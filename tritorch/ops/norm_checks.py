@@ -31,7 +31,9 @@ def check_shapes(
     names of weight and bias.
     """
     checks.flag(op, "training", training)
-    if (running_mean is None) != (running_var is None):
+    # of an empty input torch asks for no vectors, and nothing of them
+    is_empty = 0 in input
+    if (running_mean is None) != (running_var is None) and not is_empty:
         checks.fail(
             ValueError if training else RuntimeError,
             op,
@@ -39,7 +41,7 @@ def check_shapes(
             running_mean=running_mean,
             running_var=running_var,
         )
-    if not training and running_mean is None:
+    if not training and running_mean is None and not is_empty:
         checks.fail(RuntimeError, op, "running statistics are needed outside training", input=input)
     if training and len(input) and math.prod((*input[:1], *input[2:])) == 1:
         checks.fail(
@@ -47,6 +49,8 @@ def check_shapes(
         )
     if training and eps <= 0:
         checks.fail(ValueError, op, "eps must be positive in training", eps=eps)
+    if eps < 0:
+        checks.fail(ValueError, op, "eps must not be negative", eps=eps)
     check_epilogue(op, activation)
     vectors = {
         "running_mean": running_mean,
@@ -56,15 +60,14 @@ def check_shapes(
     }
     channels = input[1] if len(input) > 1 else 0
     for name, vector in vectors.items():
-        # of an empty input torch asks nothing of them
-        if vector is not None and math.prod(vector) != channels and 0 not in input:
+        if vector is not None and math.prod(vector) != channels and not is_empty:
             checks.fail(
                 RuntimeError,
                 op,
                 f"{name} must have {channels} elements",
                 **{of: input, name: vector},
             )
-    if len(input) < 2 and 0 not in input:
+    if len(input) < 2 and not is_empty:
         checks.fail(IndexError, op, "input must have a batch and a channel dimension", input=input)
     if residual is not None and residual != input:
         checks.fail(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch import backend, checks
+from tritorch import backend, binding, checks
 from tritorch.ops import avg_pool_function, pool_function, windows
 from tritorch.ops.geometry import is_channels_last
 from tritorch.ops.pool import widened_reference
@@ -68,6 +68,16 @@ def in_format_of(input: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     return function(x).contiguous(memory_format=memory_format)
 
 
+def in_autocast_of_cpu(input: Tensor) -> Tensor:
+    """The input in float32 under autocast of the CPU, which widens volumes where that of a GPU
+    keeps their dtype.
+    """
+    if input.device.type != "cpu":
+        return input
+    widened: Tensor = binding.autocast_to_float32(input)[0]
+    return widened
+
+
 @repeated
 def max_pool3d(
     input: Tensor,
@@ -93,9 +103,9 @@ def max_pool3d(
         return_indices: whether to return where the values were.
 
     Returns:
-        (N, C, Z, P, Q) or (C, Z, P, Q) in the input's dtype and memory format.  With
-        `return_indices` a tuple of that and of int64 indices, laid out alike, into the D * H * W
-        pixels of a channel.
+        (N, C, Z, P, Q) or (C, Z, P, Q) in the input's dtype (float32 under autocast of the CPU) and
+        memory format.  With `return_indices` a tuple of that and of int64 indices, laid out alike,
+        into the D * H * W pixels of a channel.
 
     Raises:
         RuntimeError: an argument that is not one number or three or is out of range, an input of
@@ -107,6 +117,7 @@ def max_pool3d(
     op = "max_pool3d"
     checks.tensor(op, input=input)
     window, size = windows.check(op, input, kernel_size, stride, padding, dilation, ceil_mode, 3)
+    input = in_autocast_of_cpu(input)
     if not backend.runs_triton(op, input):
         return max_pool3d_reference(
             input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
@@ -139,7 +150,8 @@ def avg_pool3d(
         divisor_override: what every sum is divided by instead of its number of pixels.
 
     Returns:
-        (N, C, Z, P, Q) or (C, Z, P, Q) in the input's dtype and memory format, which torch loses.
+        (N, C, Z, P, Q) or (C, Z, P, Q) in the input's dtype (float32 under autocast of the CPU) and
+        memory format, which torch loses.
 
     Raises:
         RuntimeError: an argument that is not one number or three or is out of range, an input of
@@ -159,6 +171,7 @@ def avg_pool3d(
     if any(k > pixels for k, pixels in zip(window[:3], input.shape[-3:], strict=True)):
         rule = "input must not be smaller than kernel_size"
         checks.fail(RuntimeError, op, rule, input=input, kernel_size=window[:3])
+    input = in_autocast_of_cpu(input)
     if not backend.runs_triton(op, input):
         return avg_pool3d_reference(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
