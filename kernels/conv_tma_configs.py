@@ -28,6 +28,9 @@ CONV2D_TMA_CONFIGS = {
         # a wave of tiles or less: a program alone hides its own latency
         _tile(128, 128, 64, 8, 6),
         _tile(64, 128, 64, 4, 8),
+        # three quarters of the stages are under way, where it is one half of two
+        _tile(64, 256, 32, 4, 4),
+        _tile(64, 256, 32, 4, 4, persistent=True),
     ),
     4: (
         _tile(128, 128, 32, 8, 3),
@@ -74,14 +77,16 @@ def for_residual(config, computes, itemsize):
     room for one beside the operands of the next tile, and where the activation computes the largest
     tile has no registers.
     """
-    block_k, block_npq = config.kwargs["BLOCK_K"], config.kwargs["BLOCK_NPQ"]
+    block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
     if computes and block_k * block_npq > 128 * 128:
         block_npq = 128
     elif not config.kwargs["PERSISTENT"]:
         return config
     for entry in CONV2D_TMA_CONFIGS[itemsize]:
-        sizes = entry.kwargs
-        if (sizes["BLOCK_K"], sizes["BLOCK_NPQ"]) == (block_k, block_npq):
+        if all(
+            entry.kwargs[f"BLOCK_{axes}"] == size
+            for axes, size in (("K", block_k), ("NPQ", block_npq), ("C", block_c))
+        ):
             # of equal tiles the one that is not persistent comes first
             return entry
     return config

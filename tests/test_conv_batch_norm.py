@@ -349,7 +349,7 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("itemsize", "entry"),
-    [*((2, entry) for entry in range(8)), *((4, entry) for entry in range(7))],
+    [*((2, entry) for entry in range(10)), *((4, entry) for entry in range(7))],
 )
 def test_convolutions_write_moments_beside_their_products(itemsize, entry, variant):
     """Without a spill, without a product that is waited for before the next, and with as many

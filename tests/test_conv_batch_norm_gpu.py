@@ -48,7 +48,7 @@ EDGES = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS | EDGES)
-@pytest.mark.parametrize("entry", range(8))
+@pytest.mark.parametrize("entry", range(10))
 def test_convolutions_write_moments_on_a_gpu(entry, variant):
     x, given = (VARIANTS | EDGES)[variant]
     config = conv_tma.configs.CONV2D_TMA_CONFIGS[2][entry]

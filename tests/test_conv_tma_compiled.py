@@ -40,7 +40,7 @@ VARIANTS = {
 
 
 # bytes per element, and which of the entries of that size
-ENTRIES = [*((2, entry) for entry in range(8)), *((4, entry) for entry in range(7))]
+ENTRIES = [*((2, entry) for entry in range(10)), *((4, entry) for entry in range(7))]
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 PRODUCT = {2: ".f32.bf16.bf16", 4: ".f32.tf32.tf32"}
 

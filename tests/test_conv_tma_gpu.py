@@ -46,6 +46,8 @@ VARIANTS = {
     "dilation": ((64, 256, 14, 14), {"padding": 2, "dilation": 2}),
     "pairs": ((64, 256, 28, 28), {"padding": 1, "stride": 2}),
     "single-pixels": ((256, 256, 7, 7), {"padding": 1, "stride": 2}),
+    "edges": ((256, 256, 7, 7), {"padding": 1}),
+    "far-taps": ((64, 256, 14, 14), {"padding": 9, "dilation": 9}),
     "groups": ((64, 512, 14, 14), {"padding": 1, "groups": 2}),
     # the last tiles of images, rows and columns end past the image
     "tails": ((35, 256, 13, 11), {"padding": 1}),
@@ -53,7 +55,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("entry", range(8))
+@pytest.mark.parametrize("entry", range(10))
 def test_forward_and_the_gradient_of_the_image(entry, variant):
     shape, options = VARIANTS[variant]
     config = conv_tma.configs.CONV2D_TMA_CONFIGS[2][entry]
