@@ -73,8 +73,8 @@ def conv2d(
             into the activation.
 
     Returns:
-        (N, K, P, Q) or (K, P, Q), P = (H + padding - dilation * (R - 1) - 1) // stride + 1 and Q
-        likewise; channels_last if the input or the weight is.  Sums are kept in float32 (float64
+        (N, K, P, Q) or (K, P, Q), P = (H + 2 * padding - dilation * (R - 1) - 1) // stride + 1 and
+        Q likewise; channels_last if the input or the weight is.  Sums are kept in float32 (float64
         for float64); float32 products use TF32 where `torch.backends.cudnn` allows it.  Gradients
         have the memory format of their tensors.  Padding is multiplied as zeros: an infinite weight
         gives NaN at the border, of the output as in torch and of the gradient of the input.

@@ -59,8 +59,9 @@ def conv1d(
         activation: that of `conv2d`.
 
     Returns:
-        (N, K, Q) or (K, Q), Q = (L + padding - dilation * (S - 1) - 1) // stride + 1; contiguous
-        unless the channels of the weight are.  Sums, TF32 and padding are those of `conv2d`.
+        (N, K, Q) or (K, Q), Q = (L + 2 * padding - dilation * (S - 1) - 1) // stride + 1;
+        contiguous unless the channels of the weight are.  Sums, TF32 and padding are those of
+        `conv2d`.
 
     Raises:
         RuntimeError: as `conv2d`.

@@ -60,9 +60,9 @@ def conv3d(
         activation: that of `conv2d`.
 
     Returns:
-        (N, K, Z, P, Q) or (K, Z, P, Q), each axis (its size + padding - dilation * (taps - 1) - 1)
-        // stride + 1; channels_last_3d if the input or the weight is.  Sums, TF32 and padding are
-        those of `conv2d`.
+        (N, K, Z, P, Q) or (K, Z, P, Q), each axis
+        (its size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1; channels_last_3d if the
+        input or the weight is.  Sums, TF32 and padding are those of `conv2d`.
 
     Raises:
         RuntimeError: as `conv2d`.
