@@ -77,8 +77,9 @@ def activation_gradient(grad, saved, ACTIVATION: tl.constexpr, slope=0.01):
 
 @triton.jit
 def activation_curvature(grad, saved, ACTIVATION: tl.constexpr):
-    """grad times the derivative of what `activation_gradient` multiplies with, by `saved`; zero for
-    those that are straight lines.
+    """grad times the derivative, by `saved`, of the factor in `activation_gradient`.
+
+    Activations made of straight lines have none and are refused.
     """
     if ACTIVATION == "sigmoid":
         grad = grad * (1 - 2 * saved)

@@ -54,9 +54,11 @@ SINGLE_PIXELS = 3500
 
 
 def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed, itemsize=2, groups=1):
-    """What the estimate takes for the fastest; None where most of a tile or of the GPU would be
-    idle.  k and c are those of one of the groups.  Of 16-bit numbers, of which the measured tables
-    are, nobody says the itemsize, nor of one group that it is one.
+    """The configuration with the least estimated time; None where most of a tile or of the GPU
+    would be idle.
+
+    k and c are channels of one group.  `stride` and `transposed` only tell measured sizes apart.
+    Measured tables leave out an itemsize of 2 and a single group, and so do callers.
     """
     if min(c, k) < MIN_CHANNELS or n * p * q < MIN_PIXELS:
         return None

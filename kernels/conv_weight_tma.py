@@ -44,8 +44,11 @@ GAIN = 0.97
 
 
 def conv2d_grad_weight_tma_config(k, c, taps, along, n, p, q, stride):
-    """The largest tile that is not mostly empty, of `along` pixels; None where all are, and where
-    the portable kernel is faster.
+    """The largest tile that is not mostly empty; None where all are, or the portable kernel is
+    faster.
+
+    A tile runs along `along` images or columns; `taps` are those of one row of the filter.
+    `stride` only tells measured sizes apart.
     """
     if taps == 3 and c % 64 == 0 and max(c, k) <= PORTABLE_CHANNELS:
         return None

@@ -174,7 +174,7 @@ def cross_entropy_forward_kernel(
     # the host shifts logits and probabilities alike, or not at all
     y_starts, _ = align_rows(y_rows, ALIGN, SHIFTED)
     starts, shift = align_rows(x_rows, ALIGN, SHIFTED)
-    # likewise
+    # without SHIFTED this too only tells the compiler what divides C
     end = C if SHIFTED else C // ALIGN * ALIGN
     kept = (1.0 - smoothing).to(ACC)
     spread = (smoothing / C).to(ACC)
@@ -297,7 +297,7 @@ def cross_entropy_backward_kernel(
     starts, shift = align_rows(x_rows, ALIGN, SHIFTED)
     y_starts, _ = align_rows(y_rows, ALIGN, SHIFTED)
     grad_starts, _ = align_rows(grad_rows, ALIGN, SHIFTED)
-    # likewise
+    # without SHIFTED this too only tells the compiler what divides C
     end = C if SHIFTED else C // ALIGN * ALIGN
     kept = (1.0 - smoothing).to(ACC)
     spread = (smoothing / C).to(ACC)

@@ -1,6 +1,6 @@
 """Max and average pooling of images, without atomics: outputs and gradients are gathered.
 
-A tap is the number of a cell in its window, row by row.  The maximum's tap is kept for backward, in
+A tap is a place in a window, numbered row by row.  The maximum's tap is kept for backward, in
 one byte where that is enough, and is compared there with the tap that meets a pixel.
 """
 

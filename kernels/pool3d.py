@@ -1,7 +1,7 @@
 """Max and average pooling of volumes: pool.py with one more axis.
 
-D, T and Z are the depths of a volume, of a window and of an output.  A tap is the number of a cell
-in its window, slice by slice and row by row.
+D, T and Z are the depths of a volume, of a window and of an output.  A tap is a place
+in a window, numbered slice by slice and row by row.
 """
 
 import triton
