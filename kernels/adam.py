@@ -1,4 +1,7 @@
-"""Adam's and AdamW's step over many tensors in one launch, which finds them by their addresses."""
+"""Adam's and AdamW's step over many tensors in one launch, which finds them by their addresses.
+
+The formulas are those of `tritorch.ops.adam_step`.
+"""
 
 import triton
 import triton.language as tl
@@ -25,10 +28,10 @@ def adam_corrections_kernel(
     TENSORS, beta1: tl.float64, beta2: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """One program counts the step of BLOCK tensors, at the addresses of steps_ptr.
+    """One program adds 1 to the steps of BLOCK tensors, at the addresses in steps_ptr, and writes
+    their bias corrections 1 - beta^step: for all tensors that of beta1, then that of beta2.
 
-    The two bias corrections of all tensors follow each other, in float64: of beta1 near 1 nothing
-    would be left in float32.
+    They are float64: 1 - beta would lose its digits in float32 for beta near 1.
     """
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < TENSORS

@@ -1,5 +1,8 @@
 """Convolution as an implicit matrix product, and the transposed one, which is its gradient.
 
+Pixels of y are rows, channels of y columns, and the inner axis is all (tap, channel of x) pairs: a
+program gathers its tile of that matrix from x as it goes, and no such matrix is stored.
+
 The letters follow the step that a kernel takes, in whatever direction: channels `C` are read and
 `K` written, both per group; the image that is read is H x W, the one that is written P x Q.  A
 volume adds the depths `D` read and `Z` written, and `T` slices of R x S taps.

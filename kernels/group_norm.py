@@ -1,4 +1,8 @@
-"""Group normalisation of N images of C channels, G groups of them, and R pixels.
+"""Group normalisation of N images of C channels, in G groups, and R pixels.
+
+With n = (x - mean) rstd, rstd = 1 / sqrt(var + eps), and g = grad_y weight, per image and group
+
+    grad_x = rstd (g - mean(g) - n mean(g n))
 
 A tile is BLOCK_R pixels by BLOCK_C channels of one image, along either, whichever is contiguous.
 Sums are taken per channel and slice of the pixels, and merged over the channels of a group, so that

@@ -1,5 +1,9 @@
 """Layer normalisation of M rows of N elements.
 
+With n = (x - mean) rstd, rstd = 1 / sqrt(var + eps), and g = grad_y weight, row by row
+
+    grad_x = rstd (g - mean(g) - n mean(g n))
+
 A tile is BLOCK_M rows by BLOCK_N columns.  A row that fits into one is read once; a longer one is
 cut into slices, whose statistics or sums every later program of the row merges for itself.
 VECTOR columns lie together in memory, aligned and masked as one: of a size or a stride Triton

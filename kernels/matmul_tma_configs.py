@@ -74,8 +74,8 @@ MATMUL_TMA_CONFIGS = {
     ),
 }
 
-# of programs that share tiles: for a wave of them and a bit, of long sums; in pieces that have room
-# beside the operands of the next tile
+# stream-K, programs that share tiles: for long sums of little more than a whole number of waves; in
+# pieces that have room beside the operands of the next tile
 MATMUL_TMA_EVEN_CONFIGS = {
     2: (_tile("even", 128, 256, 64, 8, 4, pieces=4), _tile("even", 128, 128, 64, 8, 3, pieces=4)),
     4: (_tile("even", 128, 256, 32, 8, 4, pieces=4), _tile("even", 128, 128, 32, 8, 3, pieces=4)),
@@ -100,7 +100,7 @@ def matmul_tma_config(m, n, k, batch, shared, itemsize):
 
 
 def matmul_tma_even_config(m, n, k, batch, shared, itemsize):
-    """What takes its place where tiles may be shared by programs; None where that would not pay."""
+    """What replaces it where programs may share tiles (stream-K); None where that would not pay."""
 
     def expected(config):
         return _cycles(config, m, n, k, batch, itemsize)

@@ -1,5 +1,11 @@
 """Batch normalisation: its tiles, elementwise passes, and sums by split reductions.
 
+With n = (x - mean) / sqrt(var + eps) and g the gradient of y = n weight + bias, in training
+
+    grad_x = weight / sqrt(var + eps) (g - mean(g) - n mean(g n))
+
+per channel; sum(g n) and sum(g) are the gradients of weight and bias.
+
 R counts the elements of a channel: batch and pixels, in one loop nest.  A tile is BLOCK_R of these
 by BLOCK_C channels.  VECTOR_R by VECTOR_C elements lie together in memory, aligned and masked as
 one: of a size or a stride Triton itself sees only whether 16 divides it.

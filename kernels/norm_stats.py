@@ -90,8 +90,10 @@ def batch_norm_gather_stats_kernel(
 ):
     """One program merges the S slices of its channels and moves their running statistics, once.
 
-    With moments_ptr it writes mean, squared deviations and count, as of one slice; with a STEP, of
-    each STEP slices another program.
+    Merged by the formulas of Chan, Golub and LeVeque (1979): with n elements of mean m in a slice,
+    squared deviations are the sum of the slices' own and of n (m - mean)^2.  With moments_ptr it
+    writes mean, squared deviations and count, as of one slice; with STEP, programs along the second
+    axis merge STEP slices each.
     """
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)

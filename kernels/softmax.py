@@ -1,4 +1,10 @@
-"""Softmax and its logarithm along one dimension, forward and backward."""
+"""Softmax and its logarithm along one dimension, forward and backward.
+
+Rows longer than a block are read once for a running maximum and a sum of exponentials, rescaled
+whenever the maximum rises (online softmax, https://arxiv.org/abs/1805.02867), and once more to be
+written.  From the output y and its gradient g, row by row, the gradient is y (g - sum(g y)), and
+g - exp(y) sum(g) where y is a logarithm.
+"""
 
 import triton
 import triton.language as tl
