@@ -39,7 +39,7 @@ def adam_corrections_kernel(
     step = tl.load(step_ptrs, mask=mask, other=0.0) + 1.0
     tl.store(step_ptrs, step, mask=mask)
     step = step.to(tl.float64)
-    # the logarithm of 0 is not for every GPU to take
+    # a beta of 0 corrects by 1; its logarithm is not -inf on every GPU
     correction1 = tl.where(beta1 > 0, 1.0 - tl.exp(step * tl.log(beta1)), 1.0)
     correction2 = tl.where(beta2 > 0, 1.0 - tl.exp(step * tl.log(beta2)), 1.0)
     tl.store(corrections_ptr + offs, correction1, mask=mask)
@@ -139,7 +139,7 @@ def adam_step_kernel(
     max_exp_avg_sq_address += num_bytes
     step_size = (lr / correction1).to(ACC)
     root_correction = tl.sqrt(correction2).to(ACC)
-    # what is left of 1 is rounded once
+    # 1 - beta is computed in float64 and rounded once
     gain1 = (1.0 - beta1).to(ACC)
     gain2 = (1.0 - beta2).to(ACC)
     decay = (weight_decay * lr if DECOUPLED else weight_decay).to(ACC)

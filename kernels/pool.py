@@ -76,7 +76,7 @@ def max_pool2d_forward_kernel(
         h_end, w_end = H, W
     x_offsets = n * x_stride_n + h * x_stride_h + w * x_stride_w
     x_ptrs = x_ptr + x_offsets[:, None] + (offs_c * x_stride_c)[None, :]
-    # a window of -inf has its first tap inside the image
+    # where all is -inf, the first tap inside the image wins
     first_r = tl.maximum(dilation_h - 1 - h, 0) // dilation_h
     first_s = tl.maximum(dilation_w - 1 - w, 0) // dilation_w
     first_tap = (first_r * S + first_s).to(tl.int32)
