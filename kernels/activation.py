@@ -77,8 +77,9 @@ def activation_gradient(grad, saved, ACTIVATION: tl.constexpr, slope=0.01):
 
 @triton.jit
 def activation_curvature(grad, saved, ACTIVATION: tl.constexpr):
-    """grad times the derivative of what `activation_gradient` multiplies with, by `saved`; zero for
-    those that are straight lines.
+    """grad times the derivative, by `saved`, of the factor in `activation_gradient`.
+
+    Activations made of straight lines have none and are refused.
     """
     if ACTIVATION == "sigmoid":
         grad = grad * (1 - 2 * saved)
@@ -91,7 +92,7 @@ def activation_curvature(grad, saved, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         u = 2 * gelu_inner(saved)
         slope = 2 * gelu_inner_slope(saved)
-        # of 2 * gelu_inner the second derivative is 12 * 0.044715 sqrt(2 / pi) x
+        # the second derivative of 2 * gelu_inner is 12 * 0.044715 sqrt(2 / pi) x
         bend = 0.42812889763560146 * saved + (1 - 2 * sigmoid(u)) * slope * slope
         grad = grad * (sigmoid_slope(u) * (2 * slope + saved * bend))
     else:
@@ -102,7 +103,7 @@ def activation_curvature(grad, saved, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def sigmoid(x):
-    # exp overflows to infinity, of which this is zero
+    # where exp overflows to infinity this is 0, as it should be
     return 1 / (1 + tl.exp(-x))
 
 
@@ -115,15 +116,16 @@ def sigmoid_slope(x):
 
 @triton.jit
 def tanh(x):
-    """From exp alone, which is all that Triton has besides libdevice; within a few roundings of
-    the truth, also next to zero, and so next to one that 1 - y^2 keeps its digits.
+    """tanh from exp, since Triton has none outside libdevice.
+
+    Accurate to a few roundings, also near 0, and near 1, so that 1 - y^2 keeps its digits.
     """
     a = tl.abs(x)
-    # beyond it the result is 1 in float64 too; false for NaN, which stays
+    # above 20 the result is 1 in float64 too; the comparison is false for NaN, which stays
     a = tl.where(a > 20, 20.0, a)
     e = tl.exp(2 * a)
     z = x * x
-    # next to zero e - 1 cancels: a convergent of the continued fraction of Lambert instead
+    # near 0 e - 1 cancels: a convergent of Lambert's continued fraction instead
     if x.dtype == tl.float64:
         p = 34459425 + z * (4729725 + z * (135135 + z * (990 + z)))
         q = 34459425 + z * (16216200 + z * (945945 + z * (13860 + z * 45)))

@@ -1,4 +1,7 @@
-"""Adam's and AdamW's step over many tensors in one launch, which finds them by their addresses."""
+"""Adam's and AdamW's step over many tensors in one launch, which finds them by their addresses.
+
+The formulas are those of `tritorch.ops.adam_step`.
+"""
 
 import triton
 import triton.language as tl
@@ -25,10 +28,10 @@ def adam_corrections_kernel(
     TENSORS, beta1: tl.float64, beta2: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """One program counts the step of BLOCK tensors, at the addresses of steps_ptr.
+    """One program adds 1 to the steps of BLOCK tensors, at the addresses in steps_ptr, and writes
+    their bias corrections 1 - beta^step: for all tensors that of beta1, then that of beta2.
 
-    The two bias corrections of all tensors follow each other, in float64: of beta1 near 1 nothing
-    would be left in float32.
+    They are float64: 1 - beta would lose its digits in float32 for beta near 1.
     """
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < TENSORS
@@ -36,7 +39,7 @@ def adam_corrections_kernel(
     step = tl.load(step_ptrs, mask=mask, other=0.0) + 1.0
     tl.store(step_ptrs, step, mask=mask)
     step = step.to(tl.float64)
-    # the logarithm of 0 is not for every GPU to take
+    # a beta of 0 corrects by 1; its logarithm is not -inf on every GPU
     correction1 = tl.where(beta1 > 0, 1.0 - tl.exp(step * tl.log(beta1)), 1.0)
     correction2 = tl.where(beta2 > 0, 1.0 - tl.exp(step * tl.log(beta2)), 1.0)
     tl.store(corrections_ptr + offs, correction1, mask=mask)
@@ -136,7 +139,7 @@ def adam_step_kernel(
     max_exp_avg_sq_address += num_bytes
     step_size = (lr / correction1).to(ACC)
     root_correction = tl.sqrt(correction2).to(ACC)
-    # what is left of 1 is rounded once
+    # 1 - beta is computed in float64 and rounded once
     gain1 = (1.0 - beta1).to(ACC)
     gain2 = (1.0 - beta2).to(ACC)
     decay = (weight_decay * lr if DECOUPLED else weight_decay).to(ACC)

@@ -1,4 +1,4 @@
-"""Means over windows that are as many as the output asks for, which may overlap.
+"""Adaptive average pooling: one window for each output; windows may overlap.
 
 Images are volumes of depth 1, whose arithmetic is compiled away.  D and Z are the depths of what is
 read and of what is written, T R S the largest window.
@@ -29,14 +29,14 @@ SPATIAL_MEAN_CONFIGS = (
     _tile(16, 512, 4, 3),
     # still more of them: each thread has all pixels of its channels, and sums them up by itself
     _tile(8, 1024, 4, 1),
-    # for the search alone
+    # candidates for tuning only
     _tile(16, 512, 4, 1),
     _tile(16, 256, 4, 3),
     _tile(16, 64, 4, 4),
     _tile(32, 64, 4, 3),
 )
-# programs of tiles of 512 channels, of fewer of which most of a GPU would be idle; of 1024, which
-# have half as many bytes under way
+# programs with tiles of 512 channels that keep a GPU busy, and programs with tiles of 1024, which
+# have half as many bytes in flight
 MANY, MORE = 256, 512
 
 

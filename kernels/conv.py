@@ -1,5 +1,8 @@
 """Convolution as an implicit matrix product, and the transposed one, which is its gradient.
 
+Pixels of y are rows, channels of y columns, and the inner axis is all (tap, channel of x) pairs: a
+program gathers its tile of that matrix from x as it goes, and no such matrix is stored.
+
 The letters follow the step that a kernel takes, in whatever direction: channels `C` are read and
 `K` written, both per group; the image that is read is H x W, the one that is written P x Q.  A
 volume adds the depths `D` read and `Z` written, and `T` slices of R x S taps.
@@ -54,7 +57,7 @@ CONV2D_FULL_EPILOGUE_CONFIGS = {
     ),
 }
 
-# the others do not have the registers for the walk through a volume too
+# only these have registers left for the walk through a volume
 CONV3D_FULL_CONFIGS = {itemsize: configs[1::2] for itemsize, configs in CONV2D_FULL_CONFIGS.items()}
 
 # for operands gathered element by element: each has an address of its own, so fewer per thread
@@ -75,17 +78,17 @@ def conv2d_config(npq, k, groups, itemsize):
 
 
 def conv2d_full_config(npq, k, groups, itemsize):
-    """The same of float32 in full precision."""
+    """As `conv2d_config`, for float32 in full precision."""
     return _largest(CONV2D_FULL_CONFIGS[itemsize], npq, k, groups)
 
 
 def conv2d_full_epilogue_config(npq, k, groups, itemsize):
-    """The same where the epilogue computes, of volumes too, or gathers a residual."""
+    """As `conv2d_full_config`, where the epilogue computes or gathers a residual; volumes too."""
     return _largest(CONV2D_FULL_EPILOGUE_CONFIGS[itemsize], npq, k, groups)
 
 
 def conv3d_full_config(npq, k, groups, itemsize):
-    """The same of volumes."""
+    """As `conv2d_full_config`, for volumes."""
     return _largest(CONV3D_FULL_CONFIGS[itemsize], npq, k, groups)
 
 
@@ -126,12 +129,12 @@ def conv2d_kernel(
     A slice is BLOCK_CRS channels of one tap or, where C = FLAT_C channels would leave much of it
     empty, of all (tap, channel) pairs.  Transposed, the pixels of a program share their residue
     modulo the stride: a convolution of unit stride over the taps that reach the residue.
-    Numbers of channels, and strides along all else, come in units of UNIT.  `depth` is None for
-    images; for volumes it holds along the depth what the arguments before it hold along the rows.
+    Numbers of channels, and strides along all other axes, come divided by UNIT.  `depth` is None
+    for images; for volumes it holds along the depth what the arguments before it hold along rows.
     KEEPS_BEFORE stores the values before the activation too, laid out as y.
 
-    A residual is added before it; it is laid out as y or, of images, along (n, k, p, q) by its own
-    `residual_strides`.
+    A residual is added before the activation; it is laid out as y or, for images, by its own
+    `residual_strides` along (n, k, p, q).
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     C *= UNIT
@@ -207,7 +210,7 @@ def conv2d_kernel(
             num_z = Z
             step_d = dilation_d
     if depth is not None:
-        # slices are more images until they are told apart
+        # slices of a volume count as images here; z is split off below
         N *= num_z
     offs_npq += pid_npq * BLOCK_NPQ
     mask_npq = offs_npq < N * num_p * num_q
@@ -246,7 +249,7 @@ def conv2d_kernel(
     else:
         num_steps = num_c * num_r * num_s
     if depth is not None:
-        # a slice of taps after the other: what follows from it is the same for a whole step
+        # slices of taps one after the other: t is the same for a whole step
         steps_t = max(num_steps, 1)
         num_steps *= num_t
         w_ptr += first_t * w_stride_t
@@ -282,7 +285,7 @@ def conv2d_kernel(
         rows, columns = tile_axes(x_rows, x_columns, X_CHANNELS_LAST)
         pixels_h = x_h
         if depth is not None:
-            # no row of a slice outside the volume is inside: one number, where a mask would be two
+            # rows of a slice outside the volume go outside the image: cheaper than a second mask
             pixels_h = tl.where(inside(x_d + t * step_d, D), x_h, -(1 << 30))
         rows_h, taps_h = tile_axes(pixels_h, taps_h, X_CHANNELS_LAST)
         rows_w, taps_w = tile_axes(x_w, taps_w, X_CHANNELS_LAST)

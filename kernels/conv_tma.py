@@ -30,7 +30,7 @@ def conv2d_tma_kernel(
     as it came.  A stride is 1, or BLOCK_P = BLOCK_Q = 1, or it is 2 and PAIRS: the side that the
     stride walks over, x or transposed y, is described as (N, H / 2, 2, W / 2, 2 * channels), whose
     tiles are pixels of one parity.  Transposed, the pixels of a program share their residue modulo
-    the stride, as in `conv2d_kernel`.  The sums of a split are images of their own in y.
+    the stride, as in `conv2d_kernel`.  Each split writes its sums as images of their own in y.
 
     Products of float32 are TF32's, of filters whose channels read lie along memory: transposed,
     they are described as (taps, K, C) and not as (taps, C, K).
@@ -79,7 +79,7 @@ def conv2d_tma_kernel(
                     tile, K, image, geometry, walk, TRANSPOSED, PAIRS, SKIPS,
                     BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
                 steps += num_c * rows * columns
-        # known to the compiler, or it waits for every product before the next one
+        # if the loop might not run, the compiler would wait for every product before the next one
         tl.assume(steps > 0)
         t = pid - programs
         c = 0
@@ -132,8 +132,8 @@ def _place(
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
     """First channel, image and pixel that a tile writes, and the parities of PAIRS; the first tap
-    that reaches it, rows and columns of such taps, and the pixel that the first one reads, which
-    may lie outside the image.
+    that reaches the tile, how many rows and columns of taps do, and the pixel that the first tap
+    reads, which may lie outside the image.
     """
     P, Q, R, S, H, W = image
     (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
@@ -148,7 +148,7 @@ def _place(
         residue_h = tile % (stride_h * stride_w) // stride_w
         residue_w = tile % stride_w
         tile = tile // (stride_h * stride_w)
-        # of the smallest residue, which has the most
+        # those of residue 0, which has the most
         P = tl.cdiv(P, stride_h)
         Q = tl.cdiv(Q, stride_w)
     tiles_p = tl.cdiv(P, BLOCK_P)
@@ -217,12 +217,12 @@ def _operands(
     w += j * step_w
     tap += i * tap_row + j * tap_column
     if PAIRS and not TRANSPOSED:
-        # shift and mask take the floor, below zero too
+        # shift and mask are floor division and modulo, below zero too
         x = x_desc.load([n, h >> 1, h & 1, w >> 1, (w & 1) * (C * groups) + group * C + c])
     else:
         x = x_desc.load([n, h, w, group * C + c])
     if TRANSPOSED and w_desc.dtype == tl.float32:
-        # wgmma transposes 16-bit numbers alone
+        # wgmma transposes only 16-bit operands
         filters = tl.reshape(w_desc.load([tap, k, group * C + c]), (BLOCK_K, BLOCK_C))
     elif TRANSPOSED:
         filters = tl.reshape(w_desc.load([tap, group * C + c, k]), (BLOCK_C, BLOCK_K)).T
@@ -279,7 +279,7 @@ def _store_moments(
     moments_ptr, y, sizes, n, p, q, k, end, channels,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Of the pixels that lie in an image, and of the channels up to the end of their group."""
+    """Statistics of the pixels inside the images, for channels up to the end of their group."""
     N, P, Q = sizes
     pixels = tl.arange(0, BLOCK_N * BLOCK_P * BLOCK_Q)
     inside = (n + pixels // (BLOCK_P * BLOCK_Q) < N) & (p + pixels // BLOCK_Q % BLOCK_P < P)
@@ -301,7 +301,7 @@ def _store(
     STORED: tl.constexpr = y_desc.block_shape[0] * y_desc.block_shape[1] * y_desc.block_shape[-2]
     y = acc.to(y_desc.dtype)
     if STORED < BLOCK_N * BLOCK_P * BLOCK_Q:
-        # of the first axis that has halves
+        # halves the first axis longer than 1
         HALF_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 1 else 1
         HALF_P: tl.constexpr = BLOCK_P // 2 if BLOCK_N == 1 and BLOCK_P > 1 else BLOCK_P
         HALF_Q: tl.constexpr = BLOCK_Q // 2 if BLOCK_N == 1 and BLOCK_P == 1 else BLOCK_Q

@@ -57,9 +57,11 @@ SINGLE_PIXELS = 3500
 
 
 def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed, itemsize=2, groups=1):
-    """What the estimate takes for the fastest; None where most of a tile or of the GPU would be
-    idle.  k and c are those of one of the groups.  Of 16-bit numbers, of which the measured tables
-    are, nobody says the itemsize, nor of one group that it is one.
+    """The configuration with the least estimated time; None where most of a tile or of the GPU
+    would be idle.
+
+    k and c are channels of one group.  `stride` and `transposed` only tell measured sizes apart.
+    Measured tables leave out an itemsize of 2 and a single group, and so do callers.
     """
     if min(c, k) < MIN_CHANNELS or n * p * q < MIN_PIXELS:
         return None
@@ -73,9 +75,10 @@ def conv2d_tma_config(n, p, q, k, c, taps, stride, transposed, itemsize=2, group
 
 
 def for_residual(config, computes, itemsize):
-    """What takes the place of a configuration where a residual is added: what is persistent has no
-    room for one beside the operands of the next tile, and where the activation computes the largest
-    tile has no registers.
+    """What replaces a configuration where a residual is added.
+
+    Persistent programs have no room for a residual beside the operands of the next tile, and the
+    largest tile has no registers for one beside an activation that computes.
     """
     block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
     if computes and block_k * block_npq > 128 * 128:
@@ -106,11 +109,11 @@ def cycles(config, n, p, q, k, c, taps, itemsize, groups=1):
     reads = triton.cdiv(block_k, 64) * (64 + block_npq)
     step = max(products, itemsize * block_c * (block_k + block_npq + reads) / 128)
     together = min(tiles, residents(config, itemsize))
-    # a stage is loaded while the others of all are multiplied; neighbours of which no two share
-    # anything take longest
+    # a stage is loaded while all other stages are multiplied; tiles of single pixels, which share
+    # nothing, wait longest
     latency = SINGLE_PIXELS if block_n == block_npq else LATENCY
     step = max(step, latency / ((config.num_stages - 1) * together))
-    # what of a tile's first operands and its stores nothing else runs beside
+    # the part of a tile's first loads and of its stores that nothing overlaps
     ends = 6000
     if config.kwargs["PERSISTENT"]:
         ends = 5000
@@ -125,8 +128,8 @@ def residents(config, itemsize):
 
 
 def stored_pixels(config, itemsize, block_n, block_p, block_q):
-    """The tile of pixels that is stored at once: half of it, along its first axis that has halves,
-    where what is persistent has no room for the whole beside the operands of the next.
+    """The tile of pixels that is stored at once: half of it, along its first axis longer than 1,
+    where a persistent program has no room for all of it beside the operands of the next tile.
     """
     if _shared_memory(config, itemsize) <= SHARED_MEMORY:
         return block_n, block_p, block_q
@@ -145,7 +148,7 @@ def _shared_memory(config, itemsize):
 
 @functools.lru_cache(maxsize=1024)
 def pixels_of(config):
-    """The images, rows and columns of a tile that a table says besides, or None; the rest of it."""
+    """Images, rows and columns of a tile, or None if no table names them; the rest of `config`."""
     sizes = dict(config.kwargs)
     pixels = tuple(sizes.pop(f"BLOCK_{axis}", 0) for axis in "NPQ")
     if not any(pixels):

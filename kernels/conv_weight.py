@@ -23,7 +23,7 @@ CONV2D_GRAD_WEIGHT_CONFIGS = {
     8: (_tile(32, 32, 16, 4, 2, 255),),
 }
 
-# the walk through a volume takes registers that four warps do not have beside 128 columns
+# beside 128 columns four warps have no registers for the walk through a volume
 CONV3D_GRAD_WEIGHT_CONFIGS = {
     itemsize: configs[::2] for itemsize, configs in CONV2D_GRAD_WEIGHT_CONFIGS.items()
 }
@@ -44,7 +44,7 @@ def conv2d_grad_weight_config(k, crs, itemsize):
 
 
 def conv3d_grad_weight_config(k, crs, itemsize):
-    """The same of volumes."""
+    """As `conv2d_grad_weight_config`, for volumes."""
     return _largest(CONV3D_GRAD_WEIGHT_CONFIGS[itemsize], k, crs)
 
 
@@ -148,8 +148,8 @@ def conv2d_grad_weight_kernel(
     p = begin // num_q % num_p * BLOCK_P
     q = begin % num_q * BLOCK_Q
     acc = tl.zeros((BLOCK_K, BLOCK_CRS), dtype=ACC)
-    # one at least, which masks empty where there is none: a loop that may not run keeps ptxas from
-    # overlapping the products of Hopper
+    # at least one step, all masked where there is none: on Hopper ptxas overlaps no products of a
+    # loop that may not run
     for _ in range(max(STEPS, 1)):
         mask_npq = (offs_n < N - n) & (offs_p < P - p) & (offs_q < Q - q)
         pixels, channels = tile_axes(mask_npq, mask_k, Y_CHANNELS_LAST)
@@ -196,7 +196,7 @@ def conv2d_sum_weight_kernel(
 ):
     """One program adds BLOCK elements of SPLITS sums (K, taps, C), and rounds once.
 
-    Each of ROWS rows is added up by itself, so that many loads are under way: the order depends on
+    ROWS partial sums run side by side, so that many loads are in flight; the order depends on
     SPLITS alone.
     """
     ROWS: tl.constexpr = 8

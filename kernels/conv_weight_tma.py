@@ -29,8 +29,8 @@ CONV2D_GRAD_WEIGHT_TMA_CONFIGS = {
     ),
 }
 
-# what the portable kernel is good enough for, and channels on both sides of three taps in a row up
-# to which it was faster in every measurement
+# below these sizes the portable kernel is good enough; with three taps in a row and up to so many
+# channels on both sides it was faster in every measurement
 MIN_CHANNELS = 32
 MIN_PIXELS = 1024
 PORTABLE_CHANNELS = 128
@@ -39,13 +39,16 @@ PORTABLE_CHANNELS = 128
 MULTIPROCESSORS = 132
 SHARED_MEMORY = 227 * 1024
 LATENCY = 1500
-# of what sums apart take, the most that even shares may be expected to
+# even shares must be estimated to take no more than this part of what separate sums take
 GAIN = 0.97
 
 
 def conv2d_grad_weight_tma_config(k, c, taps, along, n, p, q, stride):
-    """The largest tile that is not mostly empty, of `along` pixels; None where all are, and where
-    the portable kernel is faster.
+    """The largest tile that is not mostly empty; None where all are, or the portable kernel is
+    faster.
+
+    A tile runs along `along` images or columns; `taps` are those of one row of the filter.
+    `stride` only tells measured sizes apart.
     """
     if taps == 3 and c % 64 == 0 and max(c, k) <= PORTABLE_CHANNELS:
         return None
@@ -62,9 +65,11 @@ def conv2d_grad_weight_tma_config(k, c, taps, along, n, p, q, stride):
 
 
 def shares(config, tiles, steps, groups, weights):
-    """Programs, splits and whether shares are even: as the estimate takes for the fastest, of
-    `tiles` sums for each of so many `steps`.  Every sum has a program for each of its splits; or
-    programs with even shares go from one sum on to the next, and up to `splits` have parts of one.
+    """Programs, splits, and whether shares are even, as the estimate expects to be fastest.
+
+    For each of `steps` there are `tiles` sums of so many steps.  Either every sum has a program for
+    each of its splits, or (stream-K) programs with even shares go on from one sum to the next, and
+    up to `splits` of them have a part of one sum.
     """
     sums, total = tiles * len(steps), tiles * sum(steps)
 
@@ -76,7 +81,7 @@ def shares(config, tiles, steps, groups, weights):
 
     split = min(range(1, min(*steps, 2 * MULTIPROCESSORS) + 1), key=taken)
     programs = max(residents(config) * MULTIPROCESSORS // groups, 1)
-    # which the kernel multiplies
+    # the kernel multiplies the two in int32
     if programs <= total < 2**31 // programs:
         splits, each = most_programs(tiles, steps, programs), triton.cdiv(total, programs)
         mean, parts = programs * groups * each / MULTIPROCESSORS, 1 + sums / programs
@@ -87,16 +92,17 @@ def shares(config, tiles, steps, groups, weights):
 
 
 def stored_columns(config, even):
-    """Of a tile, how many are stored at once: with even shares there is little room beside the
-    operands of the next one, and else a whole one would take more registers and shared memory than
-    there are.
+    """Columns of a tile that are stored at once.
+
+    With even shares there is little room beside the operands of the next tile; without them a whole
+    tile would take more registers and shared memory than there are.
     """
     columns = config.kwargs["BLOCK_C"]
     return columns // 4 if even else min(columns, 128)
 
 
 def most_programs(tiles, steps, programs):
-    """Those that share one of the sums, if they have even shares of all."""
+    """The most programs that share one sum, with even shares of all sums."""
     total, first, most = tiles * sum(steps), 0, 1
     for each in steps:
         for _ in range(tiles):
@@ -165,9 +171,9 @@ def conv2d_grad_weight_tma_kernel(
     (rows, columns, images, channels); or ALONG_Q that many columns of one image, and they are
     (images, rows, columns, channels).  Pixels whose tap lies outside the image are left out.
 
-    Every sum has SPLITS shares of as many tiles of pixels; or EVEN, the programs have as many of
-    the STEPS tiles of pixels of all sums, which follow one another, and so parts of two sums and
-    more, of which those with fewer than SPLITS shares get zeros for the others.
+    Every sum is split into SPLITS equal shares.  Or (EVEN, stream-K) programs have equal shares of
+    the STEPS tiles of pixels of all sums, one sum after the other, and may have parts of several;
+    a sum in fewer than SPLITS parts gets zeros for the rest.
     """
     num_k = tl.cdiv(K, BLOCK_K)
     num_kc = num_k * tl.cdiv(C, BLOCK_C)
@@ -191,7 +197,7 @@ def conv2d_grad_weight_tma_kernel(
         first += kc * steps
         while begin < end:
             count = tl.minimum(end, first + steps) - begin
-            # of the programs that have parts of this sum
+            # counted from the first program that has a part of this sum
             split = pid - ((first + 1) * programs - 1) // STEPS
             _share(
                 grad_y_desc, x_desc, grad_w_desc, split, group * K, group * C,

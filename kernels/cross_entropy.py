@@ -3,7 +3,8 @@
 Each of N rows has logits x of C classes and target weights q.  Where the target is a class y of
 weights w, label smoothing a makes them q_c = (1 - a) w_y [c = y] + a / C w_c, where it is the
 probabilities t they are q_c = w_c ((1 - a) t_c + a / C).  With p = softmax(x) the loss of a row is
-the sum of -q_c log(p_c), and its gradient sum(q) p_c - q_c.
+the sum of -q_c log(p_c), and its gradient sum(q) p_c - q_c.  In the code `kept` is 1 - a, `spread`
+is a / C, and SPREAD says that every class has a target weight: t is given, or a is not 0.
 """
 
 import triton
@@ -174,7 +175,7 @@ def cross_entropy_forward_kernel(
     # the host shifts logits and probabilities alike, or not at all
     y_starts, _ = align_rows(y_rows, ALIGN, SHIFTED)
     starts, shift = align_rows(x_rows, ALIGN, SHIFTED)
-    # likewise
+    # without SHIFTED this too only tells the compiler what divides C
     end = C if SHIFTED else C // ALIGN * ALIGN
     kept = (1.0 - smoothing).to(ACC)
     spread = (smoothing / C).to(ACC)
@@ -297,7 +298,7 @@ def cross_entropy_backward_kernel(
     starts, shift = align_rows(x_rows, ALIGN, SHIFTED)
     y_starts, _ = align_rows(y_rows, ALIGN, SHIFTED)
     grad_starts, _ = align_rows(grad_rows, ALIGN, SHIFTED)
-    # likewise
+    # without SHIFTED this too only tells the compiler what divides C
     end = C if SHIFTED else C // ALIGN * ALIGN
     kept = (1.0 - smoothing).to(ACC)
     spread = (smoothing / C).to(ACC)

@@ -1,4 +1,4 @@
-"""Depthwise convolution, where no two channels meet: sums over taps, no matrix product.
+"""Depthwise convolution: channels do not mix, so that it is a sum over taps, no matrix product.
 
 Letters and units are those of conv.py.
 """
@@ -60,17 +60,17 @@ def depthwise_conv2d_config(k, itemsize):
 
 
 def depthwise_conv2d_gather_config(channels_last):
-    """Along memory."""
+    """The tile along the contiguous axis."""
     return DEPTHWISE_CONV2D_GATHER_CONFIGS[0 if channels_last else 1]
 
 
 def depthwise_conv2d_grad_weight_config(itemsize):
-    """The one there is."""
+    """The only configuration."""
     return DEPTHWISE_CONV2D_GRAD_WEIGHT_CONFIGS[itemsize][0]
 
 
 def depthwise_conv2d_grad_weight_gather_config(channels_last):
-    """Along memory."""
+    """The tile along the contiguous axis."""
     return DEPTHWISE_CONV2D_GRAD_WEIGHT_GATHER_CONFIGS[0 if channels_last else 1]
 
 
@@ -93,7 +93,7 @@ def depthwise_conv2d_kernel(
     Its pixels are BLOCK_P x BLOCK_Q of BLOCK_NPQ / (BLOCK_P * BLOCK_Q) images, so that taps of
     neighbours meet in the cache; transposed, they share their residue, as in `conv2d_kernel`.
     KEEPS_BEFORE stores the values before the activation too, laid out as y.  A residual is added
-    before it; it is laid out as y, or along (n, k, p, q) by its own `residual_strides`.
+    before the activation; it is laid out as y, or by its own `residual_strides` along (n, k, p, q).
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     GROUPS *= UNIT
@@ -113,7 +113,7 @@ def depthwise_conv2d_kernel(
             residue_h + padding_h, R, stride_h, dilation_h, tap_step_h, inverse_h)
         first_s, num_s, x_w = residue_taps(
             residue_w + padding_w, S, stride_w, dilation_w, tap_step_w, inverse_w)
-        # those of the largest class, as on the host
+        # those of the largest residue class, as on the host
         num_p = tl.cdiv(tl.cdiv(P, stride_h), BLOCK_P)
         num_q = tl.cdiv(tl.cdiv(Q, stride_w), BLOCK_Q)
         step_h = -(dilation_h * tap_step_h // stride_h)

@@ -1,4 +1,8 @@
-"""Group normalisation of N images of C channels, G groups of them, and R pixels.
+"""Group normalisation of N images of C channels, in G groups, and R pixels.
+
+With n = (x - mean) rstd, rstd = 1 / sqrt(var + eps), and g = grad_y weight, per image and group
+
+    grad_x = rstd (g - mean(g) - n mean(g n))
 
 A tile is BLOCK_R pixels by BLOCK_C channels of one image, along either, whichever is contiguous.
 Sums are taken per channel and slice of the pixels, and merged over the channels of a group, so that
@@ -187,10 +191,10 @@ def group_norm_gather_stats_kernel(
         squares += tl.load(statistics_ptr + C + offsets, mask=mask, other=0.0)
         squares += count[None, :] * deviation * deviation
         drift += count[None, :] * deviation
-    # what the deviations have in common is the rounding of the mean
+    # deviations should average 0: what they average is the rounding error of the mean
     error = tl.sum(drift, 1) / (C // G) / R
     var = tl.sum(squares, 1) / (C // G) / R - error * error
-    # rounding may leave a tiny negative one; NaN stays
+    # rounding may leave a tiny negative variance; NaN stays
     var = tl.where(var < 0, 0.0, var)
     tl.store(mean_ptr + offs_g, mean + error, mask=offs_g < GROUPS)
     tl.store(rstd_ptr + offs_g, 1.0 / tl.sqrt(var + eps.to(ACC)), mask=offs_g < GROUPS)

@@ -1,5 +1,9 @@
 """Layer normalisation of M rows of N elements.
 
+With n = (x - mean) rstd, rstd = 1 / sqrt(var + eps), and g = grad_y weight, row by row
+
+    grad_x = rstd (g - mean(g) - n mean(g n))
+
 A tile is BLOCK_M rows by BLOCK_N columns.  A row that fits into one is read once; a longer one is
 cut into slices, whose statistics or sums every later program of the row merges for itself.
 VECTOR columns lie together in memory, aligned and masked as one: of a size or a stride Triton
@@ -169,7 +173,7 @@ def merged_statistics(
     count = tl.where(offs_s < SLICES, count, 0).to(ACC)[None, :]
     mean = tl.sum(count * means, 1) / N
     deviation = tl.where(mask, means - mean[:, None], 0.0)
-    # what the deviations have in common is the rounding of the mean
+    # deviations should average 0: what they average is the rounding error of the mean
     error = tl.sum(count * deviation, 1) / N
     squares = tl.sum(squares + count * deviation * deviation, 1)
     return mean + error, squares / N - error * error
@@ -203,13 +207,13 @@ def layer_norm_forward_kernel(
     if statistics_ptr is None:
         mean = tl.sum(x, 1) / N
         deviation = tl.where(mask, x - mean[:, None], 0.0)
-        # what the deviations have in common is the rounding of the mean
+        # deviations should average 0: what they average is the rounding error of the mean
         error = tl.sum(deviation, 1) / N
         var = tl.sum(deviation * deviation, 1) / N - error * error
         mean += error
     else:
         mean, var = merged_statistics(statistics_ptr, offs_m, M, N, STEPS, SLICES, BLOCK_S, BLOCK_N)
-    # rounding may leave a tiny negative one; NaN stays
+    # rounding may leave a tiny negative variance; NaN stays
     var = tl.where(var < 0, 0.0, var)
     rstd = 1.0 / tl.sqrt(var + eps.to(ACC))
     weight = load_columns(weight_ptr, offs_n, mask_n, 1.0, ACC)

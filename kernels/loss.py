@@ -68,7 +68,7 @@ def elementwise_derivative(
 ):
     """The derivative of `elementwise_loss` with respect to x ("input") or y ("target").
 
-    Of mse_loss half of it.
+    For mse_loss it is half of that, which the caller doubles.
     """
     OF_INPUT: tl.constexpr = WITH_RESPECT_TO == "input"
     # a loss of the difference alone
@@ -106,7 +106,7 @@ def elementwise_derivative(
 
 @triton.jit
 def second_derivative(x, y, pos_weight, threshold, LOSS: tl.constexpr, MIXED: tl.constexpr):
-    """That of `elementwise_loss` with respect to x twice, or (MIXED) to x and y."""
+    """The second derivative of `elementwise_loss`, by x twice or (MIXED) by x and y."""
     if LOSS == "smooth_l1_loss":
         curvature = tl.where(tl.abs(x - y) < threshold, 1.0 / threshold, 0.0)
         derivative = -curvature if MIXED else curvature
@@ -243,7 +243,7 @@ def elementwise_loss_backward_kernel(
     else:
         grad_loss = grad_loss / tl.load(denominator_ptr)
     if LOSS == "mse_loss":
-        # once divided: twice a large difference may overflow
+        # doubled only after the division: twice a large difference may overflow
         grad_loss = grad_loss * 2.0
     threshold = threshold.to(ACC)
     if grad_grad_ptr is None:

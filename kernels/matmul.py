@@ -1,5 +1,5 @@
-"""Batched matrix product with bias and activation; both of its gradients are the same kernel,
-transposed strides.
+"""Batched matrix product with bias and activation; both gradients are the same kernel, on operands
+with transposed strides.
 """
 
 import triton
@@ -69,10 +69,11 @@ def matmul_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """One program computes a BLOCK_M x BLOCK_N tile of one batch entry over STEPS slices of BLOCK_K
-    of the inner axis.  KEEPS_BEFORE stores the values before the activation too.
+    of the inner axis (split-K: SPLITS programs share a tile, each with partial sums of its own).
+    KEEPS_BEFORE stores the values before the activation too.
 
-    A residual is added before it; it is laid out as y, or along batch, rows and columns by its
-    own `residual_strides`.
+    A residual is added before the activation; it is laid out as y, or by its own
+    `residual_strides` along batch, rows and columns.
     """
     ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     num_m = tl.cdiv(M, BLOCK_M)

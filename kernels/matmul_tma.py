@@ -13,8 +13,8 @@ from tritorch.kernels.activation import activate
 from tritorch.kernels.moments import store_moments
 from tritorch.kernels.tiles import grouped_programs
 
-# columns of ones that rows are summed up with: of eight, the fewest of wgmma, Triton 3.6 makes
-# products of single warps, whose operands pass through registers
+# columns of ones that the rows of a are multiplied by to sum them: wgmma could do with 8, but for
+# those Triton 3.6 makes products of single warps, whose operands pass through registers
 SUMMED = tl.constexpr(16)
 
 
@@ -32,21 +32,23 @@ def matmul_tma_kernel(
 
     a is (batch, M, K), or TRANSPOSED (batch, K, M); b is (batch, N, K) or (batch, K, N).  Tile t is
     one of num_m x num_n of entry z of the result: of batch entry z % BATCH, and of its slices those
-    that begin at z // BATCH * STEPS.  A step of 0 takes one entry for all, y_step is where the next
-    one is stored.  BATCH_FIRST: neighbours have the same tile of different entries.  SUMS_BATCH:
-    the same slice of all ENTRIES of a and b comes before the next slice.
+    that begin at z // BATCH * STEPS.  An a_step or b_step of 0 takes one entry for all; entry z of
+    the result is stored at y_step * z.  BATCH_FIRST: neighbours have the same tile of different
+    entries.  SUMS_BATCH: the same slice of all ENTRIES of a and b comes before the next slice.
 
     FORM: "tile" has one tile a program.  "persistent" goes on to the next tile while the one before
     is stored, in one loop over all slices, so that loads never pause.  "stationary" has one slice,
-    and keeps its tile of b for all of its tiles of a.  "even" has as many slices as every other
-    program, of all TILES one after the other: what it has of tile t is stored as entry
-    program + t of y, (parts, BLOCK_M, BLOCK_N), for `matmul_tma_parts_kernel` to add up.
+    and keeps its tile of b for all of its tiles of a.  "even" is stream-K
+    (https://arxiv.org/abs/2301.03598): programs have equal shares of the slices of all TILES, one
+    tile after the other.  What a program has of tile t is stored as entry program + t of y, (parts,
+    BLOCK_M, BLOCK_N), for `matmul_tma_parts_kernel` to add up.
 
     PIECES of a tile pass through shared memory one after the other, and so do those of a residual,
     which is described as the result.  SWAPPED: the result is stored transposed, N being its columns
-    still.  FILLS: zeros go to the entries after z, after z + y_row and to that one itself.
+    still.  FILLS: beside each stored entry e, zeros go to e + 1, e + y_row and e + y_row + 1, the
+    pixels that a stride of 2 passes over.
 
-    Products of float32 are TF32's, which wgmma truncates its operands to.
+    float32 is multiplied as TF32, to which wgmma truncates its operands.
 
     With moments_ptr, for results that are neither split nor SWAPPED nor filled, it writes mean,
     squared deviations and count of each column of each tile as it is stored, of the M rows alone.
@@ -62,10 +64,10 @@ def matmul_tma_kernel(
     if FORM == "tile":
         m, n, z = _place(pid, num_m, num_n, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        # without it no step at all is one more definition of the accumulator, for which ptxas waits
-        # after every wgmma
+        # if the loop might not run, the accumulator would have a second definition, and ptxas would
+        # wait after every wgmma
         tl.assume(STEPS > 0)
-        # two loops, since a product inside of a condition would be waited for
+        # two loops, since ptxas would wait for a product inside a condition
         if sums_ptr is not None and n == 0:
             # stays in shared memory
             ones = tl.full((SUMMED, BLOCK_K), 1.0, dtype=a_desc.dtype)
@@ -137,8 +139,8 @@ def matmul_tma_parts_kernel(
     ACTIVATION: tl.constexpr, BATCH_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):
-    """Adds up the parts of a tile by PROGRAMS that have even shares, in their order: one program
-    COLUMNS of it.
+    """One program adds up COLUMNS of a tile from the parts that PROGRAMS with even shares stored,
+    in their order.
     """
     t = tl.program_id(0) // (BLOCK_N // COLUMNS)
     column = tl.program_id(0) % (BLOCK_N // COLUMNS) * COLUMNS
@@ -202,7 +204,7 @@ def _load(desc, entry, row, k, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, BLO
 
 @triton.jit
 def _store_sums(sums, m, z, sums_ptr, M):
-    """All columns are the same sums."""
+    """Stores the first column of `sums`, whose columns are all equal."""
     ROWS: tl.constexpr = sums.shape[0]
     COLUMNS: tl.constexpr = sums.shape[1]
     first = tl.arange(0, COLUMNS)[None, :] == 0
@@ -280,8 +282,8 @@ def matmul_tma_sum_kernel(
 ):
     """One program adds BLOCK elements of the SPLITS rows of x, and rounds once.
 
-    Of many rows and few columns: each of ROWS is added up by itself, so that many loads are under
-    way.  The order depends on SPLITS alone.
+    For many rows and few columns: ROWS partial sums run side by side, so that many loads are in
+    flight.  The order depends on SPLITS alone.
     """
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < NUMEL

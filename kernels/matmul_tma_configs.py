@@ -74,8 +74,8 @@ MATMUL_TMA_CONFIGS = {
     ),
 }
 
-# of programs that share tiles: for a wave of them and a bit, of long sums; in pieces that have room
-# beside the operands of the next tile
+# stream-K, programs that share tiles: for long sums of little more than a whole number of waves; in
+# pieces that have room beside the operands of the next tile
 MATMUL_TMA_EVEN_CONFIGS = {
     2: (_tile("even", 128, 256, 64, 8, 4, pieces=4), _tile("even", 128, 128, 64, 8, 3, pieces=4)),
     4: (_tile("even", 128, 256, 32, 8, 4, pieces=4), _tile("even", 128, 128, 32, 8, 3, pieces=4)),
@@ -88,8 +88,8 @@ MIN_SLICES = 8
 
 
 def matmul_tma_config(m, n, k, batch, shared, itemsize):
-    """The configuration that takes fewest cycles by `_cycles`; `shared` where all entries of the
-    batch have one b.  An itemsize of 4 is TF32.
+    """The configuration with the fewest `_cycles`; `shared`: all entries of the batch have one b.
+    An itemsize of 4 means TF32.
     """
     configs = [
         config
@@ -100,7 +100,7 @@ def matmul_tma_config(m, n, k, batch, shared, itemsize):
 
 
 def matmul_tma_even_config(m, n, k, batch, shared, itemsize):
-    """What takes its place where tiles may be shared by programs; None where that would not pay."""
+    """What replaces it where programs may share tiles (stream-K); None where that would not pay."""
 
     def expected(config):
         return _cycles(config, m, n, k, batch, itemsize)
@@ -111,8 +111,8 @@ def matmul_tma_even_config(m, n, k, batch, shared, itemsize):
 
 
 def for_moments(config, itemsize):
-    """What takes the place of a configuration where each column of a tile is summed up: as large a
-    tile of fewer columns, or one whose multiprocessor has room for the sums of its warps.
+    """What replaces a configuration where each column of a tile is summed: a tile of the same size
+    with fewer columns, or one that leaves shared memory for the sums of its warps.
     """
     sizes = config.kwargs
     tile = sizes["FORM"], sizes["BLOCK_M"], sizes["BLOCK_N"]
@@ -127,9 +127,10 @@ def for_moments(config, itemsize):
 
 
 def for_residual(config, itemsize):
-    """What takes the place of a configuration where a residual is added: of what is persistent, the
-    same tile with most stages that has room for one beside the operands of the next, or where none
-    has, the same tile of one program.
+    """What replaces a configuration where a residual is added.
+
+    For a persistent one, the same tile with the most stages that leave room for a residual beside
+    the operands of the next tile; if none does, the same tile with one program each.
     """
     if config.kwargs["FORM"] != "persistent":
         return config
@@ -149,8 +150,8 @@ def for_residual(config, itemsize):
 
 
 def for_sums(config):
-    """What takes the place of a configuration where the rows of a are summed up: the same tile, of
-    programs that have one tile each.
+    """What replaces a configuration where the rows of a are summed too: the same tile, in programs
+    of one tile each; None if there is none.
     """
     sizes = config.kwargs
     tile = sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"]
@@ -164,8 +165,8 @@ def for_sums(config):
 
 
 def sums_pay(plain, summing, m, n, k):
-    """Whether a product of 16-bit numbers by configuration `summing`, which sums up the rows of a,
-    is expected to take no longer than one by `plain` and two launches that read a once more.
+    """Whether a product of 16-bit numbers that also sums the rows of a, in configuration `summing`,
+    is estimated to take no longer than one in `plain` and two launches that read a once more.
     """
     read = 2 * m * k / ADDED / MULTIPROCESSORS
     # partial sums are added by one launch
@@ -176,8 +177,8 @@ def sums_pay(plain, summing, m, n, k):
 
 
 def without_idle_stages(config, slices):
-    """The same but for stages that none of so many slices comes to, whose shared memory is what
-    another program can have.
+    """The configuration without the stages that so few slices never fill: another program can have
+    their shared memory.
     """
     if config.kwargs["FORM"] != "tile" or config.num_stages <= slices + 1:
         return config
@@ -186,7 +187,7 @@ def without_idle_stages(config, slices):
 
 
 def num_splits(config, m, n, k, batch):
-    """Into how many sums each of the result is split, so that most multiprocessors have work."""
+    """Splits of the inner axis (split-K), so that most multiprocessors have work."""
     tiles = num_tiles(config, m, n) * batch
     if config.kwargs["FORM"] != "tile" or tiles > MULTIPROCESSORS // 2:
         return 1
@@ -208,10 +209,10 @@ def residents(config, itemsize, residual=False):
     piece = block_m * block_n // config.kwargs["PIECES"]
     stored = itemsize * piece * (2 if residual else 1)
     if form == "tile":
-        # with no loads for another tile on the way it goes where the operands were
+        # no loads for another tile are in flight: the result is staged where the operands were
         stored = 0
     elif form == "even":
-        # with some compilers it does not; a residual is added with the parts
+        # not with every compiler; a residual is added with the parts
         stored = 4 * piece
     threads = 32 * config.num_warps
     # of the accumulator, and of everything else
@@ -227,13 +228,13 @@ PAIRS = 1800
 LOADED = 50
 STORED = 40
 ADDED = 12
-# cycles from a load to its data; of a program's begin and end, of one tile alone on its
+# cycles from a load to its data; of a program's begin and end; of those of one tile alone on its
 # multiprocessor; of the launch that adds up partial sums
 LATENCY = 1800
 START = 3000
 ALONE = 2000
 SUMS = 8000
-# of what the best of the others takes, the most that programs which share tiles may be expected to
+# shared tiles must be estimated to take no more than this part of what the best other form takes
 GAIN = 0.95
 # columns of b that multiply as long as SUMMED columns of ones: wgmma reads its rows of a in the
 # time of 32 at least; no measurement of these kernels
@@ -241,8 +242,8 @@ SUMMING = 48
 
 
 def _cycles(config, m, n, k, batch, itemsize, sums=False):
-    """A rough count for the busiest multiprocessor, whose constants are those that choose best
-    among what an H100 measured.
+    """A rough count of cycles of the busiest multiprocessor; its constants are those that choose
+    best among what was measured on an H100.
     """
     form = config.kwargs["FORM"]
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
@@ -256,9 +257,9 @@ def _cycles(config, m, n, k, batch, itemsize, sums=False):
         together = residents(fitted, itemsize)
         programs = MULTIPROCESSORS * together
         steps = together * triton.cdiv(all_tiles * slices, programs)
-        # of tiles, that each of them writes
+        # parts of tiles that each program writes
         parts = 1 + all_tiles / programs
-    # of few columns the rows are read from shared memory too often
+    # with few columns rows are read from shared memory too often
     multiplied = itemsize * block_m * max(block_n, 96) * block_k / (2 * PAIRS)
     loaded = block_m + (0 if form == "stationary" else block_n)
     # a stage is loaded while the others of all programs are multiplied
@@ -274,7 +275,7 @@ def _cycles(config, m, n, k, batch, itemsize, sums=False):
     if form == "tile" and residents(fitted, itemsize) == 1:
         ends = tiles * ALONE
     elif form == "tile":
-        # most of it while others multiply
+        # most of it overlaps with products of other programs
         stored /= 4
         ends *= triton.cdiv(tiles, residents(fitted, itemsize))
     if sums:

@@ -6,7 +6,7 @@ import triton.language as tl
 from tritorch.kernels.cross_entropy import load_classes
 from tritorch.kernels.tiles import strided_offsets
 
-# rows per program: two per thread with 4 warps, since neighbours share no memory of the classes
+# rows per program: two per thread with 4 warps, since the elements that rows read are scattered
 BLOCK = 256
 
 

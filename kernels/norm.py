@@ -1,5 +1,11 @@
 """Batch normalisation: its tiles, elementwise passes, and sums by split reductions.
 
+With n = (x - mean) / sqrt(var + eps) and g the gradient of y = n weight + bias, in training
+
+    grad_x = weight / sqrt(var + eps) (g - mean(g) - n mean(g n))
+
+per channel; sum(g n) and sum(g) are the gradients of weight and bias.
+
 R counts the elements of a channel: batch and pixels, in one loop nest.  A tile is BLOCK_R of these
 by BLOCK_C channels.  VECTOR_R by VECTOR_C elements lie together in memory, aligned and masked as
 one: of a size or a stride Triton itself sees only whether 16 divides it.
@@ -25,10 +31,10 @@ def tiles(rows, num_warps=8, stages=1, maxnreg=None):
     )
 
 
-# by bytes per element; the first four have two 128-bit accesses a thread to each tensor of a tile,
-# while the loads of three more tiles are on their way to shared memory; the next, without vectors
-# of that size, spend registers on addresses; where an activation computes it has as many registers
-# as there are
+# by bytes per element.  First four tiles with two 128-bit accesses a thread to each tensor, and the
+# loads of three more tiles in flight to shared memory; then four for tensors without such vectors,
+# whose addresses take registers; then four, with every register there is, for activations that
+# compute
 BATCH_NORM_CONFIGS = {
     2: (*tiles(32, 4, 4), *tiles(64), *tiles(32, maxnreg=255)),
     4: (*tiles(16, 4, 4), *tiles(64), *tiles(32, maxnreg=255)),
@@ -46,7 +52,7 @@ PROGRAMS = 2048
 def batch_norm_config(channels_last, channels, vector, itemsize, computes=False):
     """A tile along channels that are contiguous, no wider than they; else one along the pixels."""
     has_vectors = vector * itemsize >= 16
-    # of 16 bits the tile that has none serves what computes too
+    # in 16 bits, tensors without vectors have the same tile where an activation computes
     kind = (1 if itemsize == 2 and has_vectors else 2) if computes else 1 - has_vectors
     configs = BATCH_NORM_CONFIGS[itemsize][4 * kind:]
     if not channels_last:
@@ -153,7 +159,7 @@ def batch_norm_forward_kernel(
 ):
     """One program normalises STEPS tiles of its channels, adds the residual and activates.
 
-    With bits_ptr, relu's alone, it writes a bit of each element, by which the gradient passes.
+    With bits_ptr (relu only) it also writes a bit for each element: whether its gradient passes.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     _, offs_r, offs_c = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
@@ -193,7 +199,7 @@ def batch_norm_forward_kernel(
 def gradient_of_sum(
     grad, y, ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr, DTYPE: tl.constexpr,
 ):
-    """The gradient before the activation of y, which is in float32 what it was applied to."""
+    """The gradient before the activation; y is what the activation was applied to, in float32."""
     if FROM_OUTPUT:
         # the output as stored, since it may underflow there
         y = activate(y, ACTIVATION).to(DTYPE).to(grad.dtype)
@@ -217,8 +223,9 @@ def batch_norm_backward_reduce_kernel(
 ):
     """One program sums grad_y and grad_y * normalised x over STEPS tiles of its channels.
 
-    grad_y goes back through ACTIVATION, whose operand is computed again.  With saved_ptr, the
-    output (FROM_OUTPUT), its bits (uint8) or else the residual, what comes of it is written too.
+    grad_y first goes back through ACTIVATION, whose operand is computed again.  saved_ptr is None
+    without a residual; with one it is the output (FROM_OUTPUT), its bits (uint8) or the residual,
+    and the gradient before the activation is written to masked_ptr.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     split, offs_r, offs_c = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)

@@ -8,17 +8,17 @@ import triton.language as tl
 
 from tritorch.kernels.norm import own_tile, tile_mask, tile_offsets
 
-# slices that one program merges at a time, and channels; of 256 Triton 3.9's compiler crashes
-# for sm_90 where channels are no multiple of 16
+# slices and channels that one program merges at a time; with 256 slices Triton 3.9 crashes while
+# it compiles for sm_90, where the channels are no multiple of 16
 BLOCK_S = 128
 BLOCK_C = 16
 MERGE_WARPS = 8
-# slices, of more of which groups are merged first: the programs of a few channels are few
+# of more slices than this, groups are merged first: few channels make few programs
 MAX_SLICES = 512
 
 
 def slices_of_group(slices):
-    """How many of them a program merges first, so that one more has them all at once."""
+    """Slices in a group, so that one program can merge all groups in one step."""
     return BLOCK_S * triton.cdiv(slices, BLOCK_S * BLOCK_S)
 
 
@@ -73,7 +73,7 @@ def batch_norm_stats_kernel(
 
 @triton.jit
 def move_running(ptr, stride, offs_c, mask_c, value, momentum):
-    """(1 - momentum) * running + momentum * value, in float64: one rounding of the running one."""
+    """(1 - momentum) * running + momentum * value, in float64, so that it is rounded once."""
     ptrs = ptr + offs_c.to(tl.int64) * stride
     running = tl.load(ptrs, mask=mask_c, other=0.0).to(tl.float64)
     running = (1.0 - momentum) * running + momentum * value.to(tl.float64)
@@ -90,8 +90,10 @@ def batch_norm_gather_stats_kernel(
 ):
     """One program merges the S slices of its channels and moves their running statistics, once.
 
-    With moments_ptr it writes mean, squared deviations and count, as of one slice; with a STEP, of
-    each STEP slices another program.
+    Merged by the formulas of Chan, Golub and LeVeque (1979): with n elements of mean m in a slice,
+    squared deviations are the sum of the slices' own and of n (m - mean)^2.  With moments_ptr it
+    writes mean, squared deviations and count, as of one slice; with STEP, programs along the second
+    axis merge STEP slices each.
     """
     ACC: tl.constexpr = statistics_ptr.dtype.element_ty
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -122,10 +124,10 @@ def batch_norm_gather_stats_kernel(
         deviation = tl.load(rows, mask=mask, other=0.0) - mean[None, :]
         m2 += tl.load(rows + C, mask=mask, other=0.0) + n * deviation * deviation
         drift += n * deviation
-    # what the deviations have in common is the rounding of the mean
+    # deviations should average 0: what they average is the rounding error of the mean
     error = tl.sum(drift, 0) / count
     squares = tl.sum(m2, 0) - count * error * error
-    # rounding may leave a tiny negative one; NaN stays
+    # rounding may leave a tiny negative sum; NaN stays
     squares = tl.where(squares < 0, 0.0, squares)
     mean = tl.where(error == error, mean + error, mean)
     if moments_ptr is not None:

@@ -1,4 +1,7 @@
-"""Optimizer steps over many tensors in one launch, which finds them by a table of addresses."""
+"""SGD's step over many tensors in one launch, which finds them by a table of addresses.
+
+The formulas are those of `tritorch.ops.sgd_step`.
+"""
 
 import triton
 import triton.language as tl
@@ -25,7 +28,10 @@ def update_chunk(
     HAS_WEIGHT_DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Updates the elements from `start` to END at the addresses, BLOCK of them at most."""
+    """Updates the elements from `start` to END at the addresses, BLOCK of them at most.
+
+    `gain` is 1 - dampening; where `first` is not 0 the buffer is new.
+    """
     ACC: tl.constexpr = lr.dtype
     # cast here, not in the caller: what is said of an aligned pointer must not reach the other call
     param_ptr = param_address.to(tl.pointer_type(ELEMENT))

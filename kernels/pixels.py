@@ -1,4 +1,4 @@
-"""Where pixels lie: tiles of them, taps that reach them, strides in units; for every convolution.
+"""Helpers of every convolution: tiles of pixels, taps that reach a pixel, strides in units.
 
 Letters are those of conv.py.
 """
@@ -36,7 +36,7 @@ def tile_axes(rows, columns, ROWS_FIRST: tl.constexpr):
 
 @triton.jit
 def inside(position, size):
-    """Whether 0 <= position < size, at once: as an unsigned number a negative one is large."""
+    """Whether 0 <= position < size, in one comparison: unsigned, a negative number is large."""
     return position.to(tl.uint32) < tl.full((), size, tl.uint32)
 
 

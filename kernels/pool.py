@@ -1,6 +1,6 @@
 """Max and average pooling of images, without atomics: outputs and gradients are gathered.
 
-A tap is the number of a cell in its window, row by row.  The maximum's tap is kept for backward, in
+A tap is a place in a window, numbered row by row.  The maximum's tap is kept for backward, in
 one byte where that is enough, and is compared there with the tap that meets a pixel.
 """
 
@@ -76,7 +76,7 @@ def max_pool2d_forward_kernel(
         h_end, w_end = H, W
     x_offsets = n * x_stride_n + h * x_stride_h + w * x_stride_w
     x_ptrs = x_ptr + x_offsets[:, None] + (offs_c * x_stride_c)[None, :]
-    # a window of -inf has its first tap inside the image
+    # where all is -inf, the first tap inside the image wins
     first_r = tl.maximum(dilation_h - 1 - h, 0) // dilation_h
     first_s = tl.maximum(dilation_w - 1 - w, 0) // dilation_w
     first_tap = (first_r * S + first_s).to(tl.int32)

@@ -1,7 +1,7 @@
 """Max and average pooling of volumes: pool.py with one more axis.
 
-D, T and Z are the depths of a volume, of a window and of an output.  A tap is the number of a cell
-in its window, slice by slice and row by row.
+D, T and Z are the depths of a volume, of a window and of an output.  A tap is a place
+in a window, numbered slice by slice and row by row.
 """
 
 import triton
@@ -53,7 +53,7 @@ def max_pool3d_forward_kernel(
     w = q * stride_w - padding_w
     x_offsets = n * x_stride_n + d * x_stride_d + h * x_stride_h + w * x_stride_w
     x_ptrs = x_ptr + x_offsets[:, None] + (offs_c * x_stride_c)[None, :]
-    # a window of -inf has its first tap inside the volume
+    # where all is -inf, the first tap inside the volume wins
     first_t = tl.maximum(dilation_d - 1 - d, 0) // dilation_d
     first_r = tl.maximum(dilation_h - 1 - h, 0) // dilation_h
     first_s = tl.maximum(dilation_w - 1 - w, 0) // dilation_w

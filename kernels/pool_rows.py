@@ -2,8 +2,8 @@
 
 Outputs are numbered as they lie in memory, whatever their channel.  With W = Q * STRIDE_W the
 output number i steps over the columns i * STRIDE_W, ... of the rows that it reads, which are read
-as they lie in memory and dealt out, column by column.  Columns that a window takes from the steps
-of its neighbours begin nowhere in particular and are read one by one.
+as they lie in memory and deinterleaved into columns.  Columns that a window takes from the steps
+of its neighbours are not aligned and are read one by one.
 
 A tile is BLOCK outputs, in spans of SPAN that are side by side in one row.  Other letters are those
 of pool3d.py; images are volumes of depth 1, whose arithmetic is compiled away.
@@ -20,7 +20,7 @@ POOL_ROWS_CONFIGS = {
     itemsize: (Config({"BLOCK": 2048 // itemsize}, num_warps=4, num_stages=1),)
     for itemsize in (2, 4, 8)
 }
-# columns that windows step over: a thread has no use for more of them
+# strides along a row that the kernels take: `dealt` splits in two or in four
 STEPS = (2, 4)
 
 
@@ -49,7 +49,7 @@ def tile_spans(Z, P, Q, SPAN: tl.constexpr, INDEX_64: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def dealt(columns, SPANS: tl.constexpr, SPAN: tl.constexpr, STRIDE_W: tl.constexpr):
-    """The columns number 0, 1, ... of each step."""
+    """Deinterleaves: the columns number 0, 1, ... of each step."""
     if STRIDE_W == 2:
         parts = tl.split(columns.reshape(SPANS, SPAN, 2))
     else:
@@ -62,7 +62,7 @@ def dealt(columns, SPANS: tl.constexpr, SPAN: tl.constexpr, STRIDE_W: tl.constex
 
 @triton.jit
 def woven(parts, SPANS: tl.constexpr, SPAN: tl.constexpr, STRIDE_W: tl.constexpr):
-    """The columns that `dealt` deals out."""
+    """Interleaves: the inverse of `dealt`."""
     if STRIDE_W == 2:
         columns = tl.join(parts[0], parts[1])
     else:
@@ -117,7 +117,7 @@ def max_pool_rows_forward_kernel(
     first_d = z * STRIDE_D - PADDING_D
     first_h = p * STRIDE_H - PADDING_H
     first_w = (q[:, None] + tl.arange(0, SPAN)[None, :]) * STRIDE_W - PADDING_W
-    # a window of -inf has its first tap inside the volume
+    # where all is -inf, the first tap inside the volume wins
     first_t = tl.maximum(DILATION_D - 1 - first_d, 0) // DILATION_D
     first_r = tl.maximum(DILATION_H - 1 - first_h, 0) // DILATION_H
     first_s = tl.maximum(DILATION_W - 1 - first_w, 0) // DILATION_W

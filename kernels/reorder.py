@@ -1,4 +1,4 @@
-"""Images from one order of memory into another.
+"""Copies of images in another memory format: a transposition of channels and pixels.
 
 C: channels, P: pixels of an image.
 """

@@ -1,4 +1,10 @@
-"""Softmax and its logarithm along one dimension, forward and backward."""
+"""Softmax and its logarithm along one dimension, forward and backward.
+
+Rows longer than a block are read once for a running maximum and a sum of exponentials, rescaled
+whenever the maximum rises (online softmax, https://arxiv.org/abs/1805.02867), and once more to be
+written.  From the output y and its gradient g, row by row, the gradient is y (g - sum(g y)), and
+g - exp(y) sum(g) where y is a logarithm.
+"""
 
 import triton
 import triton.language as tl
@@ -17,7 +23,7 @@ SOFTMAX_CONFIGS = (
 
 
 def softmax_config(n, along):
-    """A tile for rows of n values that are contiguous (`along`), or lie side by side."""
+    """A tile for rows of n values that are contiguous (`along`), or interleaved in memory."""
     if not along:
         return SOFTMAX_CONFIGS[2]
     return SOFTMAX_CONFIGS[0 if n <= 128 else 1]
@@ -25,7 +31,7 @@ def softmax_config(n, along):
 
 @triton.jit
 def shift_of(maximum):
-    """What the values of a row are lessened by; where nothing is above -inf so far it is 0, since
+    """What is subtracted from the values of a row: the maximum, or 0 where that is -inf, since
     -inf - -inf is NaN.
     """
     return tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -67,9 +73,9 @@ def softmax_forward_kernel(
     y_ptrs = y_ptr + y_offsets[:, None] + offs_n[None, :] * y_stride_n
     if ONE_BLOCK:
         mask = mask_m[:, None] & (offs_n < N)[None, :]
-        # the result's dtype first: it is what torch computes the softmax of
+        # rounded to the result's dtype first, as torch converts the input
         x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(OUT).to(ACC)
-        # NaN need not get into the maximum: it gets into the total
+        # NaN need not reach the maximum: it reaches the total
         maximum = tl.max(x, axis=1)
         total = tl.sum(tl.exp(x - shift_of(maximum)[:, None]), axis=1)
         tl.store(y_ptrs, normalize(x, maximum, total, LOG).to(OUT), mask=mask)

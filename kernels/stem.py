@@ -1,4 +1,4 @@
-"""Images of few channels, packed so that descriptors take them: two by two pixels become one.
+"""Space-to-depth of images with few channels: two by two pixels become one that descriptors take.
 
 Letters are those of conv.py.
 """

@@ -1,4 +1,4 @@
-"""Device helpers that several families share: program order, strided offsets, accumulators."""
+"""Device helpers that several families share: program order and strided offsets."""
 
 import triton
 import triton.language as tl
@@ -24,9 +24,8 @@ def strided_offsets(
     """Offset of the elements number `index` (row-major) of a tensor of up to five dimensions.
 
     The integer width of the offsets is that of `index`.  Unused dimensions come last with size 1,
-    which Triton
-    compiles as a constant: their divisions vanish, and a dense tensor costs nothing over `index`
-    itself.
+    which Triton compiles as a constant: their divisions vanish, and a dense tensor costs nothing
+    over `index` itself.
     """
     i4 = index % size_4
     index = index // size_4

@@ -1,11 +1,11 @@
-"""Windows over images: how many meet where, what they cover, and what their means divide by."""
+"""Pooling windows: how many overlap a pixel, what they cover, what their sums are divided by."""
 
 import triton
 import triton.language as tl
 
-# windows of which a backward kernel of maxima holds gradient and tap in registers
+# windows whose gradients and taps a backward kernel of max pooling may hold in registers
 MAX_WINDOWS = 9
-# pairs of a window and a pixel of a cell that it writes out
+# (window, pixel of a cell) pairs that it may unroll
 MAX_MEETINGS = 36
 # taps whose loads are issued before the first of them is needed
 MAX_UNROLL = 16
@@ -33,7 +33,7 @@ def holds_windows(r, s, stride_h, stride_w, dilation_h, dilation_w):
 
 
 def are_held(windows, pixels):
-    """Whether so many windows over a cell of so many pixels are few enough."""
+    """Whether so many windows over a cell of so many pixels fit into registers."""
     return windows <= MAX_WINDOWS and windows * pixels <= MAX_MEETINGS
 
 

@@ -16,9 +16,9 @@ from tests.repeating import LEVELS, often
 from tests.repeating import images as images
 from tests.repeating import kernels_only as kernels_only
 from tests.repeating import repeated as repeated
-from tritorch import launch, ops, repeats
+from tritorch import launch, ops
 from tritorch.registry import Maker, specs
-from tritorch.repeats import seen, watched
+from tritorch.repeats import decorator, seen, watched
 from tritorch.testing import calls, detectors
 
 pytestmark = pytest.mark.interpret
@@ -64,7 +64,7 @@ SPECS = [pytest.param(spec, id=spec.name) for spec in specs()]
 
 
 def test_every_op_is_repeated():
-    decorated = repeats.repeated(len).__code__
+    decorated = decorator.repeated(len).__code__
     others = {spec.name for spec in specs() if spec.op.__code__ is not decorated}
     # its seeds are drawn
     assert others == NEVER | {"dropout"}

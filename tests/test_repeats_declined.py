@@ -9,8 +9,8 @@ from tests.repeating import LEVELS, often
 from tests.repeating import images as images
 from tests.repeating import kernels_only as kernels_only
 from tests.repeating import repeated as repeated
-from tritorch import backend, launch, ops, repeats
-from tritorch.repeats import seen, watched
+from tritorch import backend, launch, ops
+from tritorch.repeats import decorator, seen, watched
 
 pytestmark = pytest.mark.interpret
 
@@ -162,7 +162,7 @@ def test_what_a_call_is_made_of_is_not_asked_for_before_it_is_watched(images):
         often(lambda: ops.relu(images), 2)
         # made of two ops
         often(lambda: ops.adaptive_avg_pool1d(images[0], 1), 2)
-        often(lambda: repeats.repeated(lambda x: (ops.relu(x), ops.silu(x))[1])(images), 1)
+        often(lambda: decorator.repeated(lambda x: (ops.relu(x), ops.silu(x))[1])(images), 1)
     assert asked.call_count == 5
     assert not launch.thread.is_whole
 

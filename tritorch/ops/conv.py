@@ -51,33 +51,33 @@ def conv2d(
     One number stands for both axes of the image in `stride`, `padding` and `dilation`.
 
     Args:
-        input: (N, C, H, W) or (C, H, W), any strides; fastest as channels_last: 16-bit
-            images and those of TF32 in another order are copied to it, and results from it, where
-            products outweigh that.
-        weight: (K, C / groups, R, S), the same dtype and device; fastest as channels_last:
-            from another order each call, and each gradient of the input, may copy it to that one.
+        input: (N, C, H, W) or (C, H, W), any strides; float32, float16, bfloat16 or float64 for the
+            kernels.  Fastest as channels_last: 16-bit and TF32 images in another order are copied
+            to it, and results from it, where the products are worth the copies.
+        weight: (K, C / groups, R, S), the input's dtype and device.  Fastest as channels_last: from
+            another order each call, and each gradient of the input, may copy it.
         bias: (K,) or None.
         stride: pixels between positions of the filter.
         padding: zeros on each side; "valid" for none; "same" for an output of the input's size,
             with a stride of 1 and any odd row or column of zeros at the bottom or the right.
         dilation: pixels between taps of the filter.
-        groups: the output channels of a group see the input channels of that group alone; as many
-            groups as channels make a depthwise convolution.
+        groups: output channels read the input channels of their own group alone; as many groups as
+            channels make a depthwise convolution.
         activation: None, "relu", "relu6", "leaky_relu" of slope 0.01, "silu", "gelu", "gelu_tanh",
             "sigmoid", "tanh", "hardswish" or "hardsigmoid", applied before the result is rounded
-            and stored; autograd keeps the result, or what went into the activation where the
-            result does not tell the derivative.
+            and stored.  Autograd keeps the result, or the activation's input where the derivative
+            cannot be computed from the result.
         residual: None, or a tensor of the result's shape and the input's dtype, added before the
             activation; fastest in the result's memory format: one of 16 bits in another order may
-            be copied to channels_last with the images.  Autograd keeps it where it keeps what went
-            into the activation.
+            be copied to channels_last with the images.  Autograd keeps it where it keeps the
+            activation's input.
 
     Returns:
-        (N, K, P, Q) or (K, P, Q), P = (H + padding - dilation * (R - 1) - 1) // stride + 1 and Q
-        likewise; channels_last if the input or the weight is.  Sums are kept in float32 (float64
+        (N, K, P, Q) or (K, P, Q), P = (H + 2 * padding - dilation * (R - 1) - 1) // stride + 1 and
+        Q likewise; channels_last if the input or the weight is.  Sums are kept in float32 (float64
         for float64); float32 products use TF32 where `torch.backends.cudnn` allows it.  Gradients
         have the memory format of their tensors.  Padding is multiplied as zeros: an infinite weight
-        gives NaN at the border, of the output as in torch and of the gradient of the input.
+        gives NaN at the border of the output, as in torch, and of the gradient of the input.
 
     Raises:
         RuntimeError: sizes, channels or groups that do not match, a filter larger than the padded

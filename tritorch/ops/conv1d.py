@@ -44,23 +44,23 @@ def conv1d(
     """Cross-correlation of signals with filters: the kernels of `conv2d` on views of one row.
 
     Args:
-        input: (N, C, L) or (C, L), any strides; fastest where the channels are contiguous:
-            16-bit signals and those of TF32 in another order are copied to that one, and results
-            from it, where products outweigh that.
-        weight: (K, C / groups, S), the same dtype and device; fastest where the
-            channels are contiguous: from another order each call, and each gradient of the input,
-            may copy it to that one.
+        input: (N, C, L) or (C, L), any strides; dtypes as for `conv2d`.  Fastest where the channels
+            are contiguous: 16-bit and TF32 signals in another order are copied to that one, and
+            results from it, where the products are worth the copies.
+        weight: (K, C / groups, S), the input's dtype and device.  Fastest where the channels are
+            contiguous: from another order each call, and each gradient of the input, may copy it.
         bias: (K,) or None.
         stride: steps between positions of the filter.
         padding: zeros on each side; "valid" for none; "same" for an output of the input's length,
             with a stride of 1 and any odd zero at the end.
         dilation: steps between taps of the filter.
-        groups: the output channels of a group see the input channels of that group alone.
+        groups: output channels read the input channels of their own group alone.
         activation: that of `conv2d`.
 
     Returns:
-        (N, K, Q) or (K, Q), Q = (L + padding - dilation * (S - 1) - 1) // stride + 1; contiguous
-        unless the channels of the weight are.  Sums, TF32 and padding are those of `conv2d`.
+        (N, K, Q) or (K, Q), Q = (L + 2 * padding - dilation * (S - 1) - 1) // stride + 1;
+        contiguous unless the channels of the weight are.  Sums, TF32 and padding are those of
+        `conv2d`.
 
     Raises:
         RuntimeError: as `conv2d`.

@@ -46,23 +46,24 @@ def conv3d(
     One number stands for all three axes of the volume in `stride`, `padding` and `dilation`.
 
     Args:
-        input: (N, C, D, H, W) or (C, D, H, W), any strides; fastest as channels_last_3d:
-            16-bit volumes and those of TF32 in another order are copied to it, and results from it,
-            where products outweigh that.
-        weight: (K, C / groups, T, R, S), the same dtype and device; fastest as channels_last_3d:
-            from another order each call, and each gradient of the input, may copy it to that one.
+        input: (N, C, D, H, W) or (C, D, H, W), any strides; dtypes as for `conv2d`.  Fastest as
+            channels_last_3d: 16-bit and TF32 volumes in another order are copied to it, and results
+            from it, where the products are worth the copies.
+        weight: (K, C / groups, T, R, S), the input's dtype and device.  Fastest as
+            channels_last_3d: from another order each call, and each gradient of the input, may copy
+            it.
         bias: (K,) or None.
         stride: voxels between positions of the filter.
         padding: zeros on each side; "valid" for none; "same" for an output of the input's size,
             with a stride of 1 and any odd slice of zeros at the end.
         dilation: voxels between taps of the filter.
-        groups: the output channels of a group see the input channels of that group alone.
+        groups: output channels read the input channels of their own group alone.
         activation: that of `conv2d`.
 
     Returns:
-        (N, K, Z, P, Q) or (K, Z, P, Q), each axis (its size + padding - dilation * (taps - 1) - 1)
-        // stride + 1; channels_last_3d if the input or the weight is.  Sums, TF32 and padding are
-        those of `conv2d`.
+        (N, K, Z, P, Q) or (K, Z, P, Q), each axis
+        (its size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1; channels_last_3d if the
+        input or the weight is.  Sums, TF32 and padding are those of `conv2d`.
 
     Raises:
         RuntimeError: as `conv2d`.

@@ -67,13 +67,14 @@ def conv2d_batch_norm(
 ) -> Tensor:
     """batch_norm(conv2d(input, weight)), a convolution without bias.
 
-    In training the convolutions of Hopper tell mean and squared deviations of each tile while they
-    store it, so that normalisation reads the convolution once, where it reads it twice by itself;
-    every other one is followed by the ordinary two kernels.  The statistics are those of the
-    rounded convolution, as `batch_norm` finds them.
+    In training the Hopper kernels write mean and squared deviations of each tile that they store,
+    so that the normalisation reads the convolution's output once and not twice; every other
+    convolution is followed by the two kernels of `batch_norm`.  The statistics are those of the
+    rounded output, as `batch_norm` computes them.
 
     Args:
-        input: (N, C, H, W), any strides; fastest as channels_last, like `weight`.
+        input: (N, C, H, W), any strides, dtypes as for `conv2d`; fastest as channels_last, like
+            `weight`.
         weight: (K, C / groups, R, S), the input's dtype and device.
         running_mean, running_var: (K,), or None in training, which moves them in place.
         norm_weight, norm_bias: (K,) or None: scale and shift of the normalised values.  They and
@@ -92,7 +93,7 @@ def conv2d_batch_norm(
         ValueError: in training one value per channel, an `eps` that is not positive, or one running
             statistic without the other; an unknown activation.
 
-    Gradients are those of the two; gradients of gradients too.
+    Gradients, and gradients of gradients, are those of the two.
 
     Source: `torch.nn.functional.conv2d`, `torch.nn.functional.batch_norm`;
     https://arxiv.org/abs/1502.03167.

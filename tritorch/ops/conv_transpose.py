@@ -116,22 +116,22 @@ def conv_transpose2d(
     groups: int = 1,
     dilation: Ints = 1,
 ) -> Tensor:
-    """Transposed convolution of images: what `conv2d` makes of its output's gradient, plus a bias.
+    """Transposed convolution of images: the gradient of `conv2d` by its input, plus a bias.
 
     One number stands for both axes of the image.
 
     Args:
-        input: (N, C, H, W) or (C, H, W), any strides; fastest as channels_last: 16-bit
-            images and those of TF32 in another order are copied to it, and results from it, where
-            products outweigh that.
-        weight: (C, K / groups, R, S), the same dtype and device; fastest as channels_last:
-            from another order each call, and each gradient of the input, may copy it to that one.
+        input: (N, C, H, W) or (C, H, W), any strides; float32, float16, bfloat16 or float64 for the
+            kernels.  Fastest as channels_last: 16-bit and TF32 images in another order are copied
+            to it, and results from it, where the products are worth the copies.
+        weight: (C, K / groups, R, S), the input's dtype and device.  Fastest as channels_last: from
+            another order each call, and each gradient of the input, may copy it.
         bias: (K,) or None.
         stride: pixels of the output between the places that neighbouring pixels of the input reach.
         padding: pixels cut off each side of the output.
-        output_padding: rows and columns more at the bottom and the right, fewer than the stride or
+        output_padding: rows and columns added at the bottom and the right, fewer than the stride or
             than the dilation.
-        groups: the output channels of a group see the input channels of that group alone.
+        groups: output channels read the input channels of their own group alone.
         dilation: pixels of the output between taps of the filter.
 
     Returns:

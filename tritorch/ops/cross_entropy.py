@@ -45,16 +45,16 @@ def cross_entropy(
 ) -> Tensor:
     """-log_softmax(input), at the target class or in the mean over target probabilities.
 
-    One pass over the classes, however many, with a running maximum; the input is only read.  For
-    the gradient it is kept itself, and must not be written until then, where torch keeps its
-    log_softmax, as large once more.
+    One pass over any number of classes, with a running maximum.  For the gradient the input itself
+    is kept, and must not be written until then; torch keeps its log_softmax, which takes as much
+    memory again.
 
     Args:
         input: logits, (N, C), (N, C, d1, ...) or (C,), any strides; float32, float16, bfloat16 or
             float64 for the kernels.
-        target: classes in [0, C) of dtype int64, or uint8 if it is (N,), of the input's shape
-            without C; or probabilities of the input's shape.
-        weight: (C,), a factor of each class, with class indices of the input's dtype.
+        target: class indices in [0, C), of the input's shape without C, int64 (or uint8 for (N,));
+            or probabilities of the input's shape.
+        weight: (C,), a factor for each class; of the input's dtype where targets are indices.
         ignore_index: the class whose losses are 0 and count in no mean.
         reduction: "none", "mean" or "sum"; a mean divides by the sum of the weights of the target
             classes, with probabilities by the number of losses.

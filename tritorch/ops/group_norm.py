@@ -40,9 +40,10 @@ def group_norm(
     """(input - mean) / sqrt(var + eps) * weight + bias, over the channels of a group.
 
     Args:
-        input: (N, C) or (N, C, ...), up to five dimensions, any strides.
-        num_groups: groups of C / num_groups neighbouring channels each, over which and over all
-            pixels of an image mean and biased variance are taken.
+        input: (N, C) or (N, C, ...), up to five dimensions, any strides; float32, float16, bfloat16
+            or float64 for the kernels.
+        num_groups: groups of C / num_groups neighbouring channels.  Mean and biased variance are
+            taken over the channels of a group and all pixels of an image.
         weight, bias: (C,) or None; of the input's dtype, or float32 for an input of 16 bits.
 
     Returns:

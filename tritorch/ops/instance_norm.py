@@ -55,10 +55,11 @@ def instance_norm(
     """(input - mean) / sqrt(var + eps) * weight + bias, over the pixels of each channel.
 
     Args:
-        input: (N, C, ...), up to five dimensions, any strides.
-        running_mean, running_var: (C,) or None: what is normalised by without `use_input_stats`.
-            With it they move in place, by `momentum`, towards the means over the batch of its
-            means and unbiased variances.
+        input: (N, C, ...), up to five dimensions, any strides; float32, float16, bfloat16 or
+            float64 for the kernels.
+        running_mean, running_var: (C,) or None.  Without `use_input_stats` the input is normalised
+            by them; with it they move in place, by `momentum`, towards the images' means and
+            unbiased variances, averaged over the batch.
         weight, bias: (C,) or None; they and the running statistics share one dtype: the input's, or
             float32 for an input of 16 bits.
         use_input_stats: normalise by mean and biased variance of each channel of each image.

@@ -39,7 +39,8 @@ def layer_norm(
     """(input - mean) / sqrt(var + eps) * weight + bias, over the last dimensions of each element.
 
     Args:
-        input: (*, *normalized_shape), any strides.
+        input: (*, *normalized_shape), any strides; float32, float16, bfloat16 or float64 for the
+            kernels.
         normalized_shape: the sizes of the dimensions that mean and biased variance are taken over.
         weight, bias: of shape `normalized_shape`, or None; of the input's dtype, or float32 for an
             input of 16 bits.

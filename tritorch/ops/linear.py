@@ -44,23 +44,26 @@ def linear(
     """activation(input @ weight.T + bias + residual).
 
     Args:
-        input: (..., in_features), any strides.
-        weight: (out_features, in_features) or (in_features,).
-        bias: (out_features,) for the kernels, what broadcasts to the result, or None; beside a
-            weight of one dimension what torch takes, a scalar unless the input is a matrix.
+        input: (..., in_features), any strides; float32, float16, bfloat16 or float64 for the
+            kernels.
+        weight: (out_features, in_features) or (in_features,), the input's dtype and device.
+        bias: None, (out_features,), or for the reference path anything that broadcasts to the
+            result; beside a weight of one dimension what torch takes, a scalar unless the input is
+            a matrix.
         activation: None, "relu", "relu6", "leaky_relu" (of slope 0.01), "silu", "gelu",
             "gelu_tanh", "sigmoid", "tanh", "hardswish" or "hardsigmoid", applied before the result
             is rounded and stored.
         residual: None, or a tensor of the result's shape and the input's dtype, added before the
-            activation; fastest where its rows begin on 16 bytes.  Leading dimensions that no
-            stride walks as one are copied, as those of the input.  Autograd keeps it where it keeps
-            what went into the activation.
+            activation; fastest where its rows begin on 16 bytes.  It is copied, as the input is,
+            where one stride does not fit all leading dimensions.  Autograd keeps it where it keeps
+            the activation's input.
 
     Returns:
         (..., out_features), contiguous.  Accumulation and TF32 as for `matmul`.
 
     Raises:
         RuntimeError: sizes that do not match, different dtypes or devices.
+        TypeError: `input` or `weight` is not a tensor.
         ValueError: an unknown activation.
 
     Source: `torch.nn.functional.linear`.

@@ -23,18 +23,20 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     """input @ other, with torch.matmul's rules for vectors, matrices and broadcast batches.
 
     Args:
-        input: (..., M, K) or (K,), any strides.
-        other: (..., K, N) or (K,), the same dtype and device.
+        input: (..., M, K) or (K,), any strides; float32, float16, bfloat16 or float64 for the
+            kernels.
+        other: (..., K, N) or (K,), the input's dtype and device.
 
     Returns:
         (..., M, N) without the dimensions that a vector lacks, contiguous.  Sums are kept in
-        float32 (float64
-        for float64); float32 products use TF32 where `torch.backends.cuda.matmul` allows it, large
-        ones on Hopper through copies of factors that do not lie along the inner axis.
+        float32 (float64 for float64); float32 products use TF32 where `torch.backends.cuda.matmul`
+        allows it, large ones on Hopper through copies of factors that are not contiguous along the
+        inner axis.
 
     Raises:
         RuntimeError: inner sizes or batches that do not match, scalars, different dtypes or
-        devices.
+            devices.
+        TypeError: `input` or `other` is not a tensor.
 
     Source: `torch.matmul`.
     """

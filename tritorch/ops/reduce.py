@@ -152,8 +152,7 @@ def channel_sum(input: Tensor, dim: int = 1) -> Tensor:
 
     Returns:
         A tensor of shape (input.shape[dim],) in the input's dtype; the sum itself is kept in
-        float32 (float64 for
-        float64) and added in an order that depends on the shape alone.
+        float32 (float64 for float64) and added in an order that shape and strides alone decide.
 
     Raises:
         IndexError: `dim` is not a dimension of `input`.
