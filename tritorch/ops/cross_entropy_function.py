@@ -253,7 +253,7 @@ class CrossEntropyBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
-        # asked for once: checkpoints give them once
+        # read once: activation checkpoints allow no second read
         tensors = ctx.saved_tensors
         target = tensors[2]
         # the gradient of probabilities has none of them in it
@@ -303,7 +303,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # asked for once: checkpoints give them once
+        # read once: activation checkpoints allow no second read
         tensors = ctx.saved_tensors
         input = tensors[0]
         grads = [
