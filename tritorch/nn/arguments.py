@@ -45,8 +45,8 @@ def transposed(
 
 
 def norm_of_batch(layer: batchnorm._BatchNorm) -> tuple[Any, ...]:
-    """The arguments of `ops.batch_norm` after the input; counts the batch, as torch does, before the
-    input is checked.
+    """The arguments of `ops.batch_norm` after the input; counts the batch, as torch does, before
+    the input is checked.
     """
     tracks = layer.training and layer.track_running_stats
     momentum = layer.momentum

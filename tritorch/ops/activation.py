@@ -33,7 +33,7 @@ def hardsigmoid_reference(input: Tensor, inplace: bool = False) -> Tensor:
     return F.hardsigmoid(input, inplace)
 
 
-# by the names that the kernels give them
+# by the kernels' names of them
 REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
@@ -67,7 +67,7 @@ def checked_residual(op: str, input: Tensor, residual: Tensor, shape: tuple[int,
         )
     (lowered,) = binding.autocast_to_lower(residual)
     if residual.dtype != input.dtype or residual.device != input.device:
-        # equal ones autocast makes equal: the product casts its input itself
+        # compared after autocast, which casts both; the product casts its input itself
         (x,) = binding.autocast_to_lower(input)
         checks.same_dtype_and_device(op, x, residual=lowered)
     added: Tensor = lowered
