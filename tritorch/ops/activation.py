@@ -176,7 +176,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
 @repeats.repeated
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
-    """input * sigmoid(input) elementwise; otherwise as `relu`, but of floating point alone.
+    """input * sigmoid(input) elementwise; otherwise as `relu`, but only for floating point.
 
     Source: `torch.nn.functional.silu`.
     """
@@ -185,7 +185,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 @repeats.repeated
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """input times the normal distribution function of it; of floating point alone.
+    """input * Phi(input) elementwise, Phi the normal distribution function; floating point only.
 
     Args:
         input: as for `relu`.
@@ -209,7 +209,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
 @repeats.repeated
 def sigmoid(input: Tensor) -> Tensor:
-    """1 / (1 + exp(-input)) elementwise; otherwise as `relu`, integers give floating point.
+    """1 / (1 + exp(-input)) elementwise; otherwise as `relu`, but integers give floating point.
 
     Source: `torch.sigmoid`.
     """

@@ -56,7 +56,7 @@ def check_shapes(
     }
     channels = input[1] if len(input) > 1 else 0
     for name, vector in vectors.items():
-        # of an empty input torch asks nothing of them
+        # for an empty input torch does not check them
         if vector is not None and math.prod(vector) != channels and 0 not in input:
             checks.fail(
                 RuntimeError,
