@@ -1,8 +1,7 @@
-"""What the GPU's clocks do while it is measured, as `nvidia-smi` tells.
+"""What the GPU's clocks do during a measurement, as `nvidia-smi` reports.
 
-A GPU that is too hot, or short of power, runs slower than itself: times that were taken meanwhile
-are marked.  Where `nvidia-smi` is missing, or says nothing, the answer is that nobody knows, and
-nothing fails.
+A GPU that is too hot, or short of power, is throttled: times taken meanwhile are marked.  Where
+`nvidia-smi` is missing, or says nothing, the state is unknown, and nothing fails.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class State:
         return [name for bit, name in _REASONS.items() if (self.mask or 0) & bit]
 
     def row(self) -> dict[str, Any]:
-        """For JSON; `reasons` is None where nobody knows."""
+        """For JSON; `reasons` is None if unknown."""
         reasons = None if self.mask is None else self.reasons
         return {
             "reasons": reasons,
@@ -76,8 +75,8 @@ class State:
 def summary(states: Iterable[State]) -> dict[str, Any]:
     """Of the states during one measurement, as fields of its row.
 
-    `throttled`: what slowed the GPU down, [] for nothing, None where nobody knows.  `power_capped`
-    is normal under load, and None like it.  `clock_mhz`: the lowest and the highest.
+    `throttled`: what slowed the GPU down, [] for nothing, None if unknown.  `power_capped`, which
+    is normal under load, is None likewise.  `clock_mhz`: the lowest and the highest.
     """
     masks, clocks, heat = [], [], []
     for state in states:
@@ -114,8 +113,8 @@ class Blind:
 class Smi:
     """Reads what a `nvidia-smi` in the background says every fifth of a second.
 
-    It costs the measuring process one read for each row, and ends when that process ends: it can
-    write to nobody then.
+    It costs the measuring process one read for each row, and ends when that process does, since its
+    pipe is closed then.
     """
 
     def __init__(self, mask: str, uuid: str) -> None:
@@ -167,7 +166,7 @@ def watch(device: torch.device) -> Watch:
 
 
 def settings(device: torch.device | None = None) -> dict[str, Any]:
-    """What the machine's owner has set, None for what nobody knows."""
+    """What the machine's owner has set; None for what is unknown."""
     found: dict[str, Any] = dict.fromkeys(_SETTINGS)
     if torch.cuda.is_available():
         found |= _settings(_uuid(device))

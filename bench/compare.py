@@ -29,7 +29,7 @@ _Row = Mapping[str, Any]
 Verdict = Literal["FASTER", "SLOWER", "SAME", "UNSURE", "WRONG"]
 
 THRESHOLD = 0.03
-# without which nobody knows what a row is of
+# fields without which a row cannot be identified
 _FIELDS = ("op", "shape", "pass", "implementation", "median_us", "verified")
 # of all rows together
 _ALPHA = 0.05
@@ -67,15 +67,15 @@ class Comparison:
 
     @property
     def is_ours(self) -> bool:
-        """Not torch's, the ceilings' or a peer's: what is slower can be mended here."""
+        """Whether the row is tritorch's or the user's, and not torch's, a ceiling's or a peer's."""
         return self.row["implementation"] not in _OTHERS
 
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, `geomean` over ours that can be compared, what else differs.
+    """All rows, `geomean` over those of ours that can be compared, and what else differs.
 
-    `control`: the same over torch's, of which nothing has changed but the machine.
+    `control`: the same over torch's rows, for which only the machine can have changed.
     """
 
     rows: tuple[Comparison, ...]
@@ -147,7 +147,7 @@ def _by_call(*results: Sequence[Mapping[str, Any]]) -> list[dict[tuple[str, ...]
     ]
     # old results do not say the arguments: what is like their rows is told by its shape alone
     untold = {key(row) for rows in found for row in rows if row.get("arguments") is None}
-    # where two are, nobody knows which of them it was
+    # with two it is unknown which one it was
     for rows in found:
         untold -= {name for name, count in Counter(map(_short, rows)).items() if count > 1}
 

@@ -111,7 +111,7 @@ def _call(op: str, shape: str, dtype: torch.dtype) -> tuple[Callable[..., Tensor
     if len(numbers) != (7 if op == "conv2d" else 3) or min(numbers) < 1:
         raise RequestError(f"--why {op}: expects {SHAPES[op]}, received {shape!r}")
 
-    # memory that nobody touches takes none
+    # memory that is never touched is never allocated
     def made(*size: int) -> Tensor:
         form = torch.channels_last if len(size) == 4 else torch.contiguous_format
         return torch.empty(size, dtype=dtype, memory_format=form).requires_grad_()

@@ -1,13 +1,13 @@
-"""Fails where the compiler makes something worse of a shipped configuration than it used to.
+"""Fails where a shipped configuration compiles to something worse than its baseline.
 
-For each configuration of the tables that kernels choose from, and for each kernel that has no
-table, a row says what it took and what it should cost; the rows are kept in `gated/`, in a file
-for each version of Triton, since another compiler makes other code.
+For each configuration in the kernels' tables, and for each kernel without a table, a row has its
+resources and its estimated time; the rows are in `gated/`, one file for each version of Triton,
+since another compiler generates other code.
 
-    python -m tritorch.bench.gate            says what is worse, exits 1 where something is
-    python -m tritorch.bench.gate --write    takes everything as it is now
+    python -m tritorch.bench.gate            says what is worse, exits 1 if anything is
+    python -m tritorch.bench.gate --write    makes the present state the baseline
 
-Code that is the same as its row's is not looked at again, so that it costs no disassembly.
+Code that is the same as in its row is not inspected again, which saves its disassembly.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def main() -> None:
             print(line)
     if options.write:
         names = {spec.name for spec in specs}
-        # what nobody asks about stays
+        # rows of ops that were not named stay
         others = [row for row in old if row["op"] not in names] if options.ops else []
         _write([*others, *found])
         print(f"{path()}: {len(found)} rows written")

@@ -82,7 +82,7 @@ def _measure(
     def tell(event: str, **fields: Any) -> None:
         connection.send((event, fields))
 
-    # the parent hears of it, and ends this process
+    # the parent gets the event, and ends this process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.manual_seed(0)
     use_fast_algorithms()

@@ -1,4 +1,4 @@
-"""What the kernels that a call launches take on the device, whoever launches them."""
+"""Device resources of the kernels that a call launches, through any launcher."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def of_case(case: Case, name: str, which: str = FORWARD) -> Function | None:
         return None
     given = {**_DEFAULTS, **case.arguments}
     if any(given.get(other) is not None for other in ("activation", "residual")):
-        # of our epilogues nobody has one
+        # no peer has our epilogues
         return None
     return make(importlib.import_module(module), given)
 

@@ -44,7 +44,7 @@ def compile_case(case: Case, target: str, table: Mapping[tuned.Key, Any] | None 
 
 
 def _unwritten(case: Case) -> dict[str, Any]:
-    """The arguments in memory that nobody touches, and which therefore takes none.
+    """The arguments in memory that is never touched, and therefore never allocated.
 
     Tensors without memory would not reach the kernels.
     """

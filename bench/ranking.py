@@ -1,6 +1,6 @@
 """The shipped configurations of one call, the fastest by the estimate first.
 
-For GPUs that nobody has measured, and for a search on one that should try the likely ones first.
+For GPUs without measurements, and for a search on one that should try likely ones first.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def record(
 
     `hosted`: it is a user's, see `hosting`, and `configuration` is what its autotuned kernels run.
     """
-    # tensors without memory would not reach the kernels, and nobody touches this memory
+    # tensors without memory would not reach the kernels, and this memory is never touched
     given: dict[str, Any] = {name: map_tensors(v, _unwritten) for name, v in arguments.items()}
     for name in gradients:
         if isinstance(given.get(name), Tensor) and given[name].is_floating_point():

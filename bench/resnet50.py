@@ -96,7 +96,7 @@ class Shapes:
             w = self._make(self._channels(k), x.shape[1], kernel, kernel)
             passes = {FORWARD: (), GRAD_INPUT: ("input",), GRAD_WEIGHT: ("weight",)}
             if c == 3:
-                # nobody differentiates by an image
+                # no gradient of the images is needed
                 del passes[GRAD_INPUT]
             yield self._case(
                 "conv2d",

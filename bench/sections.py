@@ -105,7 +105,7 @@ def _trained(setting: Setting) -> Iterator[Case]:
 
 
 class Runner:
-    """Runs sections; `tell(event, **fields)` hears "doing", "row" and "skip"."""
+    """Runs sections; calls `tell(event, **fields)` with the events "doing", "row" and "skip"."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class Runner:
         self.bench.ceilings = ceilings.of_rows(self.found)
 
     def clocks(self) -> dict[str, Any] | None:
-        """What the GPU's clocks do now; None where nobody knows."""
+        """What the GPU's clocks do now; None if unknown."""
         self.bench.watch.seen()
         latest = self.bench.watch.latest
         return None if latest is None else latest.row()

@@ -135,7 +135,7 @@ def _shown(targets: Sequence[str], taken: Iterable[str]) -> dict[str, str]:
     return {target: name if count[name] == 1 else target for target, name in own.items()}
 
 
-# hears of what is about to be measured, and how much of it there is
+# called with what is about to be measured, its number and how many there are
 Doing = Callable[[str, int, int], None]
 
 

@@ -36,12 +36,12 @@ def run(out: Path, limit: float) -> None:
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(_MOST, (os.cpu_count() or 1) - 1)))]
     start = time.time()
-    # a process group of its own, whose members hear of the end at once
+    # a process group of its own, whose members are ended together
     with subprocess.Popen(
         [*command, "--json", str(results)],
         cwd=_ROOT,
         start_new_session=True,
-        # who was started with `&` ignores the interrupt that is to stop it
+        # a process started with `&` ignores the interrupt that is to stop it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as tests:
         try:

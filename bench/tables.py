@@ -1,8 +1,7 @@
 """The generated tables of the documentation: what the specs declare and what result files say.
 
 `python -m tritorch.bench.tables README.md` rewrites every block between `<!-- table: name -->` and
-`<!-- end -->`
-of the files named; `--check` only says whether one is stale.
+`<!-- end -->` of the files named; `--check` only says whether one is stale.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run on a GPU says of its rows: a line for each, and sums at its end."""
+"""What a run on a GPU prints of its rows: a line for each, and sums at its end."""
 
 from __future__ import annotations
 

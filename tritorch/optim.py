@@ -35,8 +35,8 @@ class SGD(torch.optim.SGD):
     """`torch.optim.SGD` that updates a parameter group in one launch for each dtype and device.
 
     Arguments, state, checkpoints, hooks and errors are torch's.  16-bit parameters and buffers are
-    updated in float32 and rounded once a step, as torch's fused implementation does and its others
-    do not.  Parameters whose first gradient comes later than the others' cost that step a
+    updated in float32 and rounded once a step, as in torch's fused implementation but not in its
+    others.  A step in which some parameters have their first gradient, and others do not, takes a
     second launch.
 
     A group goes to torch's own step, counted in `tritorch.backend.explain()`, if it asks for
@@ -220,10 +220,10 @@ class Adam(_AdamStep, torch.optim.Adam):
     """`torch.optim.Adam` that updates a parameter group in one launch for each dtype and device.
 
     Arguments, state, checkpoints, hooks and errors are torch's.  16-bit parameters and averages are
-    updated in float32 and rounded once a step, as torch's fused implementation does and its others
-    do not.  Parameters whose first gradient comes later than the others' have another bias
-    correction and cost a launch of their own.  With `capturable=True` the steps are on the GPU and
-    the host waits for nothing.
+    updated in float32 and rounded once a step, as in torch's fused implementation but not in its
+    others.  Parameters whose first gradient came later have another bias correction, and take a
+    launch of their own.  With `capturable=True` the steps are on the GPU and the host waits for
+    nothing.
 
     A group goes to torch's own step, counted in `tritorch.backend.explain()`, if it asks for
     another implementation (`foreach=False`, `fused=True`, `differentiable=True`), if a number is a
@@ -235,7 +235,7 @@ class Adam(_AdamStep, torch.optim.Adam):
 
 
 class AdamW(_AdamStep, torch.optim.AdamW):
-    """`torch.optim.AdamW`, of which holds what is said of `Adam`.
+    """`torch.optim.AdamW`; everything said of `Adam` applies.
 
     Source: `torch.optim.AdamW`.
     """

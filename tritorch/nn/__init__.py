@@ -196,7 +196,7 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
         activation: str | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """self(convolution(input)) of one without bias that pads with zeros, in training."""
+        """self(convolution(input)) in training, of a convolution without bias, zero-padded."""
         *given, training, momentum, eps = arguments.norm_of_batch(self)
         return ops.conv2d_batch_norm(
             input,

@@ -1,4 +1,4 @@
-"""What layers that are alike hand to their ops: padded inputs, sizes of outputs, statistics."""
+"""Arguments that similar layers pass to their ops: padded inputs, output sizes, statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tritorch import ops
 
 
 def padded(layer: conv._ConvNd, input: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
-    """The input with what its padding mode adds, and the zeros that are left to add."""
+    """The input padded by the layer's mode, and the zeros that the op still has to pad."""
     if layer.padding_mode == "zeros":
         return input, layer.padding
     pads = layer._reversed_padding_repeated_twice
@@ -45,8 +45,8 @@ def transposed(
 
 
 def norm_of_batch(layer: batchnorm._BatchNorm) -> tuple[Any, ...]:
-    """What `ops.batch_norm` takes behind the input; counts the batch, as torch does before it looks
-    at it.
+    """The arguments of `ops.batch_norm` after the input; counts the batch, as torch does, before
+    the input is checked.
     """
     tracks = layer.training and layer.track_running_stats
     momentum = layer.momentum

@@ -1,8 +1,8 @@
 """Layers and the activations behind them in one kernel: what `tritorch.fuse` calls in a forward.
 
-Every call looks at the modules it is given.  As long as each only computes what its class says, the
-layer's kernel applies the activation; otherwise, as with a hook that wants to see the value between
-the two, the modules are called in the order in which the model was written.
+Every call inspects the modules it is given.  As long as each computes just what its class says, the
+layer's kernel applies the activation; otherwise, for example with a hook on the value between the
+two, the modules are called one after the other, as the model was written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NAMES: dict[type[Module], str] = {
 }
 
 
-# what a forward of theirs calls on the layer itself, and the kernels do not
+# methods that a layer's own forward calls, and the kernels do not
 _METHODS = frozenset(("forward", "_conv_forward", "_check_input_dim"))
 
 

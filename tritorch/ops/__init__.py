@@ -1,7 +1,7 @@
 """The functional API: one line per family.
 
-The namespaces of ops that torch has registered (`aten`, ...) are found here too, for programs that
-import tritorch as torch.
+Namespaces of ops registered with torch (`aten`, ...) are found here too, for programs that import
+tritorch as torch.
 """
 
 from typing import Any

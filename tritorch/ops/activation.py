@@ -34,7 +34,7 @@ def hardsigmoid_reference(input: Tensor, inplace: bool = False) -> Tensor:
     return F.hardsigmoid(input, inplace)
 
 
-# by the names that the kernels give them
+# by the kernels' names of them
 REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
@@ -68,7 +68,7 @@ def checked_residual(op: str, input: Tensor, residual: Tensor, shape: tuple[int,
         )
     (lowered,) = binding.autocast_to_lower(residual)
     if residual.dtype != input.dtype or residual.device != input.device:
-        # equal ones autocast makes equal: the product casts its input itself
+        # compared after autocast, which casts both; the product casts its input itself
         (x,) = binding.autocast_to_lower(input)
         checks.same_dtype_and_device(op, x, residual=lowered)
     added: Tensor = lowered
@@ -177,7 +177,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
 @repeated
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
-    """input * sigmoid(input) elementwise; otherwise as `relu`, but of floating point alone.
+    """input * sigmoid(input) elementwise; otherwise as `relu`, but only for floating point.
 
     Source: `torch.nn.functional.silu`.
     """
@@ -186,7 +186,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 @repeated
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """input times the normal distribution function of it; of floating point alone.
+    """input * Phi(input) elementwise, Phi the normal distribution function; floating point only.
 
     Args:
         input: as for `relu`.
@@ -210,7 +210,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
 @repeated
 def sigmoid(input: Tensor) -> Tensor:
-    """1 / (1 + exp(-input)) elementwise; otherwise as `relu`, integers give floating point.
+    """1 / (1 + exp(-input)) elementwise; otherwise as `relu`, but integers give floating point.
 
     Source: `torch.sigmoid`.
     """

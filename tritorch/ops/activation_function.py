@@ -17,14 +17,14 @@ from tritorch.ops.reduce import accumulator_dtype
 
 kernels = launch.kernels("activation")
 
-# whose derivative the output tells; the others need the input
+# activations whose derivative follows from the output; the others need the input
 _FROM_OUTPUT = frozenset(("relu", "relu6", "leaky_relu", "sigmoid", "tanh"))
-# whose gradient torch lays out as what is saved; the others' is as grad_output
+# activations whose gradient torch lays out as the saved tensor, and not as grad_output
 _LAID_OUT_AS_SAVED = frozenset(("relu", "leaky_relu"))
-# that select among values at hand
+# activations that only select among values, and compute nothing
 _SELECTING = frozenset(("relu", "relu6", "leaky_relu"))
-# whose second derivative is not zero; in plain PyTorch the first one by the output where that tells
-# it, else the activation
+# activations whose second derivative is not zero: the first derivative as a function of the output
+# where it follows from that, else the activation
 _CURVED: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,

@@ -17,7 +17,7 @@ kernels = launch.kernels("adam")
 
 
 class _Lists(NamedTuple):
-    """Tensors by number; no maxima without amsgrad."""
+    """Parallel lists of tensors; without amsgrad that of maxima is empty."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -67,7 +67,7 @@ def adam_step_reference(
 
 
 def _corrections(step: float, beta1: float, beta2: float) -> tuple[float, float]:
-    """What the averages, which began with 0, lack of 1."""
+    """The bias corrections 1 - beta^step of averages that started at 0."""
     return 1 - beta1**step, 1 - beta2**step
 
 
@@ -110,9 +110,9 @@ def _adam_step_(
         corrections = _corrections_on_device(steps, beta1, beta2)
         _launch(lists, corrections, *scalars, 1.0, 1.0, **flags)
         return
-    # a number would become a tensor once for each step; alpha picks the overload that takes one
+    # a number would become a tensor for each step; `alpha` selects the overload for one tensor
     torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1)
-    # tensors that had their first gradient together have the same step
+    # tensors whose first gradients came together have the same step
     groups: dict[float, list[int]] = {}
     for index, step in enumerate(steps):
         groups.setdefault(step.item(), []).append(index)
@@ -122,7 +122,7 @@ def _adam_step_(
 
 
 def _corrections_on_device(steps: list[Tensor], beta1: float, beta2: float) -> Tensor:
-    """Counts the steps and makes of them what `_corrections` does, two rows of float64."""
+    """Adds 1 to the steps and returns their bias corrections, two rows of float64."""
     count = len(steps)
     place = multi_tensor.place(steps[0])
     addresses = multi_tensor.table(*place, multi_tensor.addresses(steps, count))
@@ -201,16 +201,16 @@ def adam_step(
     `decoupled_weight_decay` (AdamW) leaves g alone and takes lr * weight_decay * param from param.
     The kernels keep all of it in float32 (float64 for float64) and round what they write once;
     torch's loop rounds after every operation.  The bias corrections are of float64.  Nothing is
-    recorded for autograd, and the version counters of what is written move.
+    recorded for autograd, and the version counters of written tensors increase.
 
     Args:
         params: any shapes, mixed dtypes; the kernels take float32, float16, bfloat16 and float64.
         grads, exp_avgs, exp_avg_sqs: one for each parameter, of its shape and device.
         max_exp_avg_sqs: likewise; without `amsgrad` they are ignored, and the list may be empty.
-        steps: one number for each parameter, of one element, the steps that there have been; the
-            call adds 1.
-        capturable: the steps are float32 on the parameters' device, and the host waits for none of
-            them; else they are best on the CPU.
+        steps: for each parameter a tensor of one element, the number of steps so far; the call
+            adds 1.
+        capturable: the steps are float32 on the parameters' device, and the host does not wait for
+            them; otherwise they are best on the CPU.
 
     Tensors that do not lie in memory like a dense parameter are copied there and back.
 
@@ -277,7 +277,7 @@ def _made(
     def squares(shape: tuple[int, ...]) -> Tensor:
         return make(*shape, low=0.25, high=2.0) if isinstance(make, Maker) else make(*shape)
 
-    # a made number would be on the parameters' device, where the host waits for it
+    # `make` would put steps on the parameters' device, where the host waits for them
     made: dict[str, Any] = {
         "params": [make(*shape) for shape in shapes],
         "grads": [make(*shape) for shape in shapes],

@@ -72,8 +72,8 @@ def _convolution_batch_norm_stats(
     channels_last: bool,
     momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The convolution, and mean and biased variance of each channel of it as it is stored; moves
-    the running ones once.
+    """The convolution, and mean and biased variance of each channel as stored; moves the running
+    statistics once.
     """
     y = empty(input, (input.shape[0], weight.shape[0], *size), channels_last)
     geometry = Geometry.of(stride, padding, dilation, groups)

@@ -1,4 +1,4 @@
-"""One call of a convolution of any number of axes: its reference, and the way to the kernels."""
+"""A call of a convolution of one to three axes: its reference, checks, and autograd function."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def reference(
     activation: str | None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """torch's convolution, without its warning of the copy that an odd "same" makes, and the
-    activation of it and a residual.
+    """torch's convolution with a residual and an activation, without torch's warning that an uneven
+    "same" padding makes a copy.
     """
     if padding == "same" and weight.dim() == axes + 2:
         op = f"conv{axes}d"
@@ -138,5 +138,5 @@ def _like(x: Tensor, axes: int, output: Tensor) -> Tensor:
 
 
 def writes_channels_last(axes: int, images: Tensor, filters: Tensor) -> bool:
-    # of signals torch asks the filter alone
+    # for signals torch looks at the filter only
     return is_channels_last(filters) or (axes > 1 and is_channels_last(images))

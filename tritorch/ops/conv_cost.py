@@ -18,7 +18,7 @@ def of_convolution(
 ) -> dict[str, Cost]:
     """Of a call with an output of this shape.
 
-    A filter that is smaller than its stride passes over pixels, which are read by nobody and have a
+    A filter that is smaller than its stride passes over pixels, which are never read but have a
     gradient all the same.
     """
     axes = weight.dim() - 2

@@ -1,4 +1,4 @@
-"""Convolution of images or volumes and its gradients as functions of each other under autograd."""
+"""Autograd functions of convolution, of images or volumes: each is differentiated by the others."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Ints = tuple[int, ...]
 class Convolution(torch.autograd.Function):
     """Linear in image and filter: its gradients, and theirs, are the functions of this file.
 
-    Of an activation the output is kept, and what went into it only where the output does not tell
-    the derivative.
+    For an activation the output is kept, or its input where the derivative does not follow from the
+    output.
     """
 
     @staticmethod
@@ -76,7 +76,7 @@ class Convolution(torch.autograd.Function):
 def describe(
     ctx: Any, input: Tensor, weight: Tensor, geometry: tuple[Ints, Ints, Ints, int]
 ) -> None:
-    """Keeps what `gradients` takes besides the tensors."""
+    """Sets on the context what `gradients` needs besides the tensors."""
     ctx.geometry = geometry
     ctx.input_size, ctx.input_format = input.shape[2:], is_channels_last(input)
     ctx.kernel_size, ctx.weight_format = weight.shape[2:], is_channels_last(weight)
@@ -85,7 +85,7 @@ def describe(
 def gradients(
     ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of input and weight, the first two arguments of the function, where they are wanted."""
+    """Gradients of input and weight, the first two arguments of the function, where needed."""
     grad_input = grad_weight = None
     if ctx.needs_input_grad[0]:
         grad_input = binding.apply(
@@ -110,7 +110,7 @@ def gradients(
 
 
 class ConvolutionGradInput(torch.autograd.Function):
-    """The transposed convolution, which adds a bias where it is a layer of its own."""
+    """The transposed convolution; as a layer of its own it also adds a bias."""
 
     @staticmethod
     def forward(
@@ -169,7 +169,7 @@ class ConvolutionGradInput(torch.autograd.Function):
 
 
 class ConvolutionGradWeight(torch.autograd.Function):
-    """The correlation of an image with a gradient of the output, over all pixels."""
+    """The gradient of the filter: image and gradient of the output, correlated over all pixels."""
 
     @staticmethod
     def forward(

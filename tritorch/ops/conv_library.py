@@ -17,7 +17,7 @@ kernels = launch.kernels("conv_weight")
 
 
 def empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    """Memory for images of this shape beside others."""
+    """An empty tensor of this shape, with the dtype and device of `like`."""
     order = memory_format(channels_last, len(shape) - 2)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=order)
 
@@ -97,7 +97,7 @@ def convolution_keeping(
     size: Sequence[int],
     *given: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The same, and what the activation was applied to, which the gradient of some needs."""
+    """The same, and the activation's input, which the gradients of some activations need."""
     y, before = _outputs(input, weight, bias, residual, size, *given)
     geometry, activation = Geometry.of(*given[:4]), given[-1]
     convolve = _convolve(weight, geometry.groups)
@@ -187,7 +187,7 @@ def convolution_grad_weight(
     else:
         partial = implicit_gemm.grad_weight(grad_output, input, grad_weight, geometry)
     if partial is not None:
-        # channels last, as in the partial sums
+        # with the channels last, as in the partial sums
         to = grad_weight.movedim(1, -1)
         _plan_sum(partial.shape[0], to.shape, to.stride())(grad_weight, partial, grad_weight)
     return grad_weight

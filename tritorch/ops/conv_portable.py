@@ -1,4 +1,4 @@
-"""Launches of convolution and of its filters' gradient by the kernels that any GPU takes."""
+"""Launches of convolution, and of the gradient of its filters, by the kernels for any GPU."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _MIN_TILES = 4
 
 
 class Plan(NamedTuple):
-    """A launch for tensors of known layouts; `splits`: sums that are left to add."""
+    """A launch for tensors of known layouts; with `splits` above 1 partial sums are left to add."""
 
     splits: int
     run: launch.Prepared
 
 
 class Epilogue(NamedTuple):
-    """What becomes of a sum before it is stored."""
+    """What is applied to a sum before it is stored."""
 
-    # of the bias
+    # of the bias; None without one
     stride: int | None = None
     activation: str | None = None
     keeps_before: bool = False
-    # whether those of the channels are wanted, where a kernel can write them
+    # whether channel moments are wanted, where a kernel can write them
     moments: bool = False
     residual: Layout | None = None
 
@@ -83,10 +83,10 @@ def plan_convolve(
     groups = geometry.groups
     w = oriented(weight, groups, transposed)
     tap_steps, inverses = geometry.residues(transposed)
-    # transposed, every residue modulo the stride is an image of its own: some taps reach it
+    # transposed, every residue modulo the stride is an image of its own, reached by some taps
     steps_each = geometry.stride if transposed else (1,) * len(geometry.stride)
     residues, num_taps = math.prod(steps_each), _ceil_product(w.taps[-2:], tap_steps[-2:])
-    # the kernel takes one slice of taps after the other
+    # the kernel goes through slices of taps one after the other
     tap_slices = _ceil_product(w.taps[:-2], tap_steps[:-2])
     pixels = y.shape[0] * _ceil_product(y.shape[2:], steps_each)
     unit = vector_unit(x, y, w.read, w.written, *(s for s in w.strides if s != 1))
@@ -97,7 +97,7 @@ def plan_convolve(
     if unit > 1:
         tiles = groups * residues
         choose = kernels.conv2d_config
-        # a residual that is not laid out as y has addresses, which take registers too
+        # a residual that is not laid out as y has addresses of its own, which take registers
         if x.itemsize == 4 and (own or (full and computes(epilogue.activation))):
             choose = kernels.conv2d_full_epilogue_config
         elif full:
@@ -110,10 +110,10 @@ def plan_convolve(
         math.ceil(w.read / block_crs) * num_taps,
         math.ceil(w.read * num_taps / block_crs),
     )
-    # flat slices cost divisions, which an eighth fewer of them pay for
+    # flat slices cost divisions, which pay if there are an eighth fewer slices
     is_flat = 8 * flat <= 7 * slices
     tiles = math.ceil(pixels / block_npq) * math.ceil(w.written / block_k) * residues
-    # partial sums are as large as y, in float32: only a GPU that is mostly idle is worth them
+    # partial sums are as large as y, in float32: they pay only on a GPU that is mostly idle
     num_steps = (flat if is_flat else slices) * tap_slices
     splits, steps = split(2 * tiles * groups, num_steps, _MIN_SLICES)
     w_strides = tuple(s if s == 1 else s // unit for s in w.strides)
@@ -141,7 +141,7 @@ def plan_convolve(
         numbers,
         config,
         HAS_BIAS=epilogue.stride is not None,
-        # partial sums have theirs when they are added
+        # with splits it is applied when the partial sums are added
         ACTIVATION=epilogue.activation if splits == 1 else None,
         KEEPS_BEFORE=epilogue.keeps_before and splits == 1,
         INPUT_PRECISION=precision,
@@ -191,7 +191,7 @@ def plan_grad_weight(
     tiles = math.ceil(k / block_k) * math.ceil(crs / block_crs) * math.prod(taps[:-2])
     splits, steps = split(tiles * groups, pixel_tiles * math.prod(slices), _MIN_TILES)
     size = math.prod(output.shape)
-    # of the partial sums, which are dense, or of the only one: splits, K, C and taps
+    # strides of the result, or of the dense partial sums: splits, K, C and taps
     target = (size, *output.strides)
     if splits > 1:
         over_taps = [math.prod(taps[i + 1 :]) * inputs for i in range(len(taps))]
@@ -217,7 +217,7 @@ def plan_grad_weight(
         (tiles, groups * splits),
         numbers,
         config,
-        # few channels are a constant, whose divisions do not hide aligned vectors
+        # few channels are a compile-time constant: divisions by it do not hide aligned vectors
         FLAT_C=inputs if inputs < 64 else 0,
         UNIT=unit,
         Y_CHANNELS_LAST=grad_output.stride(1) == 1,

@@ -1,4 +1,4 @@
-"""Which convolutions run through the tensor memory accelerator of Hopper, and their launches."""
+"""Which convolutions run through Hopper's tensor memory accelerator, and their launches."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ configs = launch.kernels("conv_tma_configs")
 
 # slices of channels that one program must have before it pays to split a sum
 _MIN_SLICES = 8
-# of the taps of all tiles, those that may read nothing before they are left out, since programs
-# that have several tiles count theirs first
+# the share of all taps that must read nothing before they are left out: programs with several tiles
+# count theirs first
 _FEW_TAPS = 1 / 16
-# how many times their pixels tiles may have, before the portable kernel wastes less
+# tiles may have so many times the pixels they cover; beyond it the portable kernel wastes less
 _MAX_WASTE = 1.7
-# a stride of tensors along an axis of one element, which no address uses but the hardware checks
+# stands for the stride of an axis of size 1, which addresses nothing but which hardware checks
 _ANY_STRIDE = 16
 
 
@@ -48,23 +48,23 @@ class Plan(NamedTuple):
     """A launch for tensors of known layouts."""
 
     grid: tuple[int, int]
-    # x, filter and y; of the gradient of a filter those of grad_output, input and it
+    # of x, filter and y; or of grad_output, input and gradient of the filter
     views: tuple[View, View, View]
     # the kernel's integers up to the stride of the bias, and those after it
     sizes: tuple[int, ...]
     steps: tuple[int, ...]
     splits: int
-    # a residual, in the tiles that are computed
+    # of a residual, in tiles as computed
     added: View | None
-    # tiles of pixels, of whose channels a launch can write the moments
+    # tiles of pixels whose channel moments a launch can write; 0 if it cannot
     parts: int
     config: Any
     constants: dict[str, Any]
-    # by epilogue, as they are asked for
+    # by epilogue, filled on demand
     launches: dict[tuple[Any, ...], launch.Prepared]
 
     def prepared(self, kernel: Any, *between: int, **epilogue: Any) -> launch.Prepared:
-        """The launch with this epilogue; `between` sizes and steps is what it needs."""
+        """The launch with this epilogue; `between` are its numbers, passed after `sizes`."""
         key = (*between, *epilogue.values())
         found = self.launches.get(key)
         if found is None:
@@ -86,8 +86,11 @@ def plan_convolve(
     activation: str | None = None,
     has_bias: bool = False,
 ) -> Plan | None:
-    """How to write the convolution of x, or the transposed one, into y on so many multiprocessors:
-    16-bit numbers, or float32 as TF32, on 16 bytes; None if not here.
+    """The launch that writes the convolution of x, or the transposed one, into y; None if these
+    kernels do not take it.
+
+    `count` is the number of multiprocessors.  Tensors are 16-bit, or float32 for TF32, and aligned
+    to 16 bytes.
     """
     if len(x.shape) != 4 or x.stride(1) != 1 or y.stride(1) != 1:
         return None
@@ -97,7 +100,7 @@ def plan_convolve(
         return None
     w, itemsize = oriented(weight, geometry.groups, transposed), x.itemsize
     (r, s), groups = w.taps, geometry.groups
-    # transposed, pixels are apart by the taps that reach them
+    # transposed, pixels of different residues are reached by different taps
     n, _, *image = y.shape
     steps_each = geometry.stride if transposed else (1, 1)
     residues = math.prod(steps_each)
@@ -105,7 +108,7 @@ def plan_convolve(
     config = _config(w, pixels, residues, geometry, transposed, itemsize)
     if config is None:
         return None
-    # erf leaves the largest tile no registers for a bias either
+    # with erf the largest tile has no registers left for a bias either
     if residual is not None or (has_bias and activation == "gelu"):
         config = configs.for_residual(config, computes(activation), itemsize)
     block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
@@ -141,7 +144,7 @@ def plan_convolve(
     if not all(view.is_describable(itemsize) for view in views):
         return None
     added = None
-    # that of a split is added with the sums
+    # with splits the residual is added with the partial sums
     if residual is not None and splits == 1:
         added = _pixels(residual, blocks, block_k, False)
         if residual.stride(1) != 1 or not added.is_describable(itemsize):
@@ -190,14 +193,14 @@ def _config(
     """The configuration for these pixels of each residue, or None."""
     n, p, q = pixels
     groups, taps = geometry.groups, max(math.prod(w.taps) // residues, 1)
-    # said only where they are not 2 and 1
+    # passed only where they are not 2 and 1, as measured tables have them
     others = (itemsize, groups) if groups > 1 else (itemsize,) if itemsize > 2 else ()
     sizes = n * residues, p, q, w.written, w.read, taps, geometry.stride[0], transposed, *others
     return launch.config(configs.conv2d_tma_config, *sizes)
 
 
 def _is_of_pairs(image: Layout) -> bool:
-    """Whether two rows are one of twice as many, and two columns one of twice the channels."""
+    """Whether rows and columns can be viewed in pairs: even sizes, and dense columns."""
     _, c, h, w = image.shape
     return h % 2 == w % 2 == 0 and image.stride(3) == c
 
@@ -260,7 +263,7 @@ def _blocks(
 ) -> tuple[Any, tuple[int, int, int]]:
     """Images, rows and columns of a tile, and the configuration that has them."""
     block_npq = config.kwargs["BLOCK_NPQ"]
-    # what a table says is of sizes alone, which images with pairs and images without can share
+    # tables go by sizes alone, which images with pairs and images without may share
     chosen, own = configs.pixels_of(config)
     if not is_dense:
         return own, (block_npq, 1, 1)
@@ -270,9 +273,9 @@ def _blocks(
 
 
 def _num_programs(most: int, num_k: int, residues: int) -> int:
-    """So many, or the next fewer of which each has tiles of all residues.
+    """At most `most` programs, such that each gets tiles of all residues.
 
-    Residues differ in taps: of a common factor a program would have tiles of some of them.
+    Residues have different numbers of taps: with a common factor a program would get only some.
     """
     programs = most
     while math.gcd(programs, num_k * residues) > num_k:
@@ -299,7 +302,7 @@ def _pixels(
 
 
 def described_strides(tensor: Layout) -> tuple[int, ...]:
-    """Those of a descriptor: the hardware checks that of an axis of one element too."""
+    """The strides for a descriptor: the hardware also checks those of axes of size 1."""
     return tuple(
         stride if size > 1 else _ANY_STRIDE
         for size, stride in zip(tensor.shape, tensor.strides, strict=True)
@@ -307,14 +310,14 @@ def described_strides(tensor: Layout) -> tuple[int, ...]:
 
 
 def along_memory(weight: Layout, transposed: bool) -> int:
-    """Which axis of the filters must be contiguous: inputs, but outputs where those are read and
-    are float32, whose products have both operands along the sum.
+    """Which axis of the filters must be contiguous: 1, inputs; or 0, outputs, for a transposed
+    convolution of float32, since TF32 needs both operands contiguous along the sum.
     """
     return 0 if transposed and weight.itemsize > 2 else 1
 
 
 def _filters(weight: Layout, transposed: bool, block_k: int, block_c: int) -> View:
-    """Taps x outputs x inputs, or taps x inputs x outputs where those lie along memory: no tile
+    """Taps x outputs x inputs, or taps x inputs x outputs where outputs are contiguous: no tile
     reads into the next tap.
     """
     outputs, inputs, r, s = weight.shape

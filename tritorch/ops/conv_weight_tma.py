@@ -17,14 +17,14 @@ kernels = launch.kernels("conv_weight_tma")
 
 
 def plan(grad_output: Layout, input: Layout, output: Layout, geometry: Geometry) -> Plan | None:
-    """How to sum up the gradient of a filter: 16-bit numbers on 16 bytes; None if not here."""
+    """The launch for the gradient of a filter, 16-bit, aligned to 16 bytes; None if not taken."""
     if len(input.shape) != 4 or input.stride(1) != 1 or grad_output.stride(1) != 1:
         return None
     (outputs, c, r, s), groups = output.shape, geometry.groups
     k = outputs // groups
     n, _, p, q = grad_output.shape
     h, w = input.shape[2:]
-    # along columns a tile must end where the image does: nothing else keeps what is beside it out
+    # a tile along columns must end where the image does, or it would read beyond the row
     along_q = n < 24 and geometry.stride == (1, 1) and q % 16 == 0
     config = launch.config(
         kernels.conv2d_grad_weight_tma_config,

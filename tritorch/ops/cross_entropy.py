@@ -87,7 +87,7 @@ def cross_entropy(
     if input.dim() == 0:
         # torch has an error of its own for every kind of target
         return cross_entropy_reference(input, target, weight)
-    # torch takes what is not above 0 for none, NaN included
+    # as in torch, anything not above 0, NaN included, means no smoothing
     smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
     probabilities = input.shape == target.shape
     if probabilities:
@@ -105,7 +105,7 @@ def cross_entropy(
         )
     if w is not None:
         checks.same_dtype_and_device(op, x, weight=w)
-        # to copy the odd strided one is cheaper than wide offsets of every class
+        # copying a rare strided one is cheaper than wide offsets for every class
         w = w.contiguous()
     if input.dim() == 1:
         x, y = x[None], y[None] if probabilities else y.view(1)

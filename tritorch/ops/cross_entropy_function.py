@@ -38,7 +38,7 @@ def _outputs(
     needs_input: bool,
     needs_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of grad_output, input and target; no element where none is needed."""
+    """Gradients of grad_output, input and target; empty where not needed."""
     return (
         input.new_empty(grad_output.shape),
         strided.empty_like(input) if needs_input else input.new_empty((0,)),
@@ -68,7 +68,7 @@ def _second(
     needs_input: bool,
     needs_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`wanted` names the variable of the gradient that `grad` is the gradient of."""
+    """`grad` is the gradient of a gradient; `wanted` says which: that of "input" or of "target"."""
     results = _outputs(
         grad,
         grad_output,
@@ -253,7 +253,7 @@ class CrossEntropyBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
-        # asked for once: checkpoints give them once
+        # read once: activation checkpoints allow no second read
         tensors = ctx.saved_tensors
         target = tensors[2]
         # the gradient of probabilities has none of them in it
@@ -273,7 +273,7 @@ class CrossEntropyBackward(torch.autograd.Function):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Keeps of long rows what their softmax needs, and computes it again for the gradients."""
+    """Keeps the softmax statistics of long rows; the gradients compute softmax again from them."""
 
     @staticmethod
     def forward(
@@ -303,7 +303,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # asked for once: checkpoints give them once
+        # read once: activation checkpoints allow no second read
         tensors = ctx.saved_tensors
         input = tensors[0]
         grads = [

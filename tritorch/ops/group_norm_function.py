@@ -24,7 +24,7 @@ _GRAD_INPUT = "group_norm_grad_input_kernel"
 
 
 class _Walk(NamedTuple):
-    """How programs share out the images, along the memory of the last tensor."""
+    """How programs divide the images, along the memory of the last tensor."""
 
     # of each image and block of channels, and tiles of a slice
     slices: int
@@ -109,7 +109,7 @@ def _vector(tensors: tuple[Layout, ...], nest: strided.Nest) -> tuple[int, int]:
     if all(tensor.stride(1) == 1 for tensor in tensors):
         outer += [stride for along in nest.strides for stride in along]
         return 1, math.gcd(most, tensors[0].shape[1], *outer)
-    # the innermost dimension of the nest; behind it is padding
+    # the innermost dimension of the nest; those after it are padding of size 1
     inner = max((dim for dim, size in enumerate(nest.sizes) if size > 1), default=0)
     if any(along[inner] != 1 for along in nest.strides):
         return 1, 1
@@ -119,7 +119,7 @@ def _vector(tensors: tuple[Layout, ...], nest: strided.Nest) -> tuple[int, int]:
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    # one value per channel: to copy the odd strided one is cheaper than to give each a stride
+    # one value per channel: copying a rare strided one is cheaper than a stride for each
     return None if parameter is None else parameter.contiguous()
 
 

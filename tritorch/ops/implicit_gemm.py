@@ -1,5 +1,5 @@
-"""Chooses what computes a convolution as an implicit matrix product, of pixels x channels x (taps
-and channels): the first kernel that takes it.
+"""Chooses the kernel of a convolution, an implicit matrix product of (pixels, taps and channels
+read) with (taps and channels read, channels written): the first one that takes the call.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _MIN_PIXELS = 16384
 
 
 class _Way(NamedTuple):
-    """What convolves tensors of known layouts."""
+    """The chosen launches, for tensors of known layouts."""
 
-    # x, weight, y, bias, activation, the values before it, moments, residual
+    # of x, weight, y, bias, activation, the values before it, moments, residual
     run: Callable[..., None]
-    # parts of y of whose channels it can write the moments
+    # parts of y whose channel moments it can write; 0 if it cannot
     parts: int = 0
 
 
@@ -69,9 +69,8 @@ def convolve(
 def convolve_with_moments(
     x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry
 ) -> Tensor | None:
-    """Writes the convolution of x into y and returns what its kernel tells of the values it
-    stored: mean, squared deviations and count of each channel of each part of y, (parts, 3, K)
-    float32; None where it does not.
+    """Writes the convolution of x into y and returns mean, squared deviations and count of each
+    channel of each part of y as stored, (parts, 3, K) float32; None if the kernel computes none.
     """
     if weight.stride(1) != 1:
         weight = _along_channels(weight)
@@ -86,7 +85,7 @@ def convolve_with_moments(
 def _along_channels(weight: Tensor) -> Tensor:
     if weight.shape[1] % 8:
         return weight
-    # channels along memory: one copy of the small operand, where every tile would gather it
+    # contiguous channels: one copy of the small operand, which every tile would otherwise gather
     return weight.contiguous(memory_format=memory_format(True, weight.dim() - 2))
 
 
@@ -120,10 +119,10 @@ def _processors(
     channels: int,
     residual: Tensor | None = None,
 ) -> int:
-    """Multiprocessors for the kernels of Hopper, 0 if the tensors are not for them."""
+    """Multiprocessors for the Hopper kernels; 0 if these do not take the tensors."""
     written = (y,) if residual is None else (y, residual)
     if channels <= stem.MAX_CHANNELS:
-        # what is packed first, 16-bit numbers alone, may lie anywhere
+        # x is packed first, in 16 bits only, and may have any strides
         return matmul_tma.processors("ieee", *written)
     return matmul_tma.processors(precision, first, second, *written)
 
@@ -150,7 +149,7 @@ def _way(
         rest = geometry, transposed, epilogue, count, precision
         way = _way(images[0], weight, images[1], *rest)
         return way._replace(run=partial(reorder.convolve, way.run))
-    # beside erf the tile of 64 filters has no registers for its sums
+    # with erf the tile of 64 filters has no registers left for its sums
     crowded = epilogue.activation == "gelu" and y.shape[1] // geometry.groups <= 64
     if count and weight.shape[1] <= stem.MAX_CHANNELS:
         if not crowded and not transposed:
@@ -187,7 +186,7 @@ def _way_of_descriptors(
     count: int,
     crowded: bool,
 ) -> _Way | None:
-    """As a product of pixels, or of pixels of every tap; None if neither takes it."""
+    """A 1x1 convolution as one matrix product, else one product a tap; None if neither fits."""
     has_bias, residual = epilogue.stride is not None, epilogue.residual
     given = x, weight, y, geometry, transposed
     product = pointwise.plan_convolve(*given, has_bias, count, epilogue.moments, residual)
@@ -201,8 +200,8 @@ def _way_of_descriptors(
 
 
 def _pays_to_turn(x: Layout, weight: Layout, transposed: bool) -> bool:
-    """Whether a copy of the filters with another axis along memory may let descriptors take them,
-    and there are pixels enough to pay for it.
+    """Whether descriptors may take a copy of the filters with another contiguous axis, and there
+    are enough pixels to pay for it.
     """
     along = conv_tma.along_memory(weight, transposed)
     return along == 0 and math.prod(x.shape) >= _MIN_PIXELS * x.shape[1]
@@ -217,7 +216,7 @@ def _outputs_last(weight: Layout) -> Layout:
 def _turned(
     run: Callable[..., None], x: Tensor, weight: Tensor, *given: Tensor | str | None
 ) -> None:
-    """`run` of filters whose outputs lie along memory."""
+    """`run` with a copy of the filters whose output channels are contiguous."""
     run(x, weight.movedim(0, -1).contiguous().movedim(-1, 0), *given)
 
 
@@ -228,7 +227,7 @@ def _in_channels_last(epilogue: Epilogue) -> Epilogue:
 
 
 def _are_vectors(weight: Layout, geometry: Geometry) -> bool:
-    """Whether the channels of a group are whole vectors on both sides."""
+    """Whether the channels of a group, read and written, are multiples of 8."""
     outputs, inputs = weight.shape[:2]
     return inputs % 8 == 0 and outputs // geometry.groups % 8 == 0
 
@@ -242,7 +241,7 @@ def grad_weight(
         Layout.of(input),
         Layout.of(output),
         geometry,
-        # the sum runs over pixels, which do not lie along memory: not for float32
+        # the sum runs over pixels, which are not contiguous: not for TF32
         _processors("ieee", input, output, grad_output, output.shape[1]),
         launch.input_precision(input.dtype, "conv"),
     )

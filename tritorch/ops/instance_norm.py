@@ -198,7 +198,7 @@ def _checked(
         checks.fail(RuntimeError, _OP, rule, input=input)
     vectors = {**running, "weight": weight, "bias": bias}
     for name, vector in vectors.items():
-        # of an empty input torch asks nothing of them
+        # for an empty input torch does not check them
         if vector is not None and math.prod(vector) != input[1] and 0 not in input:
             rule = f"{name} must have {input[1]} elements"
             checks.fail(RuntimeError, _OP, rule, input=input, **{name: vector})

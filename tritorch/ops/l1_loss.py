@@ -40,7 +40,7 @@ def huber_loss_reference(
     weight: Tensor | None = None,
 ) -> Tensor:
     """d^2 / 2 of a distance d below delta, else delta * (d - delta / 2), times the weight."""
-    # likewise
+    # torch's stub does not know of the weight
     return F.huber_loss(  # type: ignore[call-arg]
         input, target, reduction=reduction, delta=delta, weight=weight
     )

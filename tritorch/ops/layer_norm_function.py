@@ -23,7 +23,7 @@ _BACKWARD = "layer_norm_backward_kernel"
 
 
 class _Plan(NamedTuple):
-    """How programs share out the rows."""
+    """How programs divide the rows."""
 
     # shape of the sums of long rows, without which a tile holds whole rows
     row_sums: tuple[int, int, int] | None
@@ -77,7 +77,7 @@ def _plan_of(kernel: str, normalized: int, *tensors: Layout) -> _Plan:
 
 def _vector(rows: strided.Nest, columns: strided.Nest, itemsize: int) -> int:
     """Columns, 16 bytes at most, that lie together and aligned in every tensor, dense ones too."""
-    # the innermost dimension of the nest; behind it is padding
+    # the innermost dimension of the nest; those after it are padding of size 1
     inner = max((dim for dim, size in enumerate(columns.sizes) if size > 1), default=0)
     if any(along[inner] != 1 for along in columns.strides):
         return 1
@@ -119,7 +119,7 @@ def layer_norm_forward(
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    # of the size of one row: to copy the odd strided one is cheaper than to give each strides
+    # of the size of one row: copying a rare strided one is cheaper than strides for each
     return None if parameter is None else parameter.contiguous()
 
 

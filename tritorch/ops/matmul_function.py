@@ -18,11 +18,11 @@ from tritorch.ops.strided import Layout
 kernels = launch.kernels("matmul")
 reduce_kernels = launch.kernels("reduce")
 
-# slices of the inner axis that one program must have before it pays to split the axis over more
-# programs
+# slices of the inner axis that each program must have for split-K to pay
 _MIN_STEPS = 8
-# products for every number that is turned so that the kernel of Hopper takes it, which as estimated
-# pay for the copy half as often; and numbers that are copied in the time of a launch
+# float32 operands are copied into the order that the Hopper kernel takes where there are so many
+# products for each number copied (twice what the copy costs, by the estimate); and numbers that are
+# copied in the time of a launch
 _MIN_PRODUCTS = 512
 _LAUNCH = 2**20
 
@@ -83,7 +83,7 @@ def _matmul_outputs(
 def matmul_keeping(
     a: Tensor, b: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same, and what the activation was applied to, which the gradient of some needs."""
+    """The same, and the activation's input, which the gradients of some activations need."""
     y, before = _matmul_outputs(a, b, bias, activation)
     _launch(a, b, bias, activation, residual, y, before)
     return y, before
@@ -160,7 +160,7 @@ def _launch(
 
 
 class _Turned(NamedTuple):
-    """A plan of operands that lie along the inner axis once those of these are copied."""
+    """A plan for operands of which these are first copied to be contiguous along the inner axis."""
 
     a: bool
     b: bool
@@ -189,13 +189,13 @@ def _way(
 
 
 def _turned(a: Layout, b: Layout, processors: int, residual: Layout | None) -> _Turned | None:
-    """For float32 of which the kernel of Hopper takes copies; None where these would not pay."""
+    """A plan for the Hopper kernel on copies of float32 operands; None where they would not pay."""
     of_a, of_b = a.stride(-1) != 1, b.stride(-2) != 1
     copied = [one for one, copies in ((a, of_a), (b, of_b)) if copies]
     numbers = sum(math.prod(one.shape) for one in copied) + _LAUNCH * len(copied)
     if not copied or math.prod(a.shape) * b.shape[-1] < _MIN_PRODUCTS * numbers:
         return None
-    # of what is expanded a copy would take the memory that it saves
+    # a copy of an expanded operand would take the memory that expanding saves
     if any(0 in one.strides for one in copied):
         return None
     given = strided.dense(a) if of_a else a, _columns_first(b) if of_b else b
@@ -204,7 +204,7 @@ def _turned(a: Layout, b: Layout, processors: int, residual: Layout | None) -> _
 
 
 def _columns_first(b: Layout) -> Layout:
-    """Dense, with the elements of a column beside each other."""
+    """The dense layout with contiguous columns."""
     *batch, rows, columns = b.shape
     *steps, over_columns, _ = strided.dense(Layout((*batch, columns, rows), (), b.itemsize)).strides
     return Layout(b.shape, (*steps, 1, over_columns), b.itemsize)
@@ -219,7 +219,7 @@ def _plan(
     precision: str,
     residual: Layout | None = None,
 ) -> tuple[int, launch.Prepared]:
-    """Splits of the inner axis, and the launch; sums that are split have their epilogue later."""
+    """Splits of the inner axis, and the launch; split sums get their epilogue when added up."""
     batch = a.shape[0] if len(a.shape) == 3 else 1
     (m, k), n = a.shape[-2:], b.shape[-1]
     sizes = m, n, k, batch, a.itemsize
@@ -311,8 +311,10 @@ class MatmulSumming(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """activation(input @ weight.T + bias + residual); of an activation its output is kept, and the
-    value before it only where the output does not tell the derivative.
+    """activation(input @ weight.T + bias + residual).
+
+    For an activation the output is kept, or its input where the derivative does not follow from the
+    output.
     """
 
     @staticmethod
@@ -362,16 +364,14 @@ class Linear(torch.autograd.Function):
 def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     if len(shape) == 2:
         return rows
-    # no view: autograd forbids to change one in place that a Function returns
+    # not a view: autograd forbids in-place changes of a view that a Function returns
     shaped: Tensor = torch.ops.aten._unsafe_view.default(rows, shape)
     return shaped
 
 
 def rows_of(input: Tensor) -> Tensor:
-    # not -1, which stands for no number of rows where a row is empty
+    # not -1, which is ambiguous where a row is empty
     rows = math.prod(input.shape[:-1])
-    # a view unless the leading dimensions do not merge into one stride; there torch copies too,
-    # since a kernel
-    # over every stride pattern of the rows would gather what one copy makes contiguous for three
-    # products
+    # a view unless the leading dimensions do not merge into one stride; then a copy, as in torch: a
+    # kernel for every stride pattern would gather in three products what one copy makes contiguous
     return input.reshape(rows, input.shape[-1]) if input.dim() != 2 else input

@@ -1,7 +1,7 @@
-"""Decides about and launches matrix products of GPUs with a tensor memory accelerator.
+"""Plans and launches matrix products on GPUs with a tensor memory accelerator.
 
-Every operand is three-dimensional, (batch, rows, inner axis), the result (batch, rows, columns): so
-the kernel multiplies by the transpose of its second operand.
+Every operand is (batch, rows, inner axis) and the result (batch, rows, columns), so that the kernel
+multiplies by the transpose of its second operand.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ kernels = launch.kernels("matmul_tma")
 configs = launch.kernels("matmul_tma_configs")
 
 _DTYPES = (torch.float16, torch.bfloat16)
-# below it a product takes no longer than its launch
+# a smaller product takes no longer than its launch
 _MIN_PRODUCTS = 1 << 25
-# rows that waste half of the smallest tile of wgmma are columns of the transposed problem instead
+# so few rows, which waste half of wgmma's smallest tile, become columns of the transposed problem
 _FEW_ROWS = 32
-# sums of which one thread after the other would read one number at a time
+# from so many splits on, partial sums are added by a kernel that reads several at once
 _MANY_SPLITS = 8
 
 
 class Fill(NamedTuple):
-    """The result is every `step`-th entry of the first `row` of 2 * row, and zeros are the others:
-    an image of which a convolution with a stride of 2 reaches a quarter.
+    """The result is every `step`-th entry of the first `row` of 2 * row entries, and the others are
+    zero: an image of which a convolution with a stride of 2 reads a quarter.
     """
 
     step: int
@@ -55,15 +55,15 @@ class Plan(NamedTuple):
     # the kernel's integers but the last
     numbers: tuple[int, ...]
     splits: int
-    # tiles of rows, of whose columns a launch can write the moments
+    # tiles of rows whose column moments a launch can write; 0 if it cannot
     parts: int
-    # whether a launch is to sum up the rows of a
+    # whether a launch also sums the rows of a
     sums: bool
-    # where it writes parts of tiles into y
+    # the second launch of stream-K, where this one writes parts of tiles
     shared: SharedTiles | None
     config: Any
     constants: dict[str, Any]
-    # by epilogue, as they are asked for
+    # by epilogue, filled on demand
     launches: dict[tuple[Any, ...], launch.Prepared]
 
     def with_epilogue(
@@ -91,9 +91,9 @@ class Plan(NamedTuple):
 
 
 def processors(precision: str, *operands: Tensor) -> int:
-    """Multiprocessors of the GPU that multiplies these, or 0 where they are not for these kernels:
-    on another GPU, not of one dtype, of another than 16-bit numbers and float32 whose products have
-    the precision "tf32", or not on 16 bytes.
+    """Multiprocessors of the operands' GPU, or 0 where these kernels do not take them: another GPU,
+    different dtypes, a dtype other than 16 bits or float32 with the precision "tf32", or memory not
+    aligned to 16 bytes.
     """
     first = operands[0]
     dtype = first.dtype
@@ -104,7 +104,7 @@ def processors(precision: str, *operands: Tensor) -> int:
     for operand in operands:
         if operand.dtype != dtype or operand.data_ptr() % 16:
             return 0
-    # compiled or interpreted, a kernel is for the GPU that it was written for
+    # compiled or interpreted without a GPU, a kernel is for the GPU that it was written for
     return _device_processors(first.get_device()) if first.is_cuda else configs.MULTIPROCESSORS
 
 
@@ -124,8 +124,8 @@ def plan_matmul(a: Layout, b: Layout, count: int, residual: Layout | None) -> Pl
 
 
 def plan_with_sums(a: Layout, b: Layout, count: int) -> Plan | None:
-    """For a @ b of matrices and the sums of the rows of a in one launch; None where these are
-    better summed up apart.
+    """For a @ b of matrices and the sums of the rows of a in one launch; None where summing them
+    separately is better.
     """
     y = dense(Layout((a.shape[0], b.shape[1]), (), a.itemsize))
     given = _entries(a), _entries(b).transposed, _entries(y)
@@ -153,14 +153,14 @@ def plan(
 ) -> Plan | None:
     """How to multiply on `count` multiprocessors, or None if the kernel does not take it.
 
-    Of 4 bytes, numbers are float32 and their products TF32's.  b may have one entry for all of a.
-    `sums_batch`: the products of all entries are added.
-    `moments`: those of the columns are wanted, where the kernel can write them.  `sums`: so are
-    those of the rows of a, of one entry; None too where it does not pay.  `shares`: programs may
-    share tiles, of which no moments are known, of results without gaps.
+    An `itemsize` of 4 means float32, multiplied as TF32.  b may have one entry for all of a.
+    `sums_batch`: the products of all entries are added.  `moments`: those of the columns are
+    wanted, if the kernel can write them.  `sums`: the sums of the rows of a, of one entry, are
+    wanted; None also where that does not pay.  `shares`: programs may share tiles (stream-K), of
+    results without gaps and without moments.
     """
-    # wgmma transposes 16-bit numbers alone: a slice of others would pass through registers and back
-    # into shared memory, which the tensor cores wait for
+    # wgmma transposes only 16-bit operands: a slice of float32 would pass through registers and
+    # back into shared memory while the tensor cores wait
     if itemsize > 2 and not (a.runs_inside and b.runs_inside):
         return None
     entries, m, inner = a.shape
@@ -175,7 +175,7 @@ def plan(
     batch, k = (1, entries * inner) if sums_batch else (entries, inner)
     sizes = m, n, k, batch, b.shape[0] == 1, itemsize
     moments, may_share = moments and not swapped, (shares or sums) and not swapped
-    # on fewer multiprocessors some of the programs would take a turn of their own
+    # on fewer multiprocessors some of the programs would form a second wave
     may_share &= count >= configs.MULTIPROCESSORS
     config = _config(sizes, may_share, moments, residual is not None, sums)
     if config is None:
@@ -206,7 +206,7 @@ def plan(
         "B_TRANSPOSED": views[1].transposed,
         "SWAPPED": swapped,
         "SUMS_BATCH": sums_batch,
-        # columns of an image, whose pixels are neighbours in memory
+        # entries are columns of an image, whose pixels are neighbours in memory
         "BATCH_FIRST": batch > 1 and b.shape[0] == 1 and splits == 1,
         "FILLS": fill != _DENSE,
     }
@@ -225,7 +225,7 @@ def plan(
 def _config(
     sizes: tuple[Any, ...], may_share: bool, moments: bool, has_residual: bool, sums: bool
 ) -> Any:
-    """The configuration with what is wanted besides the product; None where sums do not pay."""
+    """The configuration for the product and its extras; None where `sums` do not pay."""
     m, n, k, *_, itemsize = sizes
     whole = config = launch.config(configs.matmul_tma_config, *sizes)
     if may_share:
@@ -251,7 +251,7 @@ def _num_programs(
         return shared_tiles.num_programs(config, itemsize)
     programs = min(tiles, count * int(configs.residents(config, itemsize, has_residual)))
     if form == "stationary":
-        # as many for every tile of b
+        # the same number for every tile of b
         programs = max(programs // columns, 1) * columns
     return programs
 
@@ -277,7 +277,7 @@ def _views(
     if config.kwargs["FORM"] == "even":
         stored = block_m, shared_tiles.COLUMNS
     residual_view = None
-    # that of a split is added with the sums
+    # with splits the residual is added with the partial sums
     if residual is not None and splits == 1:
         residual_view = residual.tiles(*stored, itemsize)
         if residual_view is None:
@@ -355,7 +355,7 @@ def _add_up(
     if plan.splits >= _MANY_SPLITS and bias is None and activation is None and residual is None:
         _plan_sum(y.numel(), plan.splits)(y, partial, y)
         return
-    # as it lies in memory, whatever torch calls its dimensions: a bias runs along the rows
+    # as it lies in memory, whatever its dimensions are: a bias runs along the rows
     columns = plan.numbers[0]
     rows = y.as_strided((y.numel() // columns, columns), (columns, 1))
     if residual is not None and residual.dim() > 2:

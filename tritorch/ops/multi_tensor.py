@@ -19,15 +19,16 @@ _Lists = TypeVar("_Lists", bound=tuple[list[Tensor], ...])
 
 
 def place(like: Tensor) -> Place:
-    """Where tables for tensors like this one are, and in which order their copies are made."""
+    """Device and stream of the tables for tensors like this one."""
     device = like.device
     return (device, torch.cuda.current_stream(device).cuda_stream if like.is_cuda else 0)
 
 
 def dense(params: Sequence[Tensor]) -> list[Tensor]:
-    """The parameters, copies of those whose memory has gaps.
+    """The parameters, or dense copies of those whose memory has gaps.
 
-    Elements are paired by their place in memory: strides would slow every model for a rare one.
+    Elements are paired by their position in memory: to support strides would slow every model for a
+    rare one.
     """
     return [
         param
@@ -38,8 +39,8 @@ def dense(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def paired(tensors: Sequence[Tensor], dense: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, copies of those that do not lie in memory like their dense parameter."""
-    # there are hundreds, and to ask each by a function of ours takes twice as long
+    """The tensors, or copies of those that are not laid out like their dense parameter."""
+    # there are hundreds, and a function call for each would take twice as long
     if [one.stride() for one in tensors] == [one.stride() for one in dense]:
         return list(tensors)
     return [_laid_out_like(*pair) for pair in zip(tensors, dense, strict=True)]
@@ -62,7 +63,7 @@ def _laid_out_like(tensor: Tensor, dense: Tensor) -> Tensor:
 
 
 def write_back(written: Sequence[Tensor], walked: Sequence[Tensor]) -> None:
-    """Copies what was walked in another layout back; autograd sees what has been written."""
+    """Copies results back from tensors in another layout; tells autograd of every write."""
     for tensor, copy in zip(written, walked, strict=True):
         if copy is not tensor:
             tensor.copy_(copy)
@@ -87,7 +88,7 @@ def table(device: torch.device, stream: int, *rows: tuple[int, ...]) -> Tensor:
 
 
 def addresses(tensors: Sequence[Tensor], count: int) -> tuple[int, ...]:
-    """Where they are, as a row of a table; zeros where there are none."""
+    """The tensors' addresses, as a row of a table; zeros if there are no tensors."""
     return tuple([tensor.data_ptr() for tensor in tensors]) or (0,) * count
 
 
@@ -97,9 +98,7 @@ def _upload(table: Tensor, device: torch.device) -> Tensor:
 
 
 def by_dtype_and_device(lists: _Lists) -> list[_Lists]:
-    """The parameters, the first of these lists, that one launch can take together, with what
-    belongs to them.
-    """
+    """The lists, split into groups that one launch can take; the first list is the parameters."""
     groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index, param in enumerate(lists[0]):
         groups.setdefault((param.dtype, param.device), []).append(index)
@@ -109,7 +108,7 @@ def by_dtype_and_device(lists: _Lists) -> list[_Lists]:
 
 
 def chosen(lists: _Lists, indices: Sequence[int]) -> _Lists:
-    """Of each list the tensors of these numbers; of an empty one none."""
+    """The tensors with these indices from each list; empty lists stay empty."""
     kind: Any = type(lists)
     picked: _Lists = kind(*([some[i] for i in indices] if some else [] for some in lists))
     return picked
@@ -118,8 +117,8 @@ def chosen(lists: _Lists, indices: Sequence[int]) -> _Lists:
 def check_lists(
     op: str, params: Sequence[Tensor], written: Sequence[Tensor], **others: Sequence[Tensor]
 ) -> None:
-    """ValueError or RuntimeError unless there is a tensor like each parameter in every list, and
-    what is written can be.
+    """ValueError or RuntimeError unless every list has a tensor of each parameter's shape and
+    device, and tensors to be written can be.
     """
     shapes, devices = ([getattr(one, name) for one in params] for name in ("shape", "device"))
     for name, tensors in others.items():
@@ -138,7 +137,7 @@ def check_lists(
 
 
 def declined(params: Sequence[Tensor], others: Sequence[Tensor], what: str) -> str | None:
-    """Why no kernel takes parameters of one dtype with their gradients and `what` else there is."""
+    """Why no kernel takes parameters of one dtype with gradients and others, called `what`."""
     if {one.dtype for one in others} - {params[0].dtype}:
         return f"a gradient or {what} of another dtype than its parameter"
     if {one.layout for one in others} - {torch.strided}:
@@ -147,8 +146,8 @@ def declined(params: Sequence[Tensor], others: Sequence[Tensor], what: str) -> s
 
 
 def is_captured(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is recorded, which would outlive the table that it reads."""
-    # the compiler cannot trace the question, and knows the answer from the op's tag
+    """Whether a CUDA graph is being captured, which would outlive the table that it reads."""
+    # torch.compile cannot trace the check, and knows the answer from the op's tag
     if torch.compiler.is_compiling():
         return False
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -268,7 +268,7 @@ def nll_loss(
         return nll_loss_reference(x, target, w, ignore_index, reduction)
     if w is not None:
         checks.same_dtype_and_device(op, x, weight=w)
-        # to copy the odd strided one is cheaper than wide offsets of every class
+        # copying a rare strided one is cheaper than wide offsets for every class
         w = w.contiguous()
     y = target
     if input.dim() == 1:

@@ -109,7 +109,7 @@ def batch_norm(
     check_statistics("batch_norm", training, running_mean=running_mean, running_var=running_var)
     if residual is not None:
         checks.same_dtype_and_device("batch_norm", input, residual=residual)
-    # of an empty input nothing is to be normalised, and torch leaves the running statistics alone
+    # an empty input has nothing to normalise, and torch leaves the running statistics alone
     if input.numel() == 0 or not backend.runs_triton(
         "batch_norm", input, *vectors, residual, declined=declined
     ):
@@ -188,7 +188,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     # two slices of rows that end inside a tile, two tiles of channels
     yield sample("slices", 1200 // make.dtype.itemsize, 65)
     yield sample("pixel-slices", 3, 9, 2734 // make.dtype.itemsize)
-    # but in float64 two panels of the bits that relu's gradient goes by
+    # but in float64, two panels of the bits that relu's gradient needs
     yield sample("panels", 6, 128, activation="relu", residual=True)
     yield sample("one-channel", 67, 1, activation="relu")
     yield sample("two-values", 2, 4, eps=0.25)
@@ -206,7 +206,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield sample("empty", 0, 3, 4, 4, activation="relu", residual=True)
     yield sample("tiny", 3, 2, 2, gradcheck=True)
     yield sample("tiny-fused", 2, 2, 3, activation="relu", residual=True, gradcheck=True)
-    # the derivative is told by the residual, and by the output
+    # the derivative needs the residual, and the output
     yield sample("tiny-silu", 2, 2, 2, activation="silu", residual=True, gradcheck=True)
     yield sample("tiny-sigmoid", 2, 2, 2, activation="sigmoid", residual=True, gradcheck=True)
     yield sample("tiny-eval", 2, 2, 2, training=False, activation="relu", gradcheck=True)

@@ -25,7 +25,7 @@ from tritorch.ops.reduce import accumulator_dtype
 
 
 class BatchNorm(torch.autograd.Function):
-    """Keeps what `normalised` says."""
+    """Batch normalisation; `normalised` says what is kept for the gradients."""
 
     @staticmethod
     def forward(
@@ -45,7 +45,7 @@ class BatchNorm(torch.autograd.Function):
         if training:
             mean, var = batch_norm_stats(input, running_mean, running_var, momentum)
         elif any(wanted):
-            # a training step may move the running ones before this call's gradient needs them
+            # a training step may move the running statistics before this call's gradient needs them
             mean, var = torch.stack((running_mean, running_var)).unbind()
         else:
             mean, var = running_mean, running_var
@@ -56,7 +56,7 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # asked for once: checkpoints give them once
+        # read once: activation checkpoints allow no second read
         kept = ctx.saved_tensors
         return *gradients(ctx, ctx.needs_input_grad[:4], grad_output, *kept), *(None,) * 6
 
@@ -74,19 +74,19 @@ def normalised(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The output, and the tensors that the gradients `wanted` take, of the four that come first.
+    """The output, and the tensors that the gradients need; `wanted` says which of those of input,
+    weight, bias and residual are.
 
-    They are the input and, per channel, mean, variance and weight; less if the gradients allow it.
-    What an activation was applied to is computed again from these and the bias.  After a residual
-    one more tensor is kept, which torch's own activation would keep too: the output where that
-    tells the derivative, else the residual.  Of relu's output, `keeps_bits` says where, only a bit
-    of each element.
+    Kept are the input and, per channel, mean, variance and weight; fewer if the gradients allow it.
+    The activation's operand is computed again from these and the bias.  With a residual one more
+    tensor is kept, as torch's own activation would: the output where the derivative follows from
+    it, else the residual; where `keeps_bits` says so, only a bit of each element of relu's output.
     """
     of_input, of_weight, of_bias, _ = wanted
     given = input, residual, mean, var, weight, bias, eps, activation
     output: Tensor
     saved, computes_again = None, False
-    # what asks for no sums reads nothing but the output
+    # without sums the gradients read nothing but the output
     sums = of_weight or of_bias or (training and of_input)
     if sums and residual is not None and keeps_bits(input, residual, activation):
         output, saved = batch_norm_elemt_bits(*given)
@@ -115,7 +115,7 @@ def gradients(
     mean: Tensor,
     var: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Of input, weight, bias and residual, from what `normalised` told the context and kept."""
+    """Gradients of input, weight, bias and residual, from what `normalised` set and kept."""
     of_input, of_weight, of_bias, of_residual = wanted
     if not (of_input or of_weight or of_bias):
         if ctx.activation is None:
@@ -145,9 +145,9 @@ def gradients(
 
 
 class BatchNormBackward(torch.autograd.Function):
-    """Gradients of input, weight and bias, and with `saved` that before the activation.
+    """Gradients of input, weight and bias, and with `saved` the gradient before the activation.
 
-    Their own gradients are plain PyTorch's.
+    Gradients of these gradients are computed by plain PyTorch.
     """
 
     @staticmethod

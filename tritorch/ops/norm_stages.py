@@ -1,6 +1,6 @@
 """The stages of batch normalisation as library ops, named like torch's own.
 
-Each is a whole, so that a normalisation over several devices can put a reduction between them:
+They are separate, so that a normalisation over several devices can reduce between them:
 
     moments = batch_norm_moments(input)              # (3, C) on each device: one all-gather
     mean, var = batch_norm_gather_stats(moments of all, running_mean, running_var, momentum)
@@ -28,12 +28,12 @@ from tritorch.ops.reduce import ChannelSum, accumulator_dtype
 
 kernels = launch.kernels("norm_stats")
 
-# channels whose bits lie together: those of the widest tile
+# channels whose bits are stored together: as many as the widest tile has
 _PANEL = 64
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    # one value per channel: to copy the odd strided one is cheaper than to give each a stride
+    # one value per channel: copying a rare strided one is cheaper than a stride for each
     return None if tensor is None else tensor.contiguous()
 
 
@@ -53,7 +53,7 @@ def _stats_outputs(
 def batch_norm_stats(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel; moves the running ones once."""
+    """Mean and biased variance of each channel; moves the running statistics once."""
     mean, var = _stats_outputs(input, running_mean, running_var, momentum)
     _merge(_statistics(input), running_mean, running_var, mean, var, None, momentum)
     return mean, var
@@ -86,7 +86,7 @@ def _merge(
     tensors = statistics, running_mean, running_var, mean, var, moments
     run(statistics, *tensors, floats=(momentum,))
     for running in (running_mean, running_var):
-        # the dispatcher does not count what a kernel writes, and inference tensors are not counted
+        # the dispatcher does not see what a kernel writes; inference tensors have no version
         if running is not None and not running.is_inference():
             launch.count_write(running)
 
@@ -129,7 +129,7 @@ def _moments_output(input: Tensor) -> Tensor:
 def batch_norm_moments(input: Tensor) -> Tensor:
     """Mean, sum of squared deviations and count of each channel: (3, C) float32, or float64.
 
-    `input` is (N, C, ...) of any strides; without elements all three are 0, and weigh nothing.
+    `input` is (N, C, ...) of any strides; of an empty input all three are 0, and have no weight.
     """
     moments = _moments_output(input)
     if input.numel() == 0:
@@ -153,10 +153,11 @@ def _gather_outputs(
 def batch_norm_gather_stats(
     moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) over all parts of a batch; moves the running ones once.
+    """Mean and biased variance (C,) over all parts of a batch; moves the running statistics once.
 
-    `moments` is (parts, 3, C), what `batch_norm_moments` says of each part; their order decides how
-    the sums round.  The running variance moves towards the unbiased one of the whole.
+    `moments` is (parts, 3, C), the results of `batch_norm_moments` for the parts; their order
+    decides how the sums round.  The running variance moves towards the unbiased variance of the
+    whole batch.
     """
     mean, var = _gather_outputs(moments, running_mean, running_var, momentum)
     _merge(moments.contiguous(), running_mean, running_var, mean, var, None, momentum)
@@ -192,8 +193,8 @@ def batch_norm_elemt(
 def keeps_bits(input: Tensor, residual: Tensor, activation: str | None) -> bool:
     """Whether autograd keeps a bit of each element of the output, and not the output.
 
-    Of relu behind a residual they tell the derivative; they are packed where a thread has a whole
-    byte of them, or two threads do: up to 32 bits, and with the channels along memory.
+    The derivative of relu after a residual needs no more.  Bits are packed where one or two threads
+    have a whole byte of them: for dtypes of up to 32 bits, with contiguous channels.
     """
     return (
         activation == "relu"
@@ -269,9 +270,9 @@ def batch_norm_backward_reduce(
 ) -> tuple[Tensor, Tensor]:
     """Sums (2, C) of g and of g * normalised input; g is the gradient before the activation.
 
-    Without a residual `saved` is None, and the activation's operand is computed again.  With one it
-    is the output where `needs_output(activation)`, or the bits of `batch_norm_elemt_bits`, else the
-    residual, and g is returned too.
+    Without a residual `saved` is None, and the activation's operand is computed again.  With one,
+    `saved` is the output where `needs_output(activation)`, or the bits of `batch_norm_elemt_bits`,
+    else the residual, and g is returned too.
     """
     sums, masked = _reduce_outputs(grad_output, saved, input)
     written = None if saved is None else masked
@@ -314,8 +315,8 @@ def batch_norm_backward_elemt(
 
     `sums` are those of `batch_norm_backward_reduce` over `count` elements of each channel, or None
     where mean and variance do not depend on the input.  Where only the GPU knows the count, `sums`
-    are divided by it and `count` is 1.  `activation` is None for a gradient from before it, and
-    else its operand is computed again.
+    are divided by it and `count` is 1.  `activation` is None where `grad_output` is the gradient
+    before the activation; otherwise the activation's operand is computed again.
     """
     grad_input = grad_output.new_empty_strided(grad_output.shape, stride)
     walk = walk_of(GRAD_INPUT, grad_output, input, grad_input, activation=activation, count=count)

@@ -1,4 +1,4 @@
-"""How the programs of batch normalisation share out its tensors, and their launches."""
+"""How the programs of batch normalisation divide its tensors, and their launches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRAD_INPUT = "batch_norm_grad_input_kernel"
 
 
 class Walk(NamedTuple):
-    """How programs share out tensors of one shape."""
+    """How programs divide tensors of one shape."""
 
     # programs per block of channels
     slices: int
@@ -78,7 +78,7 @@ def _plan_walk(
         steps = kernels.num_steps(blocks * tiles)
     slices = math.ceil(tiles / steps)
     along = iter(nest.strides)
-    # of each tensor along the channels and along the nest; zeros for None
+    # strides of each tensor along the channels and along the nest; zeros for None
     strides: tuple[int, ...] = ()
     for tensor in tensors:
         strides += (0,) * 6 if tensor is None else (tensor.stride(1), *next(along))
@@ -110,7 +110,7 @@ def _vector(tensors: Sequence[Layout], nest: strided.Nest) -> tuple[int, int]:
     if all(stride == 1 for stride in along_channels):
         strides = (stride for along in nest.strides for stride in along)
         return 1, math.gcd(vector, tensors[0].shape[1], *strides)
-    # the innermost dimension of the nest; behind it is padding
+    # the innermost dimension of the nest; those after it are padding of size 1
     inner = max((dim for dim, size in enumerate(nest.sizes) if size > 1), default=0)
     if any(along[inner] != 1 for along in nest.strides):
         return 1, 1

@@ -131,7 +131,7 @@ def sgd_step(
 
     and param - lr * g without momentum.  The kernels keep all of it in float32 (float64 for
     float64) and round buffer and param once; torch's loop rounds after every operation.  Nothing is
-    recorded for autograd, and the version counters of what is written move.
+    recorded for autograd, and the version counters of written tensors increase.
 
     Args:
         params: any shapes, mixed dtypes; the kernels take float32, float16, bfloat16 and float64.

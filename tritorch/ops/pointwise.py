@@ -1,7 +1,7 @@
-"""Convolutions with filters of one pixel as matrix products: of a pixel's channels with the filter.
+"""1x1 convolutions as matrix products of pixels with the filter.
 
-With a stride of 2 the pixels of every column of the output are an entry of a batch: along a column
-one step of the output is two rows of the image, all of whose columns lie between them.
+With a stride of 2 each column of the output is an entry of a batch: neighbours in a column are two
+rows of the image apart, a constant stride.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def plan_convolve(
     moments: bool = False,
     residual: Layout | None = None,
 ) -> Plan | None:
-    """x @ weight.T, or the transposed convolution, on so many multiprocessors; None if not here."""
+    """x @ weight.T, or the transposed one, on `count` multiprocessors; None if it is no product."""
     if not _is_pointwise(weight, geometry):
         return None
     if residual is not None and not are_alike(residual, y):
@@ -55,7 +55,7 @@ def plan_convolve(
 def plan_grad_weight(
     grad_output: Layout, input: Layout, output: Layout, geometry: Geometry, count: int
 ) -> Plan | None:
-    """grad_output.T @ input, the gradient of the filter; None if not here."""
+    """grad_output.T @ input, the gradient of the filter; None if it is no product."""
     if not _is_pointwise(output, geometry):
         return None
     seen = _pixels(input, grad_output, geometry.stride)
@@ -93,7 +93,7 @@ def _pixels(
             Entries((1, rows, results), (0, results, 1)),
             None,
         )
-    # rows of the image come in pairs, or those of the next one would not be two rows away
+    # an odd number of rows would break the constant stride from one image to the next
     if stride != (2, 2) or h != 2 * p:
         return None
     return (

@@ -105,7 +105,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield Sample("dilation-loop", input=make(1, 2, 9, 8), stride=1, dilation=2, **three)
     yield Sample("ceil", input=make(2, 3, 8, 7), stride=2, ceil_mode=True, **three)
     yield Sample("gaps", input=make(1, 2, 11, 10), kernel_size=2, stride=3, ceil_mode=True)
-    # a last window would start in the padding behind the image
+    # a last window would start in the padding after the image
     yield Sample(
         "ceil-gaps", input=make(1, 2, 5, 6), kernel_size=2, stride=3, padding=1, ceil_mode=True
     )

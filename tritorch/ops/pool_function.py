@@ -23,7 +23,7 @@ window_kernels = launch.kernels("windows")
 def _outputs(
     input: Tensor, window: Window, size: Sequence[int], keep_taps: bool, return_indices: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, taps and indices; what is not asked for has no elements."""
+    """Values, taps and indices; empty where not wanted."""
     channels_last = is_channels_last(input)
     shape = (*input.shape[:2], *size)
     cells = math.prod(window[: len(size)])
@@ -78,7 +78,7 @@ def _plan_max_pool(
 
 
 def _adaptive(window: Window, sizes: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
-    """What tells kernels of images how windows lie."""
+    """The constants that tell the 2d kernels whether windows are adaptive."""
     if len(counts) == 3:
         return {}
     adaptive = windows.is_adaptive(window)
@@ -176,7 +176,7 @@ def _plan_gather(input: Layout, y: Layout, window: Window) -> launch.Prepared:
 
 
 class MaxPool(torch.autograd.Function):
-    """Keeps a byte of each output: which tap of its window was the largest."""
+    """Keeps the tap of each output, the place of the maximum in its window, mostly in one byte."""
 
     @staticmethod
     def forward(
@@ -187,7 +187,7 @@ class MaxPool(torch.autograd.Function):
         if keep_taps:
             _save(ctx, input, taps, window)
             ctx.mark_non_differentiable(indices)
-            # zeros for the gradient of the indices would be as large as they are
+            # zeros for the gradient of the indices would take as much memory as these
             ctx.set_materialize_grads(False)
         return output, indices
 
@@ -200,7 +200,7 @@ class MaxPool(torch.autograd.Function):
 
 
 class MaxPoolBackward(torch.autograd.Function):
-    """Sends the gradient of each output to the pixel that it came from."""
+    """Adds the gradient of each output to the pixel that was its maximum."""
 
     @staticmethod
     def forward(
@@ -223,7 +223,7 @@ class MaxPoolBackward(torch.autograd.Function):
 
 
 class MaxPoolGather(torch.autograd.Function):
-    """Reads at the pixels that the outputs came from: the transpose of `MaxPoolBackward`."""
+    """Reads the pixels that were the maxima: the transpose of `MaxPoolBackward`."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, taps: Tensor, window: Window) -> Tensor:
@@ -254,7 +254,7 @@ def _scatter(ctx: Any, grad_output: Tensor) -> Tensor:
 def max_pool(
     input: Tensor, window: Window, size: Sequence[int], return_indices: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The kernels' maxima of images or volumes, batched or not, whose arguments are checked."""
+    """Max pooling by the kernels, of images or volumes, batched or not; arguments are checked."""
     batched = input.dim() == len(size) + 2
     outputs: tuple[Tensor, Tensor]
     outputs = binding.apply(

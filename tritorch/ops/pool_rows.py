@@ -1,4 +1,4 @@
-"""Pooling of dense rows in whole vectors: which windows the kernels take, and their launches."""
+"""Pooling of contiguous rows in whole vectors: which windows these kernels take, and launches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def forward(
     sizes = (*_volume(input.shape[2:]), *_volume(y.shape[2:]), math.prod(y.shape))
     geometry = _geometry(window)
     if kernel.startswith("avg"):
-        # there is none of a mean
+        # average pooling has no dilation
         geometry = {name: value for name, value in geometry.items() if "DILATION" not in name}
     return _prepared(kernel, sizes, numbers, input, y, **geometry, **constants)
 
@@ -42,7 +42,7 @@ def backward(
     count_include_pad: bool = True,
     has_divisor: bool = False,
 ) -> launch.Prepared | None:
-    """The launch over the input's cells, likewise."""
+    """The launch over the input's cells, or None likewise."""
     if not _takes(window, (grad_input, grad_output)):
         return None
     sizes, counts = _volume(grad_input.shape[2:]), _volume(grad_output.shape[2:])

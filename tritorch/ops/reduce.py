@@ -33,7 +33,7 @@ def split_sum(
     """Adds `partial` (splits, elements) over its first dimension into the dense `output`, in order.
 
     A bias runs along the last dimension of a contiguous output.  A residual has the output's shape
-    and any strides.  `before`, like the output, takes the values before the activation.
+    and any strides.  `before`, laid out as `output`, takes the values before the activation.
     """
     row = (1, 1) if bias is None else (output.shape[-1], bias.stride(0))
     sizes = output.numel(), partial.shape[0], *row
@@ -127,7 +127,7 @@ def _plan_channel_sum(
 
 
 class ChannelSum(torch.autograd.Function):
-    """A sum: its gradient is an expanded view, its second gradient a sum again."""
+    """A sum: its gradient is an expanded view, whose gradient is a sum again."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, dim: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Images and matrices in another order of memory than a kernel takes, through copies in that order.
+"""Copies of images and matrices into the memory format that a kernel is fast with.
 
-Kernels that find the channels of a pixel beside each other are several times as fast as those that
-gather them, and with enough products for every number a copy costs less than that.  Of float32 the
-tensor cores of Hopper read nothing but what lies along the sum.
+Kernels are several times as fast where the channels of a pixel are contiguous as where they gather
+them; with enough products for each number a copy costs less than that.  In float32, Hopper's tensor
+cores need operands that are contiguous along the sum.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tritorch.ops.strided import Layout, is_wide
 
 kernels = launch.kernels("reorder")
 
-# products for every number that is copied: those of a 3x3 filter of 16 channels are just enough; of
-# gradients of filters as TF32, which are the portable kernel's with and without, more are
+# products for each number copied for a copy to pay: a 3x3 filter of 16 channels has just enough.
+# Gradients of filters in TF32 need more, since the portable kernel computes them in either order
 MIN_PRODUCTS = 64
 MIN_OF_FILTERS = 512
 

@@ -1,7 +1,7 @@
-"""Tiles of a matrix product that programs share: where that pays, and how their parts are added up.
+"""Stream-K: tiles of a matrix product that programs share, where that pays, and their addition.
 
-As many programs as the GPU has room for get even shares of all slices of all tiles. What one has of
-a tile is a part of it, and a second launch adds up the parts of each tile in their order.
+As many programs as the GPU has room for get equal shares of all slices of all tiles.  A program's
+share of a tile is a part, and a second launch adds up the parts of each tile in their order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tritorch.ops.matmul_entries import View
 kernels = launch.kernels("matmul_tma")
 configs = launch.kernels("matmul_tma_configs")
 
-# of the tiles whose parts one program adds up, lines of 128 bytes
+# columns of a tile whose parts one program adds up: lines of 128 bytes
 COLUMNS = 32
 
 
@@ -30,7 +30,7 @@ class SharedTiles(NamedTuple):
     # the kernel's integers but the last
     numbers: tuple[int, ...]
     constants: dict[str, Any]
-    # by epilogue, as they are asked for
+    # by epilogue, filled on demand
     launches: dict[tuple[Any, ...], launch.Prepared]
 
     def with_epilogue(self, activation: str | None, bias_stride: int) -> launch.Prepared:
@@ -54,7 +54,7 @@ class SharedTiles(NamedTuple):
 def choose(sizes: tuple[Any, ...]) -> Any:
     """The configuration of programs that share tiles, or None."""
     shares, whole = configs.matmul_tma_even_config, configs.matmul_tma_config
-    # what was measured, or is forced, no estimate replaces
+    # an estimate replaces nothing that was measured or is forced
     if launch.is_decided(whole, *sizes) and not launch.is_decided(shares, *sizes):
         return None
     config = launch.config(shares, *sizes)
@@ -65,7 +65,7 @@ def _fills(config: Any, m: int, n: int, k: int, batch: int, _: bool, itemsize: i
     """Whether there is a slice for every program, and the kernel can count them."""
     programs = num_programs(config, itemsize)
     if programs == 0:
-        # what a table or a caller says may have room nowhere
+        # a configuration from a table or a caller may not fit on any multiprocessor
         return False
     slices = configs.num_tiles(config, m, n) * batch * math.ceil(k / config.kwargs["BLOCK_K"])
     return bool(programs <= slices < 2**31 // programs)

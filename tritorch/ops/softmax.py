@@ -57,7 +57,7 @@ def _launch(kernel: str, dim: int, log: bool, *tensors: Tensor) -> None:
 def _plan(
     kernel: str, dim: int, log: bool, shape: tuple[int, ...], *of_tensors: tuple[int, ...]
 ) -> launch.Prepared:
-    # of a scalar every dimension is the only one
+    # a scalar has one value
     n = shape[dim] if shape else 1
     rest = [i for i in range(len(shape)) if i != dim]
     nest = strided.nest_of(
@@ -131,7 +131,7 @@ class SoftmaxBackward(torch.autograd.Function):
 
 
 class Softmax(torch.autograd.Function):
-    """Keeps the output alone."""
+    """Keeps only the output."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
@@ -153,22 +153,22 @@ class Softmax(torch.autograd.Function):
 def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """exp(input) / sum(exp(input)) along a dimension.
 
-    Rows of any length, in memory that does not grow with them; a dimension that is not the last
-    one is read by its strides.
+    Rows may have any length: the memory that a program needs does not grow with them.  A dimension
+    other than the last is read by its strides.
 
     Args:
         input: any shape and strides; float32, float16, bfloat16 or float64 for the kernels, other
             dtypes take the reference path.
-        dim: the dimension that is summed over; without it torch's choice, with torch's warning.
-        dtype: what the input is read as, and the dtype of the result.
+        dim: the dimension that is summed over; None for torch's choice, with torch's warning.
+        dtype: the dtype of the result, to which the input is converted first.
 
     Returns:
         A contiguous tensor of the input's shape.  CUDA autocast makes it float32 where no dtype is
         given, as torch's.
 
     Raises:
-        IndexError: `dim` is none of the input's.
-        TypeError: `input` is not a tensor, `dim` no integer, `dtype` none of torch's.
+        IndexError: `dim` is not a dimension of the input.
+        TypeError: `input` is not a tensor, `dim` not an integer, `dtype` not a torch dtype.
 
     Source: `torch.nn.functional.softmax`.
     """
@@ -229,7 +229,7 @@ def _declined(input: Tensor, dtype: torch.dtype | None) -> str | None:
 
 def _samples(make: Maker) -> Iterator[Sample]:
     yield from _log_samples(make)
-    # what is read and written where, which the logarithm shares
+    # layouts and sizes, for which log_softmax runs the same code
     yield Sample("scalar", input=make(), dim=-1, dtype=None)
     yield Sample("no-rows", input=make(0, 3), dim=-1, dtype=None)
     yield Sample("no-values", input=make(3, 0), dim=1, dtype=None)

@@ -24,7 +24,7 @@ weight_kernels = launch.kernels("conv_weight")
 
 # channels of a pixel, of which four are packed
 MAX_CHANNELS = 4
-# packed pixels beside each other that the view has as one
+# neighbouring packed pixels that the view presents as one
 _MAX_COLUMNS = 4
 _UNIT = Geometry((1, 1), (0, 0), (1, 1), 1)
 

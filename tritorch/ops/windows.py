@@ -1,6 +1,4 @@
-"""Windows over sequences, images and volumes: their arguments, outputs, and launches over pixels
-and channels.
-"""
+"""Pooling windows over sequences, images and volumes: arguments, output sizes, launches."""
 
 from __future__ import annotations
 

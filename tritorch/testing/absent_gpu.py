@@ -1,4 +1,4 @@
-"""The GPU that is not there: what host code is told that asks for one."""
+"""A stand-in for an absent GPU: the answers that host code gets when it asks for one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _L2 = 50 << 20
 
 
 def target() -> dry.Target:
-    """The GPU that user code is told of."""
+    """The GPU that user code is told it has."""
     return dry.active() or dry.TARGETS["sm_90"]
 
 
@@ -32,7 +32,7 @@ class Device(contextlib.nullcontext[None]):
 
 
 class Stream:
-    """A stream of the GPU that is not there: what is put on it has happened already."""
+    """A stream of the absent GPU: work put on it has already finished."""
 
     cuda_stream = stream_id = device_index = priority = 0
     device = DEVICE
@@ -106,7 +106,7 @@ def _properties(device: object = None) -> SimpleNamespace:
         warp_size=gpu.warp_size,
         shared_memory_per_block=48 << 10,
         shared_memory_per_block_optin=gpu.shared_memory,
-        # the system keeps one KiB of each block's
+        # the driver reserves one KiB of each block's
         shared_memory_per_multiprocessor=gpu.shared_memory + 1024,
         L2_cache_size=_L2,
         gcnArchName=str(gpu.arch),

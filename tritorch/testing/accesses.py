@@ -23,9 +23,9 @@ Array = npt.NDArray[Any]
 # the part of an access that lies in one storage: its lanes
 Part = tuple[Extent, Storage, Array]
 
-# a tile of atomics with more lanes than this orders nothing: locks and counters are few
+# a tile of more atomics than this is no synchronisation: locks and counters have few lanes
 _MOST_LOCKS = 64
-# no tensor is below
+# no tensor lies below this address
 _NULL_PAGE = 4096
 
 # set by `watch`: triton.runtime.interpreter and triton.language, what the functions here replace,
@@ -289,7 +289,7 @@ def _on_read(part: Part, addresses: Array, size: int, place: Place, volatile: bo
     extent, storage, lanes = part
     here = addresses[lanes]
     index = storage.elements(here, size)
-    # who polls acquires what was released there
+    # a program that polls acquires what was released there
     polls = _ordering is not None or (volatile and addresses.size <= _MOST_LOCKS)
     _report_unwritten(storage, index, extent, lanes, place)
     conflict = active.races.read(storage, index, place, atomic=polls)

@@ -26,11 +26,11 @@ _WARM_UPS = 3
 
 
 class NotCaptured(cases.Refused):
-    """A call cannot be captured in a CUDA graph, which nobody has promised: says why."""
+    """A call cannot be captured in a CUDA graph, which it need not be: says why."""
 
 
 def cuda_graph(subject: Subject, case: Case) -> list[Finding]:
-    """A captured call, replayed after other numbers were written into its arguments, is theirs.
+    """A captured call, replayed with other numbers in its arguments, gives the result of those.
 
     Raises NotCaptured where there is no such call.
     """
@@ -88,7 +88,7 @@ def side_stream(subject: Subject, case: Case) -> list[Finding]:
 
 
 def _stale(tensor: Tensor) -> Tensor:
-    """What nobody may read: NaN, or an index that is valid at least."""
+    """What must not be read: NaN, or for an index at least a valid one."""
     return torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0)
 
 

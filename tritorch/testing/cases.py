@@ -47,7 +47,7 @@ class Outcome:
 
 
 class Mutated(AssertionError):
-    """A call wrote into an argument that it must leave alone: `finding` says who did."""
+    """A call wrote into an argument that it must not change: `finding` says which store did."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding.message)
@@ -116,7 +116,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory is NaN (integers: the largest), so that an element nobody wrote shows."""
+    """Fresh memory is NaN (integers: the largest), so that an unwritten element shows."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -165,7 +165,7 @@ def run(
         outputs = outputs_of(call(function, given), spec.name)
         grads = differentiate(outputs, given, grad_outputs)
         if any(tensor.is_cuda for value in given.values() for tensor in tensors_of(value)):
-            # a fault of a GPU is told to whoever waits for it: here it is this function's
+            # a GPU error is raised where the host next waits: here, it is this function's
             torch.cuda.synchronize()
 
     for name, value in given.items():

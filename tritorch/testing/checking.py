@@ -48,9 +48,9 @@ def check(
 ) -> Report:
     """Runs `fn` through the battery beside `reference`, and says what it found.
 
-    Without a GPU the kernels are interpreted, every access watched, and compiled for `targets`;
-    nothing of `fn`'s has to change: `@triton.autotune`, descriptors, a hard-coded `device="cuda"`
-    work.  Tensors of the caller are copied, never written.
+    No GPU is needed: the kernels are interpreted, with every memory access watched, and compiled
+    for `targets`.  `fn` need not change: `@triton.autotune`, descriptors and a hard-coded
+    `device="cuda"` work.  Tensors of the caller are copied, never written.
 
     Args:
         fn: a function of tensors, or its name: "package.module:function",
@@ -59,35 +59,35 @@ def check(
             `reference` in fn's module.
         samples: what the arguments look like, as text ("x[M, K] weight[N, K] eps=1e-5": see
             `tritorch.testing.inputs`), a function from a `Maker` to samples or dicts of arguments,
-            or a list of calls, dicts or tuples, whose shapes are then what is tried.  None: the
-            text INPUTS of fn's module, else a guess, which the report names.
+            or a list of calls, dicts or tuples, whose shapes are then tried.  None: the text INPUTS
+            of fn's module, else a guess, which the report names.
         level: "quick" for seconds, "full" for minutes, "soak" for a night.
-        seed: of every number; the same seed gives the same cases.
-        case: the id of one case, to run it alone, or what a reproduction has in its place: the case
-            in words.
-        dtypes: what is tried of float32, float16, bfloat16 and float64.  None: the first three, as
-            far as the reference takes them.
+        seed: of all random numbers; the same seed gives the same cases.
+        case: the id of the only case to run, or the case as a mapping, as reproductions have it.
+        dtypes: which of float32, float16, bfloat16 and float64 are tried.  None: the first three,
+            as far as the reference takes them.
         gradients: the arguments with a gradient.  None: as the reference has them.
         mutates: the arguments that fn may write.  None: those that the reference writes.
         non_finite: the arguments in which NaN and infinities are tried.  None: every one.
-        accuracy: by which rule rounding is judged; None: found out from the reference.
-        contract: "tf32" where float32 products may be TF32's, "ieee" where not.
-        targets: GPUs to compile for, of "sm_80", "sm_90", "sm_100" and "gfx942"; none: not at all.
+        accuracy: the rule by which rounding is judged, "exact", "multilinear" or "composite".
+            None: derived from the reference.
+        contract: "tf32" allows TF32 for float32 products, "ieee" does not.
+        targets: GPUs to compile for, of "sm_80", "sm_90", "sm_100" and "gfx942"; may be empty.
         device: "cuda" runs on a GPU instead.  None: "cpu", interpreted.
-        timeout: seconds that one case may take before it counts as hung, in a process of its own.
-        reproductions: a folder for scripts that show one finding each; made if need be.
-        on_event: hears of every case before it starts, and of what came of it.
+        timeout: seconds after which a case in a separate process counts as hung.
+        reproductions: a folder for scripts that show one finding each; created if needed.
+        on_event: called with an event before each case, and with its outcome.
 
     Returns:
         A `Report`: `findings`, `ok`, `str()` of it for people, `to_json()` for programs.
 
     Raises:
-        RequestError: a ValueError: a name that is not there, an option that is not known, inputs
-            that cannot be read or guessed, a reference that refuses them.
-        InternalError: a RuntimeError: these checks failed themselves, before they could begin.
-        RuntimeError: `fn` is known to this process alone, which does not interpret kernels; or a
-            file that is checked calls `check` while it is imported.
-        OSError: `reproductions` is no folder to write in.
+        RequestError: a ValueError: a name that does not exist, an unknown option, inputs that
+            cannot be read or guessed, a reference that refuses them.
+        InternalError: a RuntimeError: the checks themselves failed before they could begin.
+        RuntimeError: `fn` cannot be imported by another process, and this one does not interpret
+            kernels; or a file under check calls `check` while it is imported.
+        OSError: `reproductions` is not a writable folder.
     """
     if os.environ.get(supervise.CHILD):
         raise RuntimeError(

@@ -97,7 +97,7 @@ class Run:
             part, request, timeout=self.timeout, on_event=hear, unwanted=self.unwanted
         ):
             self.ended.append((finding, doing))
-            # how many there are to compile nobody knows before
+            # how many there are to compile is not known beforehand
             self.cut_short |= {LIMITS: math.inf} if compiles else self.planned
 
     def _say(self, event: str, **fields: Any) -> None:

@@ -1,4 +1,4 @@
-"""What compilers write to standard error, of which Triton's exceptions know nothing."""
+"""What compilers write to standard error, which Triton's exceptions do not contain."""
 
 from __future__ import annotations
 

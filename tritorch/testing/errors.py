@@ -55,10 +55,10 @@ def is_internal(error: BaseException) -> bool:
     by_user = any(_is_users(frame) for frame, _ in frames)
     frame, instruction = frames[-1]
     if _is_labs(_module(frame)):
-        # an assertion without words is meant for nobody
+        # an assertion without a message says nothing to a user
         said = by_user and bool(cause.args) and _raises(frame, instruction)
         return not said and not _hands_on(frame)
-    # torch or Triton, when nobody's code but the checks' has called it
+    # torch or Triton, called by no code but the checks'
     return not by_user and not any(_hands_on(frame) for frame, _ in frames)
 
 

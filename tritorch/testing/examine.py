@@ -77,9 +77,9 @@ class Examination(Schedule):
         on_step: Callable[[Step], None] = lambda step: None,
         on_plan: Callable[[dict[str, int]], None] = lambda cases: None,
     ) -> Iterator[Outcome]:
-        """Runs every step; `on_step` hears of each before it starts.
+        """Runs every step; `on_step` is called with each before it starts.
 
-        `on_plan` hears how many each section has, as far as it is known before the first.
+        `on_plan` is called with the number of steps of each section, as far as known at the start.
         """
         with hosting.hosted() as self._host:
             # filled by the launches

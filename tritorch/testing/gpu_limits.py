@@ -1,7 +1,7 @@
-"""What a user's kernels ask of GPUs that are not there: compiled for each, held to its limits.
+"""Compiles a user's kernels for GPUs that are not present, and checks them against their limits.
 
 Needs a process that compiles (`dry`).  Nothing runs: what kernels should have written is zero, so
-host code that looks at results takes the way of zeros.
+host code that branches on results sees zeros.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def limits(
 
     `call`: a call of the user's function on CPU or meta tensors.  `targets`: names of
     `dry.TARGETS`; other GPUs than these two are for kernels that claim to run there, since lists of
-    configurations are made for one vendor.  `contract` "tf32" lets float32 products be TF32's.
-    `on_compile` hears the target, the kernel and its configuration before each compilation.
+    configurations are made for one vendor.  `contract` "tf32" allows TF32 for float32 products.
+    `on_compile` is called with target, kernel and configuration before each compilation.
 
     Finds "compilation" and "tile" with the line, "resources" (shared memory, registers, threads;
     spills where no configuration is without) and "tf32" with the line of the product.  A

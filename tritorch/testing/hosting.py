@@ -271,7 +271,7 @@ def load(target: str) -> Any:
 
 
 def function(target: str, command: str) -> loading.Named:
-    """The same for a target that must be called; `command` is who says so in a RequestError."""
+    """The same for a target that must be callable; `command` begins the RequestError's message."""
     found = named(target)
     if _is_kernel(found.value):
         raise RequestError(

@@ -1,4 +1,4 @@
-"""Who wrote into an argument that a call must leave alone."""
+"""Finds what wrote into an argument that a call must not change."""
 
 from __future__ import annotations
 

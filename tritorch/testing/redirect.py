@@ -33,7 +33,7 @@ _depth: int = 0
 
 @contextlib.contextmanager
 def redirected() -> Iterator[None]:
-    """Gives the CPU to whoever asks for CUDA inside the block; does nothing where there is CUDA.
+    """Code that asks for CUDA gets the CPU inside the block; does nothing where there is CUDA.
 
     A factory's or a conversion's device, `Tensor.cuda`, `Module.cuda`, `torch.cuda`'s functions,
     autocast and Triton's active driver are redirected.  `x.is_cuda` is True and `x.device` cuda:0

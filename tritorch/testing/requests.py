@@ -198,9 +198,9 @@ def _call(fn: Callable[..., Any], one: Any) -> dict[str, Any]:
 
 
 def own_op(name: str, command: str = "check") -> OpSpec | None:
-    """The op of tritorch's own of that name, None where the name is another's.
+    """tritorch's op of that name; None for a name with a colon, which is not an op's.
 
-    `command` is who says in a RequestError that there is none.
+    `command` begins the message of the RequestError for an unknown op.
     """
     if ":" in name:
         return None
@@ -217,7 +217,7 @@ def own_op(name: str, command: str = "check") -> OpSpec | None:
 
 
 def dtype_of(name: str, command: str = "check") -> torch.dtype:
-    """float32, or fp32 as many write it; `command` is who refuses another in a RequestError."""
+    """The dtype of that name, "fp32" or "float32"; `command` begins a RequestError's message."""
     short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
     dtype = getattr(torch, short.get(name, name), None)
     if not isinstance(dtype, torch.dtype):

@@ -193,7 +193,7 @@ class Storage:
         return self.reader
 
     def unwritten(self, index: Array, version: int | None) -> Array | None:
-        """Which of the elements nobody wrote, neither a kernel nor torch; None for none of them.
+        """Which of the elements neither a kernel nor torch has written; None if there are none.
 
         `version`: torch's count of changes; None where it keeps none.
         """

@@ -98,7 +98,7 @@ def _allocating(owner: Any, name: str) -> Callable[..., Any]:
 
 
 def _data_ptr(self: Any) -> Any:
-    # who asks may put the address into a table
+    # the caller may put the address into a table
     accesses.active.memory.note(self)
     return accesses.originals["data_ptr"](self)
 

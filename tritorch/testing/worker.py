@@ -1,8 +1,8 @@
 """The process that a part of a check runs in: `python -m tritorch.testing.worker PART TRACE FD`.
 
 Reads a request as JSON from stdin and writes events, one JSON object a line, to the file descriptor
-FD.  Where it is when it dies, or is asked by SIGUSR1, goes to the file TRACE.  It ends with whoever
-reads the events.
+FD.  When it dies, or receives SIGUSR1, it writes its traceback to the file TRACE.  It ends when the
+reader of the events does.
 """
 
 from __future__ import annotations
