@@ -290,11 +290,11 @@ def _unwritable(folder: Path) -> str:
 
 
 def _asked(question: str, **variables: str) -> dict[str, Any]:
-    """What `doctor_probes` answers in a process of its own, which may die."""
+    """What `doctor.probes` answers in a process of its own, which may die."""
     if importlib.util.find_spec("torch") is None:
         raise RuntimeError("torch is not installed")
     command = [sys.executable, "-m", "tritorch.doctor.probes", question]
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(

@@ -77,7 +77,8 @@ def conv2d(
         Q likewise; channels_last if the input or the weight is.  Sums are kept in float32 (float64
         for float64); float32 products use TF32 where `torch.backends.cudnn` allows it.  Gradients
         have the memory format of their tensors.  Padding is multiplied as zeros: an infinite weight
-        gives NaN at the border of the output, as in torch, and of the gradient of the input.
+        gives NaN at the border of the output, as in torch, and of the gradient of the input, but
+        where a kernel for Hopper leaves out a tap that reads only padding for a whole tile.
 
     Raises:
         RuntimeError: sizes, channels or groups that do not match, a filter larger than the padded
