@@ -1,10 +1,14 @@
 """`tritorch doctor` answers whatever happens."""
 
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import tritorch
 from tritorch import doctor
 from tritorch.cli import main
 
@@ -104,3 +108,16 @@ def test_interpreting_is_pointed_out(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     (answer,) = doctor.settings()
     assert answer.state == "ok"
+
+
+def test_probes_ask_the_tritorch_that_asks(monkeypatch):
+    """Whatever else is installed, and wherever the command runs."""
+    found = []
+
+    def run(command, env, **_):
+        found.append(Path(env["PYTHONPATH"].split(os.pathsep)[0]))
+        return subprocess.CompletedProcess(command, 0, "{}", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    doctor._asked("anything")
+    assert found[0] / "tritorch" == Path(tritorch.__file__).resolve().parent
