@@ -13,14 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tritorch.cli import results
-from tritorch.cli.options import finite, percent
+from tritorch.cli.options import finite, percent, stop, words
 from tritorch.cli.results import (
     SLOWER,
     UNABLE,
     USAGE,
     check_free,
     output,
-    stop,
     write,
 )
 
@@ -50,16 +49,12 @@ bench.add_command(results.compare)
 bench.add_command(results.show)
 
 
-def _words(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in value.split(",") if word.strip())
-
-
 @bench.command("run")
 @click.argument("targets", nargs=-1, metavar="[OP | MODULE:FUNCTION]...")
 @click.option(
     "--pass",
     "passes",
-    callback=_words,
+    callback=words,
     default="",
     metavar="A,B",
     help="forward, backward, both.  [all that there are]",
@@ -68,7 +63,7 @@ def _words(context: click.Context, option: click.Parameter, value: str) -> tuple
 @click.option(
     "--vs",
     "beside",
-    callback=_words,
+    callback=words,
     default="peers",
     show_default=True,
     metavar="A,B",

@@ -16,19 +16,12 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from tritorch.cli.options import check_folder, finite
+from tritorch.cli.options import check_folder, finite, stop, words
 
 if TYPE_CHECKING:
     from tritorch.testing.report import Report
 
 _FOUND, _USAGE, _UNABLE = 1, 2, 3
-
-
-def _names(context: click.Context, option: click.Parameter, value: str | None) -> Any:
-    """Comma-separated words."""
-    if value is None:
-        return None
-    return tuple(word.strip() for word in value.split(",") if word.strip())
 
 
 @click.command()
@@ -56,12 +49,12 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
     "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of every number."
 )
 @click.option("--case", default="", metavar="ID", help="Run this one case alone.")
-@click.option("--dtypes", callback=_names, metavar="A,B", help="float32, float16, bfloat16, ...")
-@click.option("--gradients", callback=_names, metavar="A,B", help="Arguments with a gradient.")
-@click.option("--mutates", callback=_names, metavar="A,B", help="Arguments that it may write.")
+@click.option("--dtypes", callback=words, metavar="A,B", help="float32, float16, bfloat16, ...")
+@click.option("--gradients", callback=words, metavar="A,B", help="Arguments with a gradient.")
+@click.option("--mutates", callback=words, metavar="A,B", help="Arguments that it may write.")
 @click.option(
     "--non-finite",
-    callback=_names,
+    callback=words,
     metavar="A,B",
     help="Arguments in which NaN and infinities are tried; '' for none.  [all]",
 )
@@ -75,7 +68,7 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
 @click.option(
     "--arch",
     "targets",
-    callback=_names,
+    callback=words,
     default="sm_80,sm_90",
     show_default=True,
     metavar="A,B",
@@ -136,7 +129,7 @@ def check(target: str, json_file: Path | None, force: bool, **options: Any) -> N
         if options[name] is not None and not options[name].strip():
             raise click.UsageError(f"--{name} is empty: leave it out to have it found")
     if importlib.util.find_spec("triton") is None:
-        _stop("tritorch check needs Triton: pip install triton", _UNABLE)
+        stop("tritorch check needs Triton: pip install triton", _UNABLE)
     from tritorch.testing import dry
     from tritorch.testing.checking import check as run
     from tritorch.testing.errors import RequestError
@@ -149,7 +142,7 @@ def check(target: str, json_file: Path | None, force: bool, **options: Any) -> N
         import torch
 
         if not torch.cuda.is_available():
-            _stop("--device cuda: torch finds no GPU", _UNABLE)
+            stop("--device cuda: torch finds no GPU", _UNABLE)
     from tritorch.testing.requests import dtype_of
 
     console = Console(stderr=str(json_file) == "-", highlight=False, soft_wrap=True, emoji=False)
@@ -160,22 +153,17 @@ def check(target: str, json_file: Path | None, force: bool, **options: Any) -> N
             samples = options.pop("inputs")
             report = run(target, samples=samples, on_event=on_event, **options)
     except RequestError as error:
-        _stop(f"{error}", _USAGE)
+        stop(f"{error}", _USAGE)
     except ChildError as error:
-        _stop(f"the check itself failed: {error}", _UNABLE)
+        stop(f"the check itself failed: {error}", _UNABLE)
     except Exception:
-        _stop(f"the check itself failed: {traceback.format_exc()}", _UNABLE)
+        stop(f"the check itself failed: {traceback.format_exc()}", _UNABLE)
     _show(report, console)
     if json_file is not None:
         _write(report, json_file, force)
     if report.mistakes:
         sys.exit(_UNABLE)
     sys.exit(0 if report.ok else _FOUND)
-
-
-def _stop(message: str, status: int) -> Any:
-    click.echo(f"Error: {message}", err=True)
-    sys.exit(status)
 
 
 @contextlib.contextmanager

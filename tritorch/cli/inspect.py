@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from tritorch.cli.options import check_folder
+from tritorch.cli.options import check_folder, stop, words
 
 _USAGE, _UNABLE = 2, 3
 _KIND = "inspect"
@@ -26,23 +25,19 @@ _ESTIMATED = "estimate: what the launch should take by its code and grid; nothin
 _WIDTH = 180
 
 
-def _names(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in value.split(",") if word.strip())
-
-
 @click.command()
 @click.argument("target", required=False)
 @click.option(
     "--arch",
     "targets",
-    callback=_names,
+    callback=words,
     default="sm_90",
     show_default=True,
     metavar="A,B",
     help="GPUs to compile for: sm_80, sm_90, sm_100, gfx942.",
 )
 @click.option(
-    "--dtypes", callback=_names, default="", metavar="A,B", help="float32, bfloat16, ...  [float16]"
+    "--dtypes", callback=words, default="", metavar="A,B", help="float32, bfloat16, ...  [float16]"
 )
 @click.option(
     "--tf32", is_flag=True, help="Products of float32 may be TF32's, as torch's flags can say."
@@ -55,7 +50,7 @@ def _names(context: click.Context, option: click.Parameter, value: str) -> tuple
     "[INPUTS beside it, else a guess by the reference beside it]",
 )
 @click.option(
-    "--gradients", callback=_names, default="", metavar="A,B", help="Its arguments with a gradient."
+    "--gradients", callback=words, default="", metavar="A,B", help="Its arguments with a gradient."
 )
 @click.option("--calls", default="", metavar="TEXT", help="Part of the name of an op's workloads.")
 @click.option("--kernel", default="", metavar="TEXT", help="Part of the name of the kernels.")
@@ -158,7 +153,7 @@ def _answer(
     if not rows:
         named = [f"--{n} {options[n]}" for n in ("calls", "kernel") if options[n]]
         which = f" with {' '.join(named)}" if named else ""
-        _stop(f"{target} launches no kernel{which}", _UNABLE)
+        stop(f"{target} launches no kernel{which}", _UNABLE)
     if options["stages"]:
         _emit(found, options["stages"], options["out"], console)
     elif diff:
@@ -192,9 +187,9 @@ def _check(
         if told:
             raise click.UsageError(f"--json holds the report of a TARGET, not {' or '.join(told)}")
     if importlib.util.find_spec("triton") is None:
-        _stop("tritorch inspect needs Triton: pip install triton", _UNABLE)
+        stop("tritorch inspect needs Triton: pip install triton", _UNABLE)
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
-        _stop("TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it", _UNABLE)
+        stop("TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it", _UNABLE)
     from tritorch.testing import dry
 
     unknown = sorted(set(options["targets"]) - dry.TARGETS.keys())
@@ -231,9 +226,9 @@ def _inspected(target: str, options: dict[str, Any]) -> list[Any]:
                             tables=options["configs"] == "all",
                         )
     except RequestError as error:
-        _stop(f"{error}", _USAGE)
+        stop(f"{error}", _USAGE)
     except dry.CompileError as error:
-        _stop(f"{error}", _UNABLE)
+        stop(f"{error}", _UNABLE)
     return [one for one in found if options["kernel"] in one.label.kernel]
 
 
@@ -253,7 +248,7 @@ def _why(options: dict[str, Any], console: Console) -> None:
                 for line in decisions.lines(decisions.decisions(op, shape, arch, dtype)):
                     console.print(line, soft_wrap=True)
     except RequestError as error:
-        _stop(f"{error}", _USAGE)
+        stop(f"{error}", _USAGE)
 
 
 def _rank(target: str, options: dict[str, Any], console: Console) -> None:
@@ -269,7 +264,7 @@ def _rank(target: str, options: dict[str, Any], console: Console) -> None:
         dtypes = [requests.dtype_of(name, _KIND) for name in options["dtypes"]] or [torch.float16]
         specs = inspection.own_ops([] if target == "all" else [target])
     except RequestError as error:
-        _stop(f"{error}", _USAGE)
+        stop(f"{error}", _USAGE)
     ranked = False
     for arch in options["targets"]:
         for dtype in dtypes:
@@ -281,7 +276,7 @@ def _rank(target: str, options: dict[str, Any], console: Console) -> None:
                         mark = "  chosen" if one.chosen else ""
                         console.print(f"{one.us:10.1f} us  {inspection.shown(one.entry)}{mark}")
     if not ranked:
-        _stop(f"--rank: {target} has no table of configurations with such a call", _USAGE)
+        stop(f"--rank: {target} has no table of configurations with such a call", _USAGE)
     _tell_estimate(options["targets"], console)
 
 
@@ -323,7 +318,7 @@ def _diff_of_files(files: tuple[str, str], console: Console) -> None:
             if report["kind"] != _KIND:
                 raise ValueError(f"its kind is {report['kind']}")
         except (OSError, ValueError, TypeError, KeyError) as error:
-            _stop(f"--diff: {file} is no report of tritorch inspect --json: {error}", _USAGE)
+            stop(f"--diff: {file} is no report of tritorch inspect --json: {error}", _USAGE)
         reports.append(report)
     old, new = reports
     for name in ("commit", "triton", "torch"):
@@ -342,7 +337,7 @@ def _diff_of_configurations(
     sides = [inspection_tables.selected(rows, one) for one in diff]
     for one, side in zip(diff, sides, strict=True):
         if not side:
-            _stop(
+            stop(
                 f"--diff: no kernel has the configuration {one!r}: name a number or settings of "
                 "the table, and --configs all for every shipped configuration",
                 _USAGE,
@@ -363,7 +358,7 @@ def _emit(found: list[Any], stages: tuple[str, ...], folder: Path | None, consol
             try:
                 text = inspection.assembly(one, stage)
             except RequestError as error:
-                _stop(f"{error}", _USAGE)
+                stop(f"{error}", _USAGE)
             if folder is None:
                 click.echo(f"// {number}: {one.label.kernel} {one.label.target} {stage}", err=True)
                 click.echo(text)
@@ -385,9 +380,4 @@ def _write(rows: list[dict[str, Any]], target: str, path: Path, force: bool) -> 
     try:
         write_result(path, _KIND, rows, overwrite=force, inspected=target)
     except OSError as error:
-        _stop(f"the report could not be written: {error}", _UNABLE)
-
-
-def _stop(message: str, status: int) -> Any:
-    click.echo(f"Error: {message}", err=True)
-    sys.exit(status)
+        stop(f"the report could not be written: {error}", _UNABLE)

@@ -1,10 +1,12 @@
-"""What commands ask of the values of their options."""
+"""What commands share: values of options, folders to write in, and how a program ends."""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -32,3 +34,18 @@ def check_folder(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise click.UsageError(f"{folder}: {existing} is not a folder to write in")
+
+
+def words(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    """Comma-separated words; None where the option was not given."""
+    if value is None:
+        return None
+    return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+def stop(message: str, status: int) -> NoReturn:
+    """Ends the program."""
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(status)

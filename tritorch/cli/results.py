@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from tritorch.cli.options import check_folder, percent
+from tritorch.cli.options import check_folder, percent, stop
 
 if TYPE_CHECKING:
     from tritorch.bench import compare as comparing
@@ -78,12 +78,6 @@ def check_free(files: Mapping[str, Path | None], force: bool, result: Path | Non
         check_folder(path.parent)
         if path.exists() and not force:
             raise click.UsageError(f"--{name} {path} exists: name a new file, or add --force")
-
-
-def stop(message: str, status: int) -> Any:
-    """Ends the program."""
-    click.echo(f"Error: {message}", err=True)
-    sys.exit(status)
 
 
 @click.command()
