@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import tritorch.nn as nn
 from tritorch import backend, launch, ops
-from tritorch.ops import implicit_gemm, reorder
+from tritorch.ops import conv_dispatch, reorder
 from tritorch.ops.geometry import Geometry
 from tritorch.testing import products
 
@@ -361,4 +361,4 @@ def test_a_program_for_any_size_refuses_one_that_is_too_large():
     x = torch.empty(1, dtype=torch.float16).expand(2**20, 8, 64, 64)
     w = torch.empty(8, 8, 1, 1, dtype=torch.float16)
     with pytest.raises(RuntimeError, match=r"at most 2\*\*30 pixels"):
-        implicit_gemm.convolve(x, w, None, x, Geometry((1, 1), (0, 0), (1, 1), 1), transposed=False)
+        conv_dispatch.convolve(x, w, None, x, Geometry((1, 1), (0, 0), (1, 1), 1), transposed=False)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tritorch import backend, hardware, launch, ops
-from tritorch.ops import conv_tma, implicit_gemm, matmul_tma, norm_stages
+from tritorch.ops import conv_dispatch, conv_tma, matmul_tma, norm_stages
 from tritorch.ops.geometry import Geometry
 from tritorch.testing import dry, products
 from tritorch.testing.detectors import detecting
@@ -140,7 +140,7 @@ def test_moments_are_those_of_the_stored_values(name):
     with products.allowing_tf32(), case.running() as names, detecting() as detector:
         expected = ops.conv2d(x, w, None, **case.given())
         y = torch.full_like(expected, torch.nan)
-        moments = implicit_gemm.convolve_with_moments(x, w, y, geometry(case))
+        moments = conv_dispatch.convolve_with_moments(x, w, y, geometry(case))
     assert detector.findings == []
     assert names.count(MULTIPLY if case.form else CONVOLVE) == 2
     assert torch.equal(y, expected)

@@ -8,7 +8,7 @@ import torch
 
 from tests.test_conv_batch_norm import VARIANTS, assert_float32, empty, moments_of
 from tritorch import backend, hardware, launch, ops
-from tritorch.ops import conv_tma, implicit_gemm, matmul_tma, norm_stages
+from tritorch.ops import conv_dispatch, conv_tma, matmul_tma, norm_stages
 from tritorch.ops.geometry import Geometry
 
 pytestmark = pytest.mark.cuda
@@ -29,7 +29,7 @@ def on_a_gpu(x, w, **given):
         for _ in range(2):
             again = torch.full_like(y, torch.nan)
             of = Geometry(steps, padding, (1, 1), 1)
-            found.append(implicit_gemm.convolve_with_moments(x, w, again, of))
+            found.append(conv_dispatch.convolve_with_moments(x, w, again, of))
             assert torch.equal(again, y)
         if hardware.capability(x) != 90:
             assert found == [None, None]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tests.hopper_convolutions import CASES, FORWARD, PORTABLE, WEIGHT, Case, gradients, last, tiles
 from tests.tiles import reaching_kernel
 from tritorch import launch, ops
-from tritorch.ops import conv_tma, implicit_gemm, matmul_tma
+from tritorch.ops import conv_dispatch, conv_tma, matmul_tma
 from tritorch.ops.geometry import Geometry, Weight
 from tritorch.ops.strided import Layout
 from tritorch.registry import specs
@@ -61,7 +61,7 @@ def test_float32_as_tf32(name, monkeypatch):
     pixels, which do not lie along memory, and portable.
     """
     case = CASES[name]._replace(dtype=torch.float32)
-    monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", 0)
+    monkeypatch.setattr(conv_dispatch, "_MIN_PIXELS", 0)
     if case.persistent:
         monkeypatch.setattr(matmul_tma.configs, "MULTIPROCESSORS", 1)
         monkeypatch.setattr("tritorch.kernels.conv_tma_configs.SHARED_MEMORY", 0)
@@ -90,7 +90,7 @@ def test_float32_as_tf32(name, monkeypatch):
 def test_filters_of_float32_are_copied_for_many_pixels_alone(fewest, kernel, monkeypatch):
     case = CASES["3x3"]._replace(dtype=torch.float32)
     _, w, _, grad = case.make()
-    monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", fewest)
+    monkeypatch.setattr(conv_dispatch, "_MIN_PIXELS", fewest)
     with products.allowing_tf32(), tiles(case) as names:
         y = ops.conv_transpose2d(grad, w, padding=1)
     assert names[0] == kernel

@@ -6,7 +6,7 @@ import torch
 from tests.hopper_convolutions import FORWARD, PORTABLE, WEIGHT, last
 from tritorch import backend, descriptors, launch, ops
 from tritorch.bench import machine_code
-from tritorch.ops import conv_tma, conv_weight_tma, implicit_gemm
+from tritorch.ops import conv_dispatch, conv_tma, conv_weight_tma
 from tritorch.ops.geometry import Geometry
 from tritorch.ops.strided import Layout
 from tritorch.testing import dry, products
@@ -56,7 +56,7 @@ def test_configurations_overlap_their_products(itemsize, entry, variant, monkeyp
     """From shared memory to the tensor cores without a stop: nothing is loaded by the threads, and
     no product is waited for before the next.
     """
-    monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", 0)
+    monkeypatch.setattr(conv_dispatch, "_MIN_PIXELS", 0)
     x, options = VARIANTS[variant]
     config, dtype = conv_tma.configs.CONV2D_TMA_CONFIGS[itemsize][entry], DTYPES[itemsize]
     w = empty(256, 256, 3, 3, dtype=dtype)

@@ -6,7 +6,7 @@ import torch
 from tests.hopper_products import KERNEL, PARTS, along, configs, empty, taking
 from tritorch import backend, launch, ops
 from tritorch.bench import machine_code
-from tritorch.ops import implicit_gemm
+from tritorch.ops import conv_dispatch
 from tritorch.testing import dry, products
 
 # bytes per element, and which of the entries of that size
@@ -185,7 +185,7 @@ def test_a_strided_gradient_writes_its_zeros_without_a_spill():
 @pytest.mark.parametrize("entry", range(14))
 def test_pointwise_gradients_as_tf32_have_room(entry, stride, monkeypatch):
     """With a copy of the filter, and with a stride zeros beside each pixel."""
-    monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", 0)
+    monkeypatch.setattr(conv_dispatch, "_MIN_PIXELS", 0)
     config = configs.MATMUL_TMA_CONFIGS[4][entry]
     x, w = (empty(*s, dtype=torch.float32) for s in ((64, 256, 28, 28), (512, 256, 1, 1)))
 

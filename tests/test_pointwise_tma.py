@@ -17,7 +17,7 @@ from tests.hopper_products import (
 )
 from tests.hopper_products import hopper as hopper
 from tritorch import ops
-from tritorch.ops import implicit_gemm
+from tritorch.ops import conv_dispatch
 from tritorch.testing import products
 
 pytestmark = pytest.mark.interpret
@@ -77,7 +77,7 @@ def test_pointwise_convolution_as_tf32(form, size, stride, device, monkeypatch):
     """The gradient of the image is a product with a copy of the filter, that of the filter a sum
     over pixels, which do not lie along memory.
     """
-    monkeypatch.setattr(implicit_gemm, "_MIN_PIXELS", 0)
+    monkeypatch.setattr(conv_dispatch, "_MIN_PIXELS", 0)
     x, w, bias = (
         made(device, *shape, dtype=torch.float32)
         for shape in ((3, 24, *size), (40, 24, 1, 1), (40,))

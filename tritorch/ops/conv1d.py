@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritorch.ops import conv_call, conv_cost
+from tritorch.ops import conv_cost
+from tritorch.ops.conv import convolution, reference_of
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 from tritorch.repeats.decorator import repeated
 
@@ -27,7 +28,7 @@ def conv1d_reference(
 ) -> Tensor:
     """activation(cross-correlation of signals with filters + bias)."""
     given = stride, padding, dilation, groups, activation
-    return conv_call.reference(1, input, weight, bias, *given)
+    return reference_of(1, input, weight, bias, *given)
 
 
 @repeated
@@ -70,7 +71,7 @@ def conv1d(
     Source: `torch.nn.functional.conv1d`.
     """
     given = stride, padding, dilation, groups, activation
-    return conv_call.convolution(1, conv1d_reference, input, weight, bias, *given)
+    return convolution(1, conv1d_reference, input, weight, bias, *given)
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tritorch import backend, binding, checks
-from tritorch.ops import conv_call, conv_checks
-from tritorch.ops.conv import Pair, conv2d, conv2d_reference
+from tritorch.ops import conv_checks
+from tritorch.ops.conv import Pair, conv2d, conv2d_reference, writes_channels_last
 from tritorch.ops.conv_batch_norm_function import ConvolutionBatchNorm
 from tritorch.ops.norm import batch_norm, batch_norm_reference
 from tritorch.ops.norm_checks import check_shapes, check_statistics
@@ -143,7 +143,7 @@ def conv2d_batch_norm(
         residual,
         *running.values(),
         *call.geometry,
-        conv_call.writes_channels_last(2, x, w),
+        writes_channels_last(2, x, w),
         momentum,
         eps,
         activation,

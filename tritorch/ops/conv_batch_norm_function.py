@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from tritorch import binding
-from tritorch.ops import conv_function, depthwise, implicit_gemm, norm_gradient
-from tritorch.ops.conv_function import Convolution, Ints, describe
-from tritorch.ops.conv_library import empty
+from tritorch.ops import conv_dispatch, conv_function, norm_gradient
+from tritorch.ops.conv_function import Convolution, Ints, describe, empty
 from tritorch.ops.geometry import Geometry
 from tritorch.ops.norm_gradient import normalised
 from tritorch.ops.norm_stages import batch_norm_gather_stats, batch_norm_stats
@@ -77,11 +76,7 @@ def _convolution_batch_norm_stats(
     """
     y = empty(input, (input.shape[0], weight.shape[0], *size), channels_last)
     geometry = Geometry.of(stride, padding, dilation, groups)
-    moments = None
-    if depthwise.takes(weight, groups):
-        depthwise.convolve(input, weight, None, y, geometry, transposed=False)
-    else:
-        moments = implicit_gemm.convolve_with_moments(input, weight, y, geometry)
+    moments = conv_dispatch.convolve_with_moments(input, weight, y, geometry)
     running = running_mean, running_var, momentum
     if moments is None:
         return y, *batch_norm_stats(y, *running)

@@ -5,13 +5,16 @@ public functions, declarations.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritorch.ops import conv_call
+from tritorch import backend, binding, checks
+from tritorch.ops.conv import images_of, like, operands, writes_channels_last
+from tritorch.ops.conv_checks import checked_transposed
+from tritorch.ops.conv_function import ConvolutionGradInput
 from tritorch.ops.conv_transpose_samples import (
     rejects_of,
     samples_1d,
@@ -91,7 +94,7 @@ def conv_transpose1d(
 
     Source: `torch.nn.functional.conv_transpose1d`.
     """
-    return conv_call.transposed(
+    return _transposed(
         1,
         conv_transpose1d_reference,
         input,
@@ -148,7 +151,7 @@ def conv_transpose2d(
 
     Source: `torch.nn.functional.conv_transpose2d`.
     """
-    return conv_call.transposed(
+    return _transposed(
         2,
         conv_transpose2d_reference,
         input,
@@ -179,7 +182,7 @@ def conv_transpose3d(
 
     Source: `torch.nn.functional.conv_transpose3d`.
     """
-    return conv_call.transposed(
+    return _transposed(
         3,
         conv_transpose3d_reference,
         input,
@@ -191,6 +194,45 @@ def conv_transpose3d(
         groups,
         dilation,
     )
+
+
+def _transposed(
+    axes: int,
+    of_reference: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    output_padding: Ints,
+    groups: int,
+    dilation: Ints,
+) -> Tensor:
+    """The transposed convolution of so many axes."""
+    op = f"conv_transpose{axes}d"
+    checks.tensor(op, {"bias": bias}, input=input, weight=weight)
+    if type(groups) is not int:
+        groups = checks.integer(op, "groups", groups)
+    call = checked_transposed(
+        axes,
+        input.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
+        checks.ints(op, "stride", stride, axes),
+        checks.ints(op, "padding", padding, axes),
+        checks.ints(op, "output_padding", output_padding, axes),
+        checks.ints(op, "dilation", dilation, axes),
+        groups,
+    )
+    if not backend.runs_triton(op, input, weight, bias, declined=call.declined):
+        return of_reference(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    x, w, b = operands(op, input, weight, bias)
+    images, filters = images_of(axes, x, w)
+    channels_last = writes_channels_last(axes, images, filters)
+    output: Tensor = binding.apply(
+        ConvolutionGradInput, images, filters, b, *call.geometry, channels_last
+    )
+    return like(x, axes, output)
 
 
 def _cost(

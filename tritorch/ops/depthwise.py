@@ -1,4 +1,4 @@
-"""Launches depthwise convolutions; `conv_function` chooses between these and matrix products."""
+"""Launches depthwise convolutions, where `conv_dispatch` and `conv_weight` find that they fit."""
 
 from __future__ import annotations
 

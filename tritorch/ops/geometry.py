@@ -122,6 +122,12 @@ def vector_unit(x: Layout, y: Layout, *numbers: int) -> int:
     return 1 if any(number % 8 for number in others) else 8
 
 
+def are_vectors(weight: Layout, geometry: Geometry) -> bool:
+    """Whether the channels of a group, read and written, are multiples of 8."""
+    outputs, inputs = weight.shape[:2]
+    return inputs % 8 == 0 and outputs // geometry.groups % 8 == 0
+
+
 def split(programs: int, steps: int, min_steps: int) -> tuple[int, int]:
     """Into how many sums one of `steps` is split to fill a GPU from `programs`; steps of each."""
     splits = reduce_kernels.num_splits(programs, steps, min_steps)
