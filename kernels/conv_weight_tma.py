@@ -39,7 +39,7 @@ PORTABLE_CHANNELS = 128
 MULTIPROCESSORS = 132
 SHARED_MEMORY = 227 * 1024
 LATENCY = 1500
-# even shares must be estimated to take no more than this part of what separate sums take
+# stream-K must be estimated to take no more than this part of what separate sums take
 GAIN = 0.97
 
 
@@ -65,10 +65,10 @@ def conv2d_grad_weight_tma_config(k, c, taps, along, n, p, q, stride):
 
 
 def shares(config, tiles, steps, groups, weights):
-    """Programs, splits, and whether shares are even, as the estimate expects to be fastest.
+    """Programs, splits, and whether by stream-K, as the estimate expects to be fastest.
 
     For each of `steps` there are `tiles` sums of so many steps.  Either every sum has a program for
-    each of its splits, or (stream-K) programs with even shares go on from one sum to the next, and
+    each of its splits, or (stream-K) programs with equal shares go on from one sum to the next, and
     up to `splits` of them have a part of one sum.
     """
     sums, total = tiles * len(steps), tiles * sum(steps)
@@ -85,24 +85,24 @@ def shares(config, tiles, steps, groups, weights):
     if programs <= total < 2**31 // programs:
         splits, each = most_programs(tiles, steps, programs), triton.cdiv(total, programs)
         mean, parts = programs * groups * each / MULTIPROCESSORS, 1 + sums / programs
-        even = cycles(config, programs * groups, mean, each, weights, splits, parts)
-        if even < GAIN * taken(split):
+        stream_k = cycles(config, programs * groups, mean, each, weights, splits, parts)
+        if stream_k < GAIN * taken(split):
             return programs, splits, True
     return sums, split, False
 
 
-def stored_columns(config, even):
+def stored_columns(config, stream_k):
     """Columns of a tile that are stored at once.
 
-    With even shares there is little room beside the operands of the next tile; without them a whole
-    tile would take more registers and shared memory than there are.
+    Of stream-K there is little room beside the operands of the next tile; without it a whole tile
+    would take more registers and shared memory than there are.
     """
     columns = config.kwargs["BLOCK_C"]
-    return columns // 4 if even else min(columns, 128)
+    return columns // 4 if stream_k else min(columns, 128)
 
 
 def most_programs(tiles, steps, programs):
-    """The most programs that share one sum, with even shares of all sums."""
+    """The most programs that share one sum, with equal shares of all sums."""
     total, first, most = tiles * sum(steps), 0, 1
     for each in steps:
         for _ in range(tiles):
@@ -161,7 +161,7 @@ def conv2d_grad_weight_tma_kernel(
     grad_y_desc, x_desc, grad_w_desc,
     K, C, R, S, P, Q, H, W, TILES, SPLITS, STEPS,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    ALONG_Q: tl.constexpr, EVEN: tl.constexpr,
+    ALONG_Q: tl.constexpr, STREAM_K: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr, TAPS: tl.constexpr,
 ):
     """One program sums BLOCK_K x BLOCK_C weights of TAPS taps in a row (1, 3 or 4) over a share of
@@ -171,16 +171,16 @@ def conv2d_grad_weight_tma_kernel(
     (rows, columns, images, channels); or ALONG_Q that many columns of one image, and they are
     (images, rows, columns, channels).  Pixels whose tap lies outside the image are left out.
 
-    Every sum is split into SPLITS equal shares.  Or (EVEN, stream-K) programs have equal shares of
-    the STEPS tiles of pixels of all sums, one sum after the other, and may have parts of several;
-    a sum in fewer than SPLITS parts gets zeros for the rest.
+    Every sum is split into SPLITS equal shares.  Or (STREAM_K) programs have equal shares of the
+    STEPS tiles of pixels of all sums, one sum after the other, and may have parts of several; a sum
+    in fewer than SPLITS parts gets zeros for the rest.
     """
     num_k = tl.cdiv(K, BLOCK_K)
     num_kc = num_k * tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     image = (P, Q, R, S, H, W, TILES)
     geometry = (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w)
-    if EVEN:
+    if STREAM_K:
         programs = tl.num_programs(0)
         group = tl.program_id(1)
         begin = pid * STEPS // programs

@@ -38,7 +38,7 @@ def matmul_tma_kernel(
 
     FORM: "tile" has one tile a program.  "persistent" goes on to the next tile while the one before
     is stored, in one loop over all slices, so that loads never pause.  "stationary" has one slice,
-    and keeps its tile of b for all of its tiles of a.  "even" is stream-K
+    and keeps its tile of b for all of its tiles of a.  "stream-k" is stream-K
     (https://arxiv.org/abs/2301.03598): programs have equal shares of the slices of all TILES, one
     tile after the other.  What a program has of tile t is stored as entry program + t of y, (parts,
     BLOCK_M, BLOCK_N), for `matmul_tma_parts_kernel` to add up.
@@ -104,7 +104,7 @@ def matmul_tma_kernel(
             if step == STEPS - 1:
                 _finish(acc, m, n, z, outputs, ACTIVATION, SWAPPED, FILLS, PIECES)
                 acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    elif FORM == "even":
+    elif FORM == "stream-k":
         begin = pid * (TILES * STEPS) // programs
         end = (pid + 1) * (TILES * STEPS) // programs
         while begin < end:
@@ -139,7 +139,7 @@ def matmul_tma_parts_kernel(
     ACTIVATION: tl.constexpr, BATCH_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):
-    """One program adds up COLUMNS of a tile from the parts that PROGRAMS with even shares stored,
+    """One program adds up COLUMNS of a tile from the parts that PROGRAMS with equal shares stored,
     in their order.
     """
     t = tl.program_id(0) // (BLOCK_N // COLUMNS)

@@ -76,9 +76,15 @@ MATMUL_TMA_CONFIGS = {
 
 # stream-K, programs that share tiles: for long sums of little more than a whole number of waves; in
 # pieces that have room beside the operands of the next tile
-MATMUL_TMA_EVEN_CONFIGS = {
-    2: (_tile("even", 128, 256, 64, 8, 4, pieces=4), _tile("even", 128, 128, 64, 8, 3, pieces=4)),
-    4: (_tile("even", 128, 256, 32, 8, 4, pieces=4), _tile("even", 128, 128, 32, 8, 3, pieces=4)),
+MATMUL_TMA_STREAM_K_CONFIGS = {
+    2: (
+        _tile("stream-k", 128, 256, 64, 8, 4, pieces=4),
+        _tile("stream-k", 128, 128, 64, 8, 3, pieces=4),
+    ),
+    4: (
+        _tile("stream-k", 128, 256, 32, 8, 4, pieces=4),
+        _tile("stream-k", 128, 128, 32, 8, 3, pieces=4),
+    ),
 }
 
 # of an H100 SXM and an H200: one constant, so that sums are split alike on every GPU
@@ -99,13 +105,13 @@ def matmul_tma_config(m, n, k, batch, shared, itemsize):
     return min(configs, key=lambda config: _cycles(config, m, n, k, batch, itemsize))
 
 
-def matmul_tma_even_config(m, n, k, batch, shared, itemsize):
+def matmul_tma_stream_k_config(m, n, k, batch, shared, itemsize):
     """What replaces it where programs may share tiles (stream-K); None where that would not pay."""
 
     def expected(config):
         return _cycles(config, m, n, k, batch, itemsize)
 
-    config = min(MATMUL_TMA_EVEN_CONFIGS[itemsize], key=expected)
+    config = min(MATMUL_TMA_STREAM_K_CONFIGS[itemsize], key=expected)
     other = matmul_tma_config(m, n, k, batch, shared, itemsize)
     return config if expected(config) < GAIN * expected(other) else None
 
@@ -171,7 +177,7 @@ def sums_pay(plain, summing, m, n, k):
     read = 2 * m * k / ADDED / MULTIPROCESSORS
     # partial sums are added by one launch
     added = SUMS / 2 if num_splits(summing, m, n, k, 1) > 1 else 0
-    apart = _cycles(plain, m, n, k, 1, 2) / (GAIN if plain.kwargs["FORM"] == "even" else 1)
+    apart = _cycles(plain, m, n, k, 1, 2) / (GAIN if plain.kwargs["FORM"] == "stream-k" else 1)
     apart += SUMS + read
     return _cycles(summing, m, n, k, 1, 2, sums=True) + added <= apart
 
@@ -211,7 +217,7 @@ def residents(config, itemsize, residual=False):
     if form == "tile":
         # no loads for another tile are in flight: the result is staged where the operands were
         stored = 0
-    elif form == "even":
+    elif form == "stream-k":
         # not with every compiler; a residual is added with the parts
         stored = 4 * piece
     threads = 32 * config.num_warps
@@ -234,7 +240,7 @@ LATENCY = 1800
 START = 3000
 ALONE = 2000
 SUMS = 8000
-# shared tiles must be estimated to take no more than this part of what the best other form takes
+# stream-K must be estimated to take no more than this part of what the best other form takes
 GAIN = 0.95
 # columns of b that multiply as long as SUMMED columns of ones: wgmma reads its rows of a in the
 # time of 32 at least; no measurement of these kernels
@@ -253,7 +259,7 @@ def _cycles(config, m, n, k, batch, itemsize, sums=False):
     all_tiles = num_tiles(config, m, n) * batch * splits
     tiles = triton.cdiv(all_tiles, MULTIPROCESSORS)
     together = min(tiles, residents(fitted, itemsize))
-    if form == "even":
+    if form == "stream-k":
         together = residents(fitted, itemsize)
         programs = MULTIPROCESSORS * together
         steps = together * triton.cdiv(all_tiles * slices, programs)
@@ -266,7 +272,7 @@ def _cycles(config, m, n, k, batch, itemsize, sums=False):
     waits = LATENCY / (together * (config.num_stages - 1))
     others = max(itemsize * loaded * block_k / LOADED, waits)
     loop = slices * max(multiplied, others)
-    if form == "even":
+    if form == "stream-k":
         written = 4 * block_m * block_n * together * parts
         added = SUMS + written * (1 / STORED + 1 / ADDED)
         return steps * max(multiplied, others) + START + ALONE * parts + added

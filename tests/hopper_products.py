@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tritorch import backend, hardware, launch
-from tritorch.ops import matmul_tma, shared_tiles
+from tritorch.ops import matmul_tma, stream_k
 from tritorch.testing.detectors import detecting
 
 configs = matmul_tma.configs
@@ -18,7 +18,7 @@ KERNEL, SUM, PARTS = "matmul_tma_kernel", "matmul_tma_sum_kernel", "matmul_tma_p
 @contextlib.contextmanager
 def taking(config):
     """Where tiles may be shared, a configuration of that form; elsewhere one of any other."""
-    even = config.kwargs["FORM"] == "even"
+    stream_k = config.kwargs["FORM"] == "stream-k"
     blocks = [config.kwargs[f"BLOCK_{axis}"] for axis in "MNK"]
     alike = [
         entry
@@ -27,9 +27,9 @@ def taking(config):
         if entry.kwargs["FORM"] == "tile"
         and [entry.kwargs[f"BLOCK_{axis}"] for axis in "MNK"] == blocks
     ]
-    other = (*alike, configs.MATMUL_TMA_CONFIGS[2][1])[0] if even else config
+    other = (*alike, configs.MATMUL_TMA_CONFIGS[2][1])[0] if stream_k else config
     with (
-        launch.override("matmul_tma_even_config", config if even else None),
+        launch.override("matmul_tma_stream_k_config", config if stream_k else None),
         launch.override("matmul_tma_config", other),
     ):
         yield
@@ -52,11 +52,11 @@ def tiles(form, *blocks, pieces=2):
         chosen = matmul_tma.processors
         patched.setattr(matmul_tma, "processors", lambda *given: min(1, chosen(*given)))
         patched.setattr(configs, "sums_pay", lambda *_: True)
-        if form == "even":
+        if form == "stream-k":
             patched.setattr(configs, "MULTIPROCESSORS", 1)
             # no more than there are slices
-            patched.setattr(shared_tiles, "num_programs", lambda *_: 3)
-            patched.setattr(shared_tiles, "COLUMNS", 8)
+            patched.setattr(stream_k, "num_programs", lambda *_: 3)
+            patched.setattr(stream_k, "COLUMNS", 8)
         yield names
 
 

@@ -126,7 +126,7 @@ def test_configurations_have_room_for_a_bias_beside_gelu(itemsize, entry):
     assert [dry.problems(kernel, "sm_90") for kernel in recorder.kernels] == [[]]
 
 
-@pytest.mark.parametrize("gain", [0.0, float("inf")], ids=["apart", "even"])
+@pytest.mark.parametrize("gain", [0.0, float("inf")], ids=["apart", "stream-k"])
 @pytest.mark.parametrize("entry", range(8))
 def test_configurations_of_the_gradient_overlap_their_products(entry, gain, monkeypatch):
     monkeypatch.setattr("tritorch.kernels.conv_weight_tma.GAIN", gain)
@@ -139,7 +139,7 @@ def test_configurations_of_the_gradient_overlap_their_products(entry, gain, monk
         kernels = compiled("sm_90", x, empty(256, 256, 3, taps), (False, True), padding=1)
     kernels = [kernel for kernel in kernels if kernel.kernel == WEIGHT]
     check(kernels, 1)
-    assert kernels[0].constexprs["EVEN"] == (gain > 0)
+    assert kernels[0].constexprs["STREAM_K"] == (gain > 0)
     used = dry.resources(kernels[0])
     assert (used.shared + 1024) * residents <= 228 * 1024
     assert used.registers * 32 * config.num_warps * residents <= 65536

@@ -64,7 +64,7 @@ def test_forward_and_the_gradient_of_the_image(entry, variant):
         compare(made(*shape), filters, (True, False), FORWARD, **options)
 
 
-@pytest.mark.parametrize("gain", [0.0, float("inf")], ids=["apart", "even"])
+@pytest.mark.parametrize("gain", [0.0, float("inf")], ids=["apart", "stream-k"])
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2}, {"groups": 2}], ids=str)
 @pytest.mark.parametrize("entry", range(8))
 def test_the_gradient_of_the_filter(entry, options, gain, monkeypatch):
@@ -86,7 +86,7 @@ def test_the_gradient_of_the_filter(entry, options, gain, monkeypatch):
         padding = (1, (max(taps, 3) - 1) * options.get("dilation", 1) // 2)
     with launch.override("conv2d_grad_weight_tma_config", config):
         compare(made(*shape), filters, (False, True), WEIGHT, padding=padding, **options)
-    assert {even for _, _, even in chosen} == ({gain > 0} if chosen else set())
+    assert {stream_k for _, _, stream_k in chosen} == ({gain > 0} if chosen else set())
     assert chosen or hardware.capability(filters) != 90
 
 

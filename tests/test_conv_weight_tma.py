@@ -1,4 +1,4 @@
-"""Gradients of filters on Hopper whose sums programs share evenly."""
+"""Gradients of filters on Hopper whose sums programs share."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.interpret
 
 @pytest.mark.parametrize("programs", [1, 5, 13])
 @pytest.mark.parametrize("name", ["3x3", "odd-stride-2", "dilation", "groups", "columns"])
-def test_programs_with_even_shares_of_the_gradient_of_a_filter(name, programs, monkeypatch):
+def test_programs_with_equal_shares_of_the_gradient_of_a_filter(name, programs, monkeypatch):
     """They begin and end anywhere in sums of different lengths, for which there are more of them
     than sums or fewer.
     """
@@ -20,7 +20,7 @@ def test_programs_with_even_shares_of_the_gradient_of_a_filter(name, programs, m
 
     def shares(config, tiles, steps, groups, weights):
         # at least a step for each
-        chosen.append(even_shares(tiles, steps, min(programs, tiles * sum(steps))))
+        chosen.append(equal_shares(tiles, steps, min(programs, tiles * sum(steps))))
         return chosen[-1]
 
     monkeypatch.setattr(conv_weight_tma.kernels, "shares", shares)
@@ -34,7 +34,7 @@ def test_programs_with_even_shares_of_the_gradient_of_a_filter(name, programs, m
     assert error <= torch.finfo(case.dtype).eps * exact.abs().max()
 
 
-def even_shares(tiles, steps, programs):
+def equal_shares(tiles, steps, programs):
     return programs, conv_weight_tma.kernels.most_programs(tiles, steps, programs), True
 
 
@@ -45,10 +45,10 @@ def test_how_many_programs_share_a_sum(programs):
     share = [(at * 20 // programs, (at + 1) * 20 // programs) for at in range(programs)]
     sharing = [number for begin, end in share for number in set(of_steps[begin:end])]
     most = max(sharing.count(number) for number in range(4))
-    assert even_shares(2, [4, 6], programs) == (programs, most, True)
+    assert equal_shares(2, [4, 6], programs) == (programs, most, True)
 
 
-def test_which_gradients_of_filters_are_shared_evenly(monkeypatch):
+def test_which_gradients_of_filters_take_stream_k(monkeypatch):
     """Where sums differ in length, or are a wave of programs and a bit; not where they fill one."""
     weights = conv_weight_tma.kernels
     config = weights.CONV2D_GRAD_WEIGHT_TMA_CONFIGS[2][0]
@@ -60,5 +60,7 @@ def test_which_gradients_of_filters_are_shared_evenly(monkeypatch):
     assert weights.shares(config, 8, of_taps, 2, filters)[0] == 66
     # the kernel must be able to count the steps of all programs
     monkeypatch.setattr("tritorch.kernels.conv_weight_tma.GAIN", float("inf"))
-    for times, even in ((1000, True), (2000, False)):
-        assert weights.shares(config, 8, [each * times for each in of_taps], 1, filters)[2] == even
+    for times, stream_k in ((1000, True), (2000, False)):
+        assert (
+            weights.shares(config, 8, [each * times for each in of_taps], 1, filters)[2] == stream_k
+        )

@@ -18,19 +18,19 @@ from tests.hopper_products import (
 )
 from tests.hopper_products import hopper as hopper
 from tritorch import ops
-from tritorch.ops import shared_tiles
+from tritorch.ops import stream_k
 
 pytestmark = pytest.mark.interpret
 
 
-@pytest.mark.parametrize("form", ["tile", "persistent", "even"])
+@pytest.mark.parametrize("form", ["tile", "persistent", "stream-k"])
 @pytest.mark.parametrize("layouts", ["NN", "NT", "TN", "TT"])
 def test_operands_of_either_order(form, layouts, device):
     a, b = made(device, 2, 40, 40), made(device, 2, 40, 24)
     a, b = (along(x, order == "T") for x, order in zip((a, b), layouts, strict=True))
     with tiles(form, 32, 16, 32) as names, watched(device):
         y = ops.matmul(a, b)
-    assert names == ([KERNEL, PARTS] if form == "even" else [KERNEL])
+    assert names == ([KERNEL, PARTS] if form == "stream-k" else [KERNEL])
     assert_close(y, a.double() @ b.double())
 
 
@@ -39,11 +39,11 @@ def test_programs_that_share_tiles(programs, device):
     """Of eight tiles of five slices: shares of several tiles, of one each, and of one slice."""
     a, b = made(device, 56, 80), made(device, 80, 24)
     with (
-        tiles("even", 16, 16, 16, pieces=4) as names,
+        tiles("stream-k", 16, 16, 16, pieces=4) as names,
         watched(device),
         pytest.MonkeyPatch.context() as patched,
     ):
-        patched.setattr(shared_tiles, "num_programs", lambda *_: programs)
+        patched.setattr(stream_k, "num_programs", lambda *_: programs)
         y = ops.matmul(a, b)
     assert names == [KERNEL, PARTS]
     assert_close(y, a.double() @ b.double())
@@ -52,8 +52,8 @@ def test_programs_that_share_tiles(programs, device):
 def test_tiles_are_shared_where_there_is_a_slice_for_each_program(device):
     for k, rows, shares in ((80, 56, True), (80, 24, False), (80, 8, False)):
         a, b = made(device, rows, k), made(device, k, 40)
-        with tiles("even", 16, 16, 16) as names, pytest.MonkeyPatch.context() as patched:
-            patched.setattr(shared_tiles, "num_programs", lambda *_: 31)
+        with tiles("stream-k", 16, 16, 16) as names, pytest.MonkeyPatch.context() as patched:
+            patched.setattr(stream_k, "num_programs", lambda *_: 31)
             y = ops.matmul(a, b)
         assert (PARTS in names) == shares
         assert_close(y, a.double() @ b.double())
@@ -117,12 +117,12 @@ def test_linear_and_its_gradients(activation, size, device):
         ("tile", 1, (40, 24, 40)),
         ("tile", 2, (40, 24, 40)),
         ("persistent", 2, (40, 24, 40)),
-        ("even", 4, (40, 24, 40)),
+        ("stream-k", 4, (40, 24, 40)),
         ("stationary", 1, (40, 24, 24)),
         ("tile", 2, (8, 48, 40)),
         ("tile", 2, (8, 48, 528)),
     ],
-    ids=["tile", "halves", "persistent", "even", "stationary", "few-rows", "split"],
+    ids=["tile", "halves", "persistent", "stream-k", "stationary", "few-rows", "split"],
 )
 def test_linear_with_a_residual(form, pieces, size, activation, device):
     m, n, k = size
@@ -134,7 +134,7 @@ def test_linear_with_a_residual(form, pieces, size, activation, device):
     assert names.count(KERNEL) == 3 or form == "stationary"
     assert ("split_sum_kernel" in names) == (k == 528)
     # the weight's gradient is a product with the bias's
-    assert names.count(PARTS) == (2 if form == "even" else 0)
+    assert names.count(PARTS) == (2 if form == "stream-k" else 0)
     exact = gradients(with_residual(F.linear, activation), [o.double() for o in operands])
     for one, other in zip(found, exact, strict=True):
         assert_close(one, other, terms=4)

@@ -136,27 +136,27 @@ def test_a_product_of_one_slice_leaves_room_for_others():
 def test_no_estimate_replaces_what_was_measured_or_is_forced():
     """By programs that share tiles, where those were neither."""
     a, b = (Layout(shape, (shape[1], 1), 2) for shape in ((1024, 8192), (8192, 2560)))
-    one, even = configs.MATMUL_TMA_CONFIGS[2][1], configs.MATMUL_TMA_EVEN_CONFIGS[2][1]
+    one, stream_k = configs.MATMUL_TMA_CONFIGS[2][1], configs.MATMUL_TMA_STREAM_K_CONFIGS[2][1]
     sizes = 1024, 2560, 8192, 1, True, 2
-    row, shares = ("matmul_tma_config", sizes), ("matmul_tma_even_config", sizes)
+    row, shares = ("matmul_tma_config", sizes), ("matmul_tma_stream_k_config", sizes)
 
     def form(count=132):
         return matmul_tma.plan_matmul(a, b, count, None).config.kwargs["FORM"]
 
-    assert [form(), form(131)] == ["even", "tile"]
+    assert [form(), form(131)] == ["stream-k", "tile"]
     for table, expected in (
-        ({}, "even"),
+        ({}, "stream-k"),
         ({row: one}, "tile"),
-        ({shares: even}, "even"),
-        ({row: one, shares: even}, "even"),
+        ({shares: stream_k}, "stream-k"),
+        ({row: one, shares: stream_k}, "stream-k"),
     ):
         with tuned.using(table):
             assert form() == expected
     with launch.override("matmul_tma_config", one):
         assert form() == "tile"
-        with launch.override("matmul_tma_even_config", even):
-            assert form() == "even"
-    with launch.override("matmul_tma_even_config", None):
+        with launch.override("matmul_tma_stream_k_config", stream_k):
+            assert form() == "stream-k"
+    with launch.override("matmul_tma_stream_k_config", None):
         assert form() == "tile"
 
 
@@ -165,19 +165,19 @@ def test_a_row_that_nobody_can_launch_leaves_the_choice_to_the_estimate():
     """Of a kernel with other numbers, told once, or of a tile that no multiprocessor has room for,
     whatever the kernel itself would choose.
     """
-    even = configs.MATMUL_TMA_EVEN_CONFIGS[2][0]
-    lacking = type(even)(
-        {name: value for name, value in even.kwargs.items() if name != "PIECES"}, num_warps=8
+    stream_k = configs.MATMUL_TMA_STREAM_K_CONFIGS[2][0]
+    lacking = type(stream_k)(
+        {name: value for name, value in stream_k.kwargs.items() if name != "PIECES"}, num_warps=8
     )
-    large = type(even)(even.kwargs | {"PIECES": 1}, num_warps=8, num_stages=4)
+    large = type(stream_k)(stream_k.kwargs | {"PIECES": 1}, num_warps=8, num_stages=4)
     assert configs.residents(large, 2) == 0
 
     def form(m, n, k):
         a, b = Layout((m, k), (k, 1), 2), Layout((k, n), (1, k), 2)
         return matmul_tma.plan_matmul(a, b, 132, None).config.kwargs["FORM"]
 
-    for m, n, k, own in ((1024, 2560, 8192, "even"), (4096, 4096, 4096, "persistent")):
-        key = "matmul_tma_even_config", (m, n, k, 1, True, 2)
+    for m, n, k, own in ((1024, 2560, 8192, "stream-k"), (4096, 4096, 4096, "persistent")):
+        key = "matmul_tma_stream_k_config", (m, n, k, 1, True, 2)
         assert form(m, n, k) == own
         for row in (key, ("matmul_tma_config", key[1])):
             table = {row: lacking}
@@ -185,7 +185,7 @@ def test_a_row_that_nobody_can_launch_leaves_the_choice_to_the_estimate():
                 assert form(m, n, k) == own
             assert len(told) == 1
         with tuned.using({key: large}):
-            assert form(m, n, k) != "even"
+            assert form(m, n, k) != "stream-k"
 
 
 @pytest.mark.reference

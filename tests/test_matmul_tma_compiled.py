@@ -14,13 +14,13 @@ ENTRIES = [*((2, entry) for entry in range(27)), *((4, entry) for entry in range
 
 
 def configuration(itemsize, entry):
-    tables = configs.MATMUL_TMA_CONFIGS, configs.MATMUL_TMA_EVEN_CONFIGS
+    tables = configs.MATMUL_TMA_CONFIGS, configs.MATMUL_TMA_STREAM_K_CONFIGS
     return (*tables[0][itemsize], *tables[1][itemsize])[entry]
 
 
 @pytest.mark.reference
 def test_every_configuration_is_compiled_below():
-    tables = configs.MATMUL_TMA_CONFIGS, configs.MATMUL_TMA_EVEN_CONFIGS
+    tables = configs.MATMUL_TMA_CONFIGS, configs.MATMUL_TMA_STREAM_K_CONFIGS
     for itemsize in (2, 4):
         number = sum(len(table[itemsize]) for table in tables)
         assert [entry for size, entry in ENTRIES if size == itemsize] == list(range(number))
@@ -140,7 +140,7 @@ def test_configurations_sum_up_rows_from_shared_memory(entry, monkeypatch):
 @pytest.mark.compile
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_parts_of_tiles_are_added_up_without_a_spill(dtype):
-    config = configs.MATMUL_TMA_EVEN_CONFIGS[dtype.itemsize][0]
+    config = configs.MATMUL_TMA_STREAM_K_CONFIGS[dtype.itemsize][0]
     operands = [empty(*shape, dtype=dtype) for shape in ((9000, 512), (512, 512), (512,))]
     residual = empty(9000, 512, dtype=dtype)
     with (

@@ -37,9 +37,9 @@ def test_float32_is_summed_apart(device):
         ("tile", (8, 48, 40), "plain"),
         ("tile", (8, 48, 528), "all"),
         ("persistent", (40, 24, 40), "all"),
-        ("even", (40, 24, 40), "all"),
+        ("stream-k", (40, 24, 40), "all"),
     ],
-    ids=["tile", "persistent", "stationary", "few-rows", "split", "epilogue", "even"],
+    ids=["tile", "persistent", "stationary", "few-rows", "split", "epilogue", "stream-k"],
 )
 def test_float32_as_tf32(form, size, epilogue, device):
     """Right within TF32's rounding and not within float32's; the gradients of a product whose

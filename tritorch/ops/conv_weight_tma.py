@@ -50,8 +50,8 @@ def plan(grad_output: Layout, input: Layout, output: Layout, geometry: Geometry)
     tiles = math.ceil(k / block_k) * math.ceil(c / block_c)
     steps = [each * row * column for row in rows for column in columns[::num_taps]]
     weights = math.prod(output.shape)
-    programs, splits, even = kernels.shares(config, tiles, steps, groups, weights)
-    if not even and max(steps) * splits >= 2**31:
+    programs, splits, stream_k = kernels.shares(config, tiles, steps, groups, weights)
+    if not stream_k and max(steps) * splits >= 2**31:
         return None
     views = (
         _tiles(grad_output, along_q, (pixels, block_k)),
@@ -59,21 +59,21 @@ def plan(grad_output: Layout, input: Layout, output: Layout, geometry: Geometry)
         View(
             (splits, outputs, r * s, c),
             (weights, r * s * c, c, 1),
-            (1, block_k, 1, kernels.stored_columns(config, even)),
+            (1, block_k, 1, kernels.stored_columns(config, stream_k)),
         ),
     )
     if not all(view.is_describable(input.itemsize) for view in views):
         return None
     return Plan(
-        (programs, groups if even else groups * splits),
+        (programs, groups if stream_k else groups * splits),
         views,
-        (k, c, r, s, p, q, h, w, n if along_q else each, splits, sum(steps) * tiles * even),
+        (k, c, r, s, p, q, h, w, n if along_q else each, splits, sum(steps) * tiles * stream_k),
         geometry.scalars(),
         splits,
         None,
         0,
         config,
-        {"ALONG_Q": along_q, "EVEN": even},
+        {"ALONG_Q": along_q, "STREAM_K": stream_k},
         {},
     )
 

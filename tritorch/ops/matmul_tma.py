@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tritorch import hardware, launch
-from tritorch.ops import shared_tiles
+from tritorch.ops import stream_k
 from tritorch.ops.matmul_entries import Entries, View
 from tritorch.ops.reduce import accumulator_dtype, split_sum
-from tritorch.ops.shared_tiles import SharedTiles
+from tritorch.ops.stream_k import StreamK
 from tritorch.ops.strided import Layout, are_alike, dense
 
 kernels = launch.kernels("matmul_tma")
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     # whether a launch also sums the rows of a
     sums: bool
     # the second launch of stream-K, where this one writes parts of tiles
-    shared: SharedTiles | None
+    stream_k: StreamK | None
     config: Any
     constants: dict[str, Any]
     # by epilogue, filled on demand
@@ -213,13 +213,13 @@ def plan(
     width = m if swapped else n
     numbers = (width, *counts, *entry_steps, *fill)
     parts = counts[0] * batch if moments and splits == 1 else 0
-    shared = None
-    if form == "even":
+    adds = None
+    if form == "stream-k":
         given = (n, *counts[:2], steps, batch, grid), constants["BATCH_FIRST"]
-        shared = shared_tiles.plan(config, *views[2:], tiles, *given)
+        adds = stream_k.plan(config, *views[2:], tiles, *given)
         # a part ends where a tile ends or a program
-        views = *views[:2], shared_tiles.view_of_parts(config, grid + tiles - 1), None
-    return Plan((grid,), *views, numbers, splits, parts, sums, shared, config, constants, {})
+        views = *views[:2], stream_k.view_of_parts(config, grid + tiles - 1), None
+    return Plan((grid,), *views, numbers, splits, parts, sums, adds, config, constants, {})
 
 
 def _config(
@@ -229,7 +229,7 @@ def _config(
     m, n, k, *_, itemsize = sizes
     whole = config = launch.config(configs.matmul_tma_config, *sizes)
     if may_share:
-        config = shared_tiles.choose(sizes) or whole
+        config = stream_k.choose(sizes) or whole
     if moments:
         config = configs.for_moments(config, itemsize)
     if has_residual:
@@ -247,8 +247,8 @@ def _num_programs(
     form = config.kwargs["FORM"]
     if form == "tile":
         return tiles
-    if form == "even":
-        return shared_tiles.num_programs(config, itemsize)
+    if form == "stream-k":
+        return stream_k.num_programs(config, itemsize)
     programs = min(tiles, count * int(configs.residents(config, itemsize, has_residual)))
     if form == "stationary":
         # the same number for every tile of b
@@ -274,8 +274,8 @@ def _views(
         for each, rows in ((a, block_m), (b, block_n))
     )
     stored = (block_n, block_m // pieces) if swapped else (block_m, block_n // pieces)
-    if config.kwargs["FORM"] == "even":
-        stored = block_m, shared_tiles.COLUMNS
+    if config.kwargs["FORM"] == "stream-k":
+        stored = block_m, stream_k.COLUMNS
     residual_view = None
     # with splits the residual is added with the partial sums
     if residual is not None and splits == 1:
@@ -310,11 +310,11 @@ def run(
     of each of the plan's parts of y, (parts, 3, N); or, by a plan for them, into `sums` those of
     the rows of a.
     """
-    if plan.shared is not None:
+    if plan.stream_k is not None:
         parts = y.new_empty(plan.y.shape, dtype=accumulator_dtype(y.dtype))
         run = plan.with_epilogue(None, None)
         run(y, plan.a.at(a), plan.b.at(b), None, plan.y.at(parts), None, None, None, None)
-        shared_tiles.add_up(plan.shared, parts, y, bias, activation, before, residual)
+        stream_k.add_up(plan.stream_k, parts, y, bias, activation, before, residual)
         return
     if plan.constants["SWAPPED"]:
         a, b = b, a

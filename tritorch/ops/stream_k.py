@@ -21,7 +21,7 @@ configs = launch.kernels("matmul_tma_configs")
 COLUMNS = 32
 
 
-class SharedTiles(NamedTuple):
+class StreamK(NamedTuple):
     """The launch that adds up the parts of tiles that programs share."""
 
     y: View
@@ -53,7 +53,7 @@ class SharedTiles(NamedTuple):
 
 def choose(sizes: tuple[Any, ...]) -> Any:
     """The configuration of programs that share tiles, or None."""
-    shares, whole = configs.matmul_tma_even_config, configs.matmul_tma_config
+    shares, whole = configs.matmul_tma_stream_k_config, configs.matmul_tma_config
     # an estimate replaces nothing that was measured or is forced
     if launch.is_decided(whole, *sizes) and not launch.is_decided(shares, *sizes):
         return None
@@ -92,16 +92,16 @@ def plan(
     tiles: int,
     numbers: tuple[int, ...],
     batch_first: bool,
-) -> SharedTiles:
+) -> StreamK:
     """For so many tiles that go to y; `numbers` are the kernel's integers but the last."""
     constants = {name: config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "GROUP_M")}
     constants["BATCH_FIRST"] = batch_first
     grid = tiles * config.kwargs["BLOCK_N"] // COLUMNS
-    return SharedTiles(y, residual, (grid,), numbers, constants, {})
+    return StreamK(y, residual, (grid,), numbers, constants, {})
 
 
 def add_up(
-    shared: SharedTiles,
+    shared: StreamK,
     parts: Tensor,
     y: Tensor,
     bias: Tensor | None,
