@@ -12,8 +12,14 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from tritorch.kernels.activation import activate
-from tritorch.kernels.pixels import in_units, inside, residue_taps, tile_axes
+from tritorch.kernels.pixels import (
+    in_units,
+    inside,
+    pixels_of_axis,
+    store_pixels,
+    taps_of_axis,
+    tile_axes,
+)
 
 
 def _tile(npq, k, crs, num_warps, num_stages, maxnreg=None):
@@ -176,39 +182,23 @@ def conv2d_kernel(
         offs_npq = offs_npq.to(tl.int64)
     mask_k = offs_k < K
 
+    residue_h = 0
+    residue_w = 0
+    residue_d = 0
     if TRANSPOSED:
         residue_h = pid_npq % (stride_h * stride_w) // stride_w
         residue_w = pid_npq % stride_w
         pid_npq = pid_npq // (stride_h * stride_w)
-        first_r, num_r, x_h = residue_taps(
-            residue_h + padding_h, R, stride_h, dilation_h, tap_step_h, inverse_h)
-        first_s, num_s, x_w = residue_taps(
-            residue_w + padding_w, S, stride_w, dilation_w, tap_step_w, inverse_w)
-        num_p = tl.cdiv(P - residue_h, stride_h)
-        num_q = tl.cdiv(Q - residue_w, stride_w)
-        step_h = -(dilation_h * tap_step_h // stride_h)
-        step_w = -(dilation_w * tap_step_w // stride_w)
         if depth is not None:
             residue_d = pid_npq % stride_d
             pid_npq = pid_npq // stride_d
-            first_t, num_t, x_d = residue_taps(
-                residue_d + padding_d, T, stride_d, dilation_d, tap_step_d, inverse_d)
-            num_z = tl.cdiv(Z - residue_d, stride_d)
-            step_d = -(dilation_d * tap_step_d // stride_d)
-    else:
-        first_r = 0
-        first_s = 0
-        num_r = R
-        num_s = S
-        num_p = P
-        num_q = Q
-        step_h = dilation_h
-        step_w = dilation_w
-        if depth is not None:
-            first_t = 0
-            num_t = T
-            num_z = Z
-            step_d = dilation_d
+    first_r, num_r, num_p, origin_h, step_h = taps_of_axis(
+        residue_h, P, R, stride_h, padding_h, dilation_h, tap_step_h, inverse_h, TRANSPOSED)
+    first_s, num_s, num_q, origin_w, step_w = taps_of_axis(
+        residue_w, Q, S, stride_w, padding_w, dilation_w, tap_step_w, inverse_w, TRANSPOSED)
+    if depth is not None:
+        first_t, num_t, num_z, origin_d, step_d = taps_of_axis(
+            residue_d, Z, T, stride_d, padding_d, dilation_d, tap_step_d, inverse_d, TRANSPOSED)
     if depth is not None:
         # slices of a volume count as images here; z is split off below
         N *= num_z
@@ -218,23 +208,12 @@ def conv2d_kernel(
     n = offs_npq // max(num_p * num_q, 1)
     p = offs_npq // max(num_q, 1) % max(num_p, 1)
     q = offs_npq % max(num_q, 1)
-    # the pixel that the first tap reads, which may lie outside the image
-    if TRANSPOSED:
-        x_h += p
-        x_w += q
-        p = residue_h + p * stride_h
-        q = residue_w + q * stride_w
-    else:
-        x_h = p * stride_h - padding_h
-        x_w = q * stride_w - padding_w
+    x_h, p = pixels_of_axis(p, residue_h, origin_h, stride_h, TRANSPOSED)
+    x_w, q = pixels_of_axis(q, residue_w, origin_w, stride_w, TRANSPOSED)
     if depth is not None:
         z = n % max(num_z, 1)
         n = n // max(num_z, 1)
-        if TRANSPOSED:
-            x_d += z
-            z = residue_d + z * stride_d
-        else:
-            x_d = z * stride_d - padding_d
+        x_d, z = pixels_of_axis(z, residue_d, origin_d, stride_d, TRANSPOSED)
     x_rows = n * x_stride_n + x_h * x_stride_h + x_w * x_stride_w
     if depth is not None:
         x_rows += x_d * x_stride_d
@@ -332,19 +311,11 @@ def conv2d_kernel(
     y_rows = n * y_stride_n + p * y_stride_p + q * y_stride_q
     if depth is not None:
         y_rows += z * y_stride_z
-    rows, columns = tile_axes(y_rows, offs_k * y_stride_k, Y_CHANNELS_LAST)
-    pixels, channels = tile_axes(mask_npq, mask_k, Y_CHANNELS_LAST)
     if residual_ptr is not None:
-        if residual_strides is None:
-            residual_ptrs = residual_ptr + group * K * y_stride_k + (rows + columns)
-        else:
-            over_n, over_k, over_p, over_q = residual_strides
-            over_rows, over_columns = tile_axes(
-                n * over_n + p * over_p + q * over_q, offs_k * over_k, Y_CHANNELS_LAST)
-            residual_ptrs = residual_ptr + group * K * over_k + (over_rows + over_columns)
-        acc += tl.load(residual_ptrs, mask=pixels & channels, other=0.0).to(ACC)
-    if KEEPS_BEFORE:
-        before = acc.to(before_ptr.dtype.element_ty)
-        tl.store(before_ptr + (rows + columns), before, mask=pixels & channels)
-    y = activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + (rows + columns), y, mask=pixels & channels)
+        over_k = y_stride_k
+        if residual_strides is not None:
+            over_k = residual_strides[1]
+        residual_ptr += group * K * over_k
+    store_pixels(
+        acc, y_ptr, before_ptr if KEEPS_BEFORE else None, residual_ptr, residual_strides,
+        n, p, q, y_rows, offs_k, y_stride_k, mask_npq, mask_k, Y_CHANNELS_LAST, ACTIVATION)

@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from tritorch.kernels.activation import activate
 from tritorch.kernels.pixels import (
     corner_offset,
     in_units,
     inside,
     next_corner,
-    residue_taps,
+    pixels_of_axis,
+    store_pixels,
+    taps_of_axis,
     tile_axes,
 )
 
@@ -105,28 +106,21 @@ def depthwise_conv2d_kernel(
     num_k = tl.cdiv(GROUPS * K, BLOCK_K)
     pid_k = tl.program_id(0) % num_k
     pid_npq = tl.program_id(0) // num_k
+    residue_h = 0
+    residue_w = 0
+    num_p = tl.cdiv(P, BLOCK_P)
+    num_q = tl.cdiv(Q, BLOCK_Q)
     if TRANSPOSED:
         residue_h = pid_npq % (stride_h * stride_w) // stride_w
         residue_w = pid_npq % stride_w
         pid_npq = pid_npq // (stride_h * stride_w)
-        first_r, num_r, x_h = residue_taps(
-            residue_h + padding_h, R, stride_h, dilation_h, tap_step_h, inverse_h)
-        first_s, num_s, x_w = residue_taps(
-            residue_w + padding_w, S, stride_w, dilation_w, tap_step_w, inverse_w)
         # those of the largest residue class, as on the host
         num_p = tl.cdiv(tl.cdiv(P, stride_h), BLOCK_P)
         num_q = tl.cdiv(tl.cdiv(Q, stride_w), BLOCK_Q)
-        step_h = -(dilation_h * tap_step_h // stride_h)
-        step_w = -(dilation_w * tap_step_w // stride_w)
-    else:
-        first_r = 0
-        first_s = 0
-        num_r = R
-        num_s = S
-        num_p = tl.cdiv(P, BLOCK_P)
-        num_q = tl.cdiv(Q, BLOCK_Q)
-        step_h = dilation_h
-        step_w = dilation_w
+    first_r, num_r, _, origin_h, step_h = taps_of_axis(
+        residue_h, P, R, stride_h, padding_h, dilation_h, tap_step_h, inverse_h, TRANSPOSED)
+    first_s, num_s, _, origin_w, step_w = taps_of_axis(
+        residue_w, Q, S, stride_w, padding_w, dilation_w, tap_step_w, inverse_w, TRANSPOSED)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_npq = tl.arange(0, BLOCK_NPQ)
     if INDEX_64:
@@ -138,15 +132,8 @@ def depthwise_conv2d_kernel(
     n = pid_npq // (num_p * num_q) * block_n + offs_npq // (BLOCK_P * BLOCK_Q)
     p = pid_npq // num_q % num_p * BLOCK_P + offs_npq // BLOCK_Q % BLOCK_P
     q = pid_npq % num_q * BLOCK_Q + offs_npq % BLOCK_Q
-    # the pixel that the first tap reads, which may lie outside the image
-    if TRANSPOSED:
-        x_h += p
-        x_w += q
-        p = residue_h + p * stride_h
-        q = residue_w + q * stride_w
-    else:
-        x_h = p * stride_h - padding_h
-        x_w = q * stride_w - padding_w
+    x_h, p = pixels_of_axis(p, residue_h, origin_h, stride_h, TRANSPOSED)
+    x_w, q = pixels_of_axis(q, residue_w, origin_w, stride_w, TRANSPOSED)
     mask_npq = (n < N) & (p < P) & (q < Q)
     pixels, channels = tile_axes(mask_npq, offs_k < GROUPS * K, CHANNELS_LAST)
     x_rows = n * x_stride_n + x_h * x_stride_h + x_w * x_stride_w
@@ -173,21 +160,10 @@ def depthwise_conv2d_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + bias_offsets, mask=channels, other=0.0).to(ACC)
     y_rows = n * y_stride_n + p * y_stride_p + q * y_stride_q
-    rows, columns = tile_axes(y_rows, offs_k * y_stride_k, CHANNELS_LAST)
-    if residual_ptr is not None:
-        if residual_strides is None:
-            residual_ptrs = residual_ptr + (rows + columns)
-        else:
-            over_n, over_k, over_p, over_q = residual_strides
-            over_rows, over_columns = tile_axes(
-                n * over_n + p * over_p + q * over_q, offs_k * over_k, CHANNELS_LAST)
-            residual_ptrs = residual_ptr + (over_rows + over_columns)
-        acc += tl.load(residual_ptrs, mask=pixels & channels, other=0.0).to(ACC)
-    if KEEPS_BEFORE:
-        before = acc.to(before_ptr.dtype.element_ty)
-        tl.store(before_ptr + (rows + columns), before, mask=pixels & channels)
-    y = activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + (rows + columns), y, mask=pixels & channels)
+    store_pixels(
+        acc, y_ptr, before_ptr if KEEPS_BEFORE else None, residual_ptr, residual_strides,
+        n, p, q, y_rows, offs_k, y_stride_k, mask_npq, offs_k < GROUPS * K, CHANNELS_LAST,
+        ACTIVATION)
 
 
 @triton.jit

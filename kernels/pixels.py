@@ -6,6 +6,8 @@ Letters are those of conv.py.
 import triton
 import triton.language as tl
 
+from tritorch.kernels.activation import activate
+
 
 def pixel_blocks(n, p, q, block, min_q):
     """Rows and columns of a tile of `block` pixels, and how many tiles cover n images of p x q.
@@ -62,6 +64,61 @@ def residue_taps(reach, taps, stride, dilation, tap_step, inverse):
     first = reach // gcd * inverse % tap_step
     number = tl.where(reach % gcd == 0, tl.cdiv(taps - first, tap_step), 0)
     return first, number, (reach - first * dilation) // stride
+
+
+@triton.jit
+def taps_of_axis(residue, P, taps, stride, padding, dilation, tap_step, inverse,
+                 TRANSPOSED: tl.constexpr):
+    """Of one axis: the first tap of a program and how many it has, its pixels among the P written,
+    the pixel that the first tap reads for the first of them, and the step from tap to tap.
+
+    Transposed, these are the taps that reach the pixels of a residue, and read backwards.
+    """
+    if TRANSPOSED:
+        first, number, origin = residue_taps(
+            residue + padding, taps, stride, dilation, tap_step, inverse)
+        return first, number, tl.cdiv(P - residue, stride), origin, -(dilation * tap_step // stride)
+    else:
+        return 0, taps, P, -padding, dilation
+
+
+@triton.jit
+def pixels_of_axis(position, residue, origin, stride, TRANSPOSED: tl.constexpr):
+    """The pixels that the first tap reads, which may lie outside the image, and those written."""
+    if TRANSPOSED:
+        return origin + position, residue + position * stride
+    else:
+        return position * stride + origin, position
+
+
+@triton.jit
+def store_pixels(
+    acc, y_ptr, before_ptr, residual_ptr, residual_strides, n, p, q, y_rows, offs_k, y_stride_k,
+    mask_npq, mask_k, CHANNELS_LAST: tl.constexpr, ACTIVATION: tl.constexpr,
+):
+    """Stores activation(acc + residual), and into `before_ptr`, unless it is None, what the
+    activation is of.
+
+    `y_rows` are the offsets of the pixels (n, p, q) in y, and a tile has them as rows where
+    CHANNELS_LAST, else as columns.  A residual is laid out as y, or has its own `residual_strides`
+    along (n, k, p, q).
+    """
+    rows, columns = tile_axes(y_rows, offs_k * y_stride_k, CHANNELS_LAST)
+    pixels, channels = tile_axes(mask_npq, mask_k, CHANNELS_LAST)
+    mask = pixels & channels
+    if residual_ptr is not None:
+        if residual_strides is None:
+            residual_ptrs = residual_ptr + (rows + columns)
+        else:
+            over_n, over_k, over_p, over_q = residual_strides
+            over_rows, over_columns = tile_axes(
+                n * over_n + p * over_p + q * over_q, offs_k * over_k, CHANNELS_LAST)
+            residual_ptrs = residual_ptr + (over_rows + over_columns)
+        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(acc.dtype)
+    if before_ptr is not None:
+        tl.store(before_ptr + (rows + columns), acc.to(before_ptr.dtype.element_ty), mask=mask)
+    y = activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + (rows + columns), y, mask=mask)
 
 
 @triton.jit
