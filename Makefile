@@ -11,6 +11,9 @@ NEWEST_TRITON ?= 3.9.0
 NEWEST_COMPILE = tests/test_dry.py tests/test_launch.py tests/test_gpu_limits.py tests/test_gpu_limits_errors.py \
 	tests/test_conv_tma_compiled.py tests/test_matmul_tma_compiled.py tests/test_matmul_tma_choice.py tests/test_matmul_tma_float32.py \
 	tests/test_compile.py -k "not test_compile or (workloads and sm_90 and (f32 or bf16 or f64) and not conv2d_batch_norm)"
+# what another Triton does not change: layers, autograd, memory, repeated calls, all over the same kernels
+NOT_OF_TRITON = $(patsubst %,--ignore-glob=tests/test_%.py,course docs fuse* models moduleinfo nn nodes* opinfo \
+	repeats* replay memory transforms twins)
 # processes of one test run
 JOBS ?= 2
 # where what a GPU says is written
@@ -42,10 +45,9 @@ test: $(INSTALLED) ## every rung that needs no GPU; one alone: make test-referen
 $(RUNGS:%=test-%): test-%: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung $* -n $(JOBS) $(IGNORED)
 
-test-newest: ## the interpreter's rung but models and guides, and the compiler on sm_90, with the newest Triton, in .venv-newest
+test-newest: ## the interpreter's rung of kernels, and the compiler on sm_90, with the newest Triton, in .venv-newest
 	@$(MAKE) --no-print-directory --keep-going VENV=.venv-newest TRITON=$(NEWEST_TRITON) \
-		IGNORED="--ignore=tests/test_models.py --ignore=tests/test_course.py --ignore=tests/test_docs.py" \
-		test-interpret newest-compile
+		IGNORED="$(NOT_OF_TRITON)" test-interpret newest-compile
 
 newest-compile: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung compile -n $(JOBS) $(NEWEST_COMPILE)

@@ -94,7 +94,7 @@ CASES = [
             {
                 "in_channels": 4,
                 "out_channels": 6,
-                "kernel_size": 3,
+                "kernel_size": (1, 2, 3)[-axes:],
                 "stride": 2,
                 "padding": 1,
                 "output_padding": 1,

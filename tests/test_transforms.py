@@ -68,7 +68,7 @@ def test_no_more_is_kept_for_the_gradient_than_by_torch(case, device):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("shape", [(64, 1), (64, 2), (64, 3), (64, 1000), (2, 2, 8, 8), (2, 9, 3)])
+@pytest.mark.parametrize("shape", [(64, 1), (64, 2), (64, 3), (8, 1000), (2, 2, 8, 8), (2, 9, 3)])
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_cross_entropy_keeps_no_more_than_torch(
     shape, probabilities, reduction, label_smoothing, device
