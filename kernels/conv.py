@@ -116,7 +116,7 @@ def conv2d_gather_config(npq, k, itemsize):
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "STEPS", "SPLITS", "padding_h"])
 def conv2d_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, before_ptr, residual_ptr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, preactivation_ptr, residual_ptr,
     N, C, H, W, K, R, S, P, Q, STEPS, SPLITS, bias_stride,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     w_stride_group, w_stride_k, w_stride_c, w_stride_r, w_stride_s,
@@ -126,7 +126,7 @@ def conv2d_kernel(
     depth, residual_strides,
     TRANSPOSED: tl.constexpr, FLAT_C: tl.constexpr, UNIT: tl.constexpr,
     X_CHANNELS_LAST: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEPS_PREACTIVATION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, INDEX_64: tl.constexpr,
     BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CRS: tl.constexpr,
 ):
@@ -137,7 +137,7 @@ def conv2d_kernel(
     modulo the stride: a convolution of unit stride over the taps that reach the residue.
     Numbers of channels, and strides along all other axes, come divided by UNIT.  `depth` is None
     for images; for volumes it holds along the depth what the arguments before it hold along rows.
-    KEEPS_BEFORE stores the values before the activation too, laid out as y.
+    KEEPS_PREACTIVATION stores what the activation is applied to, too, laid out as y.
 
     A residual is added before the activation; it is laid out as y or, for images, by its own
     `residual_strides` along (n, k, p, q).
@@ -170,8 +170,8 @@ def conv2d_kernel(
     w_ptr += group * w_stride_group
     y_corner = split.to(tl.int64) * y_stride_split + group * K * y_stride_k
     y_ptr += y_corner
-    if KEEPS_BEFORE:
-        before_ptr += y_corner
+    if KEEPS_PREACTIVATION:
+        preactivation_ptr += y_corner
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     slice_crs = tl.arange(0, BLOCK_CRS)
     offs_npq = tl.arange(0, BLOCK_NPQ)
@@ -317,5 +317,6 @@ def conv2d_kernel(
             over_k = residual_strides[1]
         residual_ptr += group * K * over_k
     store_pixels(
-        acc, y_ptr, before_ptr if KEEPS_BEFORE else None, residual_ptr, residual_strides,
+        acc, y_ptr, preactivation_ptr if KEEPS_PREACTIVATION else None,
+        residual_ptr, residual_strides,
         n, p, q, y_rows, offs_k, y_stride_k, mask_npq, mask_k, Y_CHANNELS_LAST, ACTIVATION)

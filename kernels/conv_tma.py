@@ -14,7 +14,7 @@ from tritorch.kernels.pixels import residue_taps
 
 @triton.jit
 def conv2d_tma_kernel(
-    x_desc, w_desc, bias_ptr, y_desc, before_desc, moments_ptr, residual_desc,
+    x_desc, w_desc, bias_ptr, y_desc, preactivation_desc, moments_ptr, residual_desc,
     N, C, K, R, S, P, Q, H, W, TILES, STEPS, SPLITS, bias_stride,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     tap_step_h, tap_step_w, inverse_h, inverse_w,
@@ -61,7 +61,7 @@ def conv2d_tma_kernel(
         step_h = -(dilation_h * tap_step_h // stride_h)
         step_w = -(dilation_w * tap_step_w // stride_w)
     walk = (step_h, step_w, tap_step_h * S, tap_step_w)
-    outputs = (bias_ptr, y_desc, before_desc, moments_ptr, residual_desc, bias_stride)
+    outputs = (bias_ptr, y_desc, preactivation_desc, moments_ptr, residual_desc, bias_stride)
     sizes = (N, P, Q)
     k, n, p, q, parity_h, parity_w, first_tap, num_r, num_s, h, w = _place(
         pid, K, image, geometry, walk, TRANSPOSED, PAIRS, SKIPS,
@@ -250,7 +250,7 @@ def _finish(
     PAIRS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
-    bias_ptr, y_desc, before_desc, moments_ptr, residual_desc, bias_stride = outputs
+    bias_ptr, y_desc, preactivation_desc, moments_ptr, residual_desc, bias_stride = outputs
     _, K, group, groups = channels
     k += group * K
     if bias_ptr is not None:
@@ -263,8 +263,9 @@ def _finish(
         acc += residual.T.to(tl.float32)
     if PAIRS:
         k += parity_w * (K * groups)
-    if before_desc is not None:
-        _store(before_desc, n, p, parity_h, q, k, acc, PAIRS, BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K)
+    if preactivation_desc is not None:
+        _store(preactivation_desc, n, p, parity_h, q, k, acc, PAIRS,
+               BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K)
     acc = activate(acc, ACTIVATION)
     _store(y_desc, n, p, parity_h, q, k, acc, PAIRS, BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K)
     if moments_ptr is not None:

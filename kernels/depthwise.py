@@ -77,7 +77,7 @@ def depthwise_conv2d_grad_weight_gather_config(channels_last):
 
 @triton.jit
 def depthwise_conv2d_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, before_ptr, residual_ptr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, preactivation_ptr, residual_ptr,
     N, C, H, W, GROUPS, K, R, S, P, Q, BLOCK_P, BLOCK_Q, bias_stride,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     w_stride_group, w_stride_k, w_stride_c, w_stride_r, w_stride_s,
@@ -86,15 +86,16 @@ def depthwise_conv2d_kernel(
     tap_step_h, tap_step_w, inverse_h, inverse_w,
     residual_strides,
     TRANSPOSED: tl.constexpr, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEPS_PREACTIVATION: tl.constexpr,
     INDEX_64: tl.constexpr, BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """One program computes BLOCK_NPQ pixels x BLOCK_K channels of y, each from C channels of x.
 
     Its pixels are BLOCK_P x BLOCK_Q of BLOCK_NPQ / (BLOCK_P * BLOCK_Q) images, so that taps of
     neighbours meet in the cache; transposed, they share their residue, as in `conv2d_kernel`.
-    KEEPS_BEFORE stores the values before the activation too, laid out as y.  A residual is added
-    before the activation; it is laid out as y, or by its own `residual_strides` along (n, k, p, q).
+    KEEPS_PREACTIVATION stores what the activation is applied to, too, laid out as y.  A residual is
+    added before the activation; it is laid out as y, or by its own `residual_strides` along
+    (n, k, p, q).
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     GROUPS *= UNIT
@@ -161,9 +162,9 @@ def depthwise_conv2d_kernel(
         acc += tl.load(bias_ptr + bias_offsets, mask=channels, other=0.0).to(ACC)
     y_rows = n * y_stride_n + p * y_stride_p + q * y_stride_q
     store_pixels(
-        acc, y_ptr, before_ptr if KEEPS_BEFORE else None, residual_ptr, residual_strides,
-        n, p, q, y_rows, offs_k, y_stride_k, mask_npq, offs_k < GROUPS * K, CHANNELS_LAST,
-        ACTIVATION)
+        acc, y_ptr, preactivation_ptr if KEEPS_PREACTIVATION else None,
+        residual_ptr, residual_strides, n, p, q, y_rows, offs_k, y_stride_k,
+        mask_npq, offs_k < GROUPS * K, CHANNELS_LAST, ACTIVATION)
 
 
 @triton.jit

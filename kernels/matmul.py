@@ -58,19 +58,19 @@ def matmul_config(m, n, k, batch, itemsize, computes=False):
 
 @triton.jit
 def matmul_kernel(
-    a_ptr, b_ptr, bias_ptr, y_ptr, before_ptr, residual_ptr,
+    a_ptr, b_ptr, bias_ptr, y_ptr, preactivation_ptr, residual_ptr,
     M, N, K, STEPS, SPLITS, bias_stride,
     a_stride_batch, a_stride_m, a_stride_k,
     b_stride_batch, b_stride_k, b_stride_n,
     y_stride_split, y_stride_batch, y_stride_m,
     residual_strides,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS_PREACTIVATION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, INDEX_64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """One program computes a BLOCK_M x BLOCK_N tile of one batch entry over STEPS slices of BLOCK_K
     of the inner axis (split-K: SPLITS programs share a tile, each with partial sums of its own).
-    KEEPS_BEFORE stores the values before the activation too.
+    KEEPS_PREACTIVATION stores what the activation is applied to, too.
 
     A residual is added before the activation; it is laid out as y, or by its own
     `residual_strides` along batch, rows and columns.
@@ -124,8 +124,8 @@ def matmul_kernel(
                              + (pid_n * BLOCK_N).to(tl.int64) * over_n)
             residual_ptrs = residual_ptr + (tile_m[:, None] * over_m + tile_n[None, :] * over_n)
         acc += tl.load(residual_ptrs, mask=y_mask, other=0.0).to(ACC)
-    if KEEPS_BEFORE:
-        before = acc.to(before_ptr.dtype.element_ty)
-        tl.store(before_ptr + y_corner + y_offsets, before, mask=y_mask)
+    if KEEPS_PREACTIVATION:
+        preactivation = acc.to(preactivation_ptr.dtype.element_ty)
+        tl.store(preactivation_ptr + y_corner + y_offsets, preactivation, mask=y_mask)
     acc = activate(acc, ACTIVATION)
     tl.store(y_ptr + y_corner + y_offsets, acc.to(y_ptr.dtype.element_ty), mask=y_mask)

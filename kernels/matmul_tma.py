@@ -20,7 +20,7 @@ SUMMED = tl.constexpr(16)
 
 @triton.jit
 def matmul_tma_kernel(
-    a_desc, b_desc, bias_ptr, y_desc, before_desc, moments_ptr, residual_desc, sums_ptr,
+    a_desc, b_desc, bias_ptr, y_desc, preactivation_desc, moments_ptr, residual_desc, sums_ptr,
     N, num_m, num_n, TILES, STEPS, BATCH, ENTRIES, a_step, b_step, y_step, y_row, bias_stride, M,
     ACTIVATION: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     SWAPPED: tl.constexpr, SUMS_BATCH: tl.constexpr, BATCH_FIRST: tl.constexpr,
@@ -60,7 +60,8 @@ def matmul_tma_kernel(
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     moments = (moments_ptr, M, num_m)
-    outputs = (bias_ptr, y_desc, before_desc, residual_desc, N, y_step, y_row, bias_stride, moments)
+    outputs = (bias_ptr, y_desc, preactivation_desc, residual_desc,
+               N, y_step, y_row, bias_stride, moments)
     if FORM == "tile":
         m, n, z = _place(pid, num_m, num_n, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -134,7 +135,7 @@ def matmul_tma_kernel(
 
 @triton.jit
 def matmul_tma_parts_kernel(
-    parts_ptr, bias_ptr, y_desc, before_desc, residual_desc,
+    parts_ptr, bias_ptr, y_desc, preactivation_desc, residual_desc,
     N, num_m, num_n, STEPS, BATCH, PROGRAMS, bias_stride,
     ACTIVATION: tl.constexpr, BATCH_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, COLUMNS: tl.constexpr,
@@ -155,7 +156,8 @@ def matmul_tma_parts_kernel(
         part = (program + t).to(tl.int64) * (BLOCK_M * BLOCK_N)
         acc += tl.load(parts_ptr + part + offsets)
     m, n, z = _place(t, num_m, num_n, BATCH, BATCH_FIRST, BLOCK_M, BLOCK_N, GROUP_M)
-    outputs = (bias_ptr, y_desc, before_desc, residual_desc, N, 1, 0, bias_stride, (None, 0, 0))
+    outputs = (bias_ptr, y_desc, preactivation_desc, residual_desc,
+               N, 1, 0, bias_stride, (None, 0, 0))
     _store(acc, m, n + column, z, outputs, ACTIVATION, False)
 
 
@@ -239,7 +241,8 @@ def _store_pieces(
 
 @triton.jit
 def _store(acc, m, n, z, outputs, ACTIVATION: tl.constexpr, FILLS: tl.constexpr):
-    bias_ptr, y_desc, before_desc, residual_desc, N, y_step, y_row, bias_stride, moments = outputs
+    (bias_ptr, y_desc, preactivation_desc, residual_desc,
+     N, y_step, y_row, bias_stride, moments) = outputs
     moments_ptr, M, num_m = moments
     ROWS: tl.constexpr = acc.shape[0]
     COLUMNS: tl.constexpr = acc.shape[1]
@@ -251,8 +254,9 @@ def _store(acc, m, n, z, outputs, ACTIVATION: tl.constexpr, FILLS: tl.constexpr)
     if residual_desc is not None:
         residual = tl.reshape(residual_desc.load([z, m, n]), (ROWS, COLUMNS))
         acc += residual.to(tl.float32)
-    if before_desc is not None:
-        before_desc.store([z, m, n], tl.reshape(acc.to(before_desc.dtype), (1, ROWS, COLUMNS)))
+    if preactivation_desc is not None:
+        preactivation = acc.to(preactivation_desc.dtype)
+        preactivation_desc.store([z, m, n], tl.reshape(preactivation, (1, ROWS, COLUMNS)))
     acc = activate(acc, ACTIVATION)
     y = acc.to(y_desc.dtype)
     y_desc.store([z, m, n], tl.reshape(y, (1, ROWS, COLUMNS)))

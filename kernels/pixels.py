@@ -93,10 +93,11 @@ def pixels_of_axis(position, residue, origin, stride, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def store_pixels(
-    acc, y_ptr, before_ptr, residual_ptr, residual_strides, n, p, q, y_rows, offs_k, y_stride_k,
-    mask_npq, mask_k, CHANNELS_LAST: tl.constexpr, ACTIVATION: tl.constexpr,
+    acc, y_ptr, preactivation_ptr, residual_ptr, residual_strides,
+    n, p, q, y_rows, offs_k, y_stride_k, mask_npq, mask_k,
+    CHANNELS_LAST: tl.constexpr, ACTIVATION: tl.constexpr,
 ):
-    """Stores activation(acc + residual), and into `before_ptr`, unless it is None, what the
+    """Stores activation(acc + residual), and into `preactivation_ptr`, unless it is None, what the
     activation is of.
 
     `y_rows` are the offsets of the pixels (n, p, q) in y, and a tile has them as rows where
@@ -115,8 +116,9 @@ def store_pixels(
                 n * over_n + p * over_p + q * over_q, offs_k * over_k, CHANNELS_LAST)
             residual_ptrs = residual_ptr + (over_rows + over_columns)
         acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(acc.dtype)
-    if before_ptr is not None:
-        tl.store(before_ptr + (rows + columns), acc.to(before_ptr.dtype.element_ty), mask=mask)
+    if preactivation_ptr is not None:
+        preactivation = acc.to(preactivation_ptr.dtype.element_ty)
+        tl.store(preactivation_ptr + (rows + columns), preactivation, mask=mask)
     y = activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + (rows + columns), y, mask=mask)
 

@@ -71,15 +71,15 @@ def channel_sum_kernel(
 
 @triton.jit
 def split_sum_kernel(
-    x_ptr, bias_ptr, y_ptr, before_ptr, residual_ptr,
+    x_ptr, bias_ptr, y_ptr, preactivation_ptr, residual_ptr,
     NUMEL, SPLITS, COLUMNS, bias_stride, residual_along,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS_BEFORE: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS_PREACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program adds BLOCK elements of the SPLITS rows of x in order, then the bias of their
-    column and a residual, and rounds once.  KEEPS_BEFORE stores the values before the activation
-    too.  `residual_along` is None where the residual is laid out as y, else sizes and strides as
-    `strided_offsets` takes them.
+    column and a residual, and rounds once.  KEEPS_PREACTIVATION stores what the activation is
+    applied to, too.  `residual_along` is None where the residual is laid out as y, else sizes and
+    strides as `strided_offsets` takes them.
     """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < NUMEL
@@ -97,7 +97,7 @@ def split_sum_kernel(
             offsets = strided_offsets(index, size_1, size_2, size_3, size_4,
                                       stride_0, stride_1, stride_2, stride_3, stride_4)
         acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc.dtype)
-    if KEEPS_BEFORE:
-        tl.store(before_ptr + index, acc.to(before_ptr.dtype.element_ty), mask=mask)
+    if KEEPS_PREACTIVATION:
+        tl.store(preactivation_ptr + index, acc.to(preactivation_ptr.dtype.element_ty), mask=mask)
     acc = activate(acc, ACTIVATION)
     tl.store(y_ptr + index, acc.to(y_ptr.dtype.element_ty), mask=mask)

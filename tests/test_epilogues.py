@@ -126,7 +126,7 @@ def test_nothing_is_kept_where_no_gradient_is_needed(name, device):
     written, run = [], launch.Prepared.__call__
 
     def watched(self, *tensors, **floats):
-        written.append(self.constants["KEEPS_BEFORE"])
+        written.append(self.constants["KEEPS_PREACTIVATION"])
         run(self, *tensors, **floats)
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patched:

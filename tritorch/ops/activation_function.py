@@ -120,7 +120,7 @@ def _activation_backward(
     return grad_input
 
 
-def keeps_before(ctx: Any, activation: str | None) -> bool:
+def keeps_preactivation(ctx: Any, activation: str | None) -> bool:
     """Whether the gradient of a product with this epilogue needs the value before it."""
     return activation is not None and not needs_output(activation) and any(ctx.needs_input_grad)
 
@@ -130,14 +130,14 @@ def save_product(
     operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     activation: str | None,
     output: Tensor,
-    before: Tensor | None,
+    preactivation: Tensor | None,
 ) -> None:
     """Saves of activation(input * weight + bias + residual), in this order the first inputs of a
-    function, what `grad_before` and the gradients of input and weight take.
+    function, what `grad_preactivation` and the gradients of input and weight take.
     """
     input, weight, bias, residual = operands
-    kept = before is not None
-    ctx.activation, ctx.keeps_before = activation, kept
+    kept = preactivation is not None
+    ctx.activation, ctx.keeps_preactivation = activation, kept
     # the value before, which is no result, is known to autograd by what it is computed from
     binding.save_for_backward(
         ctx,
@@ -145,11 +145,11 @@ def save_product(
         weight if kept or ctx.needs_input_grad[0] else None,
         bias if kept else None,
         residual if kept else None,
-        output if activation is not None and not kept else before,
+        output if activation is not None and not kept else preactivation,
     )
 
 
-def grad_before(
+def grad_preactivation(
     ctx: Any, grad_output: Tensor, saved: Tensor, again: Callable[[], Tensor]
 ) -> Tensor:
     """The gradient before the activation, from the last tensor of `save_product`.
@@ -158,7 +158,7 @@ def grad_before(
     """
     if ctx.activation is None:
         return grad_output
-    if ctx.keeps_before and torch.is_grad_enabled():
+    if ctx.keeps_preactivation and torch.is_grad_enabled():
         saved = again()
     grad: Tensor = binding.apply(ActivationBackward, grad_output, saved, ctx.activation)
     return grad

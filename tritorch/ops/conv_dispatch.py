@@ -47,7 +47,7 @@ class Epilogue(NamedTuple):
     # of the bias; None without one
     bias_stride: int | None = None
     activation: str | None = None
-    keeps_before: bool = False
+    keeps_preactivation: bool = False
     # whether channel moments are wanted, where a kernel can write them
     moments: bool = False
     residual: Layout | None = None
@@ -70,22 +70,22 @@ def convolve(
     geometry: Geometry,
     transposed: bool,
     activation: str | None = None,
-    before: Tensor | None = None,
+    preactivation: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
     """Writes activation(convolution of x, or the transposed one, + bias + residual) into y; and the
-    values before it into `before`, which has the strides of y.
+    values before it into `preactivation`, which has the strides of y.
     """
     if depthwise.takes(weight, geometry.groups):
-        given = geometry, transposed, activation, before, residual
+        given = geometry, transposed, activation, preactivation, residual
         return depthwise.convolve(x, weight, bias, y, *given)
     if weight.stride(1) != 1:
         weight = _along_channels(weight)
     bias_stride = None if bias is None else bias.stride(0)
     added = None if residual is None else Layout.of(residual)
-    epilogue = Epilogue(bias_stride, activation, before is not None, False, added)
+    epilogue = Epilogue(bias_stride, activation, preactivation is not None, False, added)
     choice = _choice_for(x, weight, y, geometry, transposed, epilogue, residual)
-    choice.run(x, weight, y, bias, activation, before, None, residual)
+    choice.run(x, weight, y, bias, activation, preactivation, None, residual)
 
 
 def convolve_with_moments(
@@ -247,17 +247,17 @@ def _run_portable(
     y: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    before: Tensor | None,
+    preactivation: Tensor | None,
     _: None,
     residual: Tensor | None,
 ) -> None:
     if plan.splits == 1:
-        return plan.run(y, x, weight, bias, y, before, residual)
+        return plan.run(y, x, weight, bias, y, preactivation, residual)
     shape, order = (plan.splits, *y.shape), (y.numel(), *y.stride())
     dtype = accumulator_dtype(y.dtype)
     sums = torch.empty_strided(shape, order, dtype=dtype, device=y.device)
     plan.run(y, x, weight, bias, sums, None, None)
-    split_sum(sums, y, None, activation, before, residual)
+    split_sum(sums, y, None, activation, preactivation, residual)
 
 
 def _plan_portable(
@@ -321,7 +321,7 @@ def _plan_portable(
         HAS_BIAS=epilogue.bias_stride is not None,
         # with splits it is applied when the partial sums are added
         ACTIVATION=epilogue.activation if splits == 1 else None,
-        KEEPS_BEFORE=epilogue.keeps_before and splits == 1,
+        KEEPS_PREACTIVATION=epilogue.keeps_preactivation and splits == 1,
         INPUT_PRECISION=precision,
         TRANSPOSED=transposed,
         FLAT_C=w.read if is_flat else 0,

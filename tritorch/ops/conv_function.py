@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritorch import binding
 from tritorch.ops import conv_weight
-from tritorch.ops.activation_function import grad_before, keeps_before, save_product
+from tritorch.ops.activation_function import grad_preactivation, keeps_preactivation, save_product
 from tritorch.ops.conv_dispatch import convolve
 from tritorch.ops.geometry import Geometry, is_channels_last, memory_format
 from tritorch.ops.reduce import ChannelSum
@@ -46,14 +46,14 @@ class Convolution(torch.autograd.Function):
         geometry = stride, padding, dilation, groups
         arguments = input, weight, bias, residual, size, *geometry, channels_last, activation
         output: Tensor
-        before: Tensor | None = None
-        if keeps_before(ctx, activation):
-            output, before = convolution_keeping(*arguments)
+        preactivation: Tensor | None = None
+        if keeps_preactivation(ctx, activation):
+            output, preactivation = convolution_keeping(*arguments)
         else:
             output = convolution(*arguments)
         if not any(ctx.needs_input_grad):
             return output
-        save_product(ctx, (input, weight, bias, residual), activation, output, before)
+        save_product(ctx, (input, weight, bias, residual), activation, output, preactivation)
         ctx.size, ctx.channels_last = size, channels_last
         describe(ctx, input, weight, geometry)
         return output
@@ -62,7 +62,7 @@ class Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *operands, saved = ctx.saved_tensors
         rest = ctx.size, *ctx.geometry, ctx.channels_last, None
-        grad_output = grad_before(
+        grad_output = grad_preactivation(
             ctx, grad_output, saved, lambda: binding.apply(Convolution, *operands, *rest)
         )
         input, weight, *_ = operands
@@ -299,10 +299,10 @@ def convolution_keeping(
     *given: Any,
 ) -> tuple[Tensor, Tensor]:
     """The same, and the activation's input, which the gradients of some activations need."""
-    y, before = _outputs(input, weight, bias, residual, size, *given)
+    y, preactivation = _outputs(input, weight, bias, residual, size, *given)
     geometry, activation = Geometry.of(*given[:4]), given[-1]
-    convolve(input, weight, bias, y, geometry, False, activation, before, residual)
-    return y, before
+    convolve(input, weight, bias, y, geometry, False, activation, preactivation, residual)
+    return y, preactivation
 
 
 def _grad_input(

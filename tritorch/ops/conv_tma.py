@@ -340,20 +340,20 @@ def convolve(
     y: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
-    before: Tensor | None = None,
+    preactivation: Tensor | None = None,
     moments: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """Writes the activation of the convolution into y, and the values before it into `before`; or
-    into `moments` mean, squared deviations and count of the channels of each of the plan's parts of
-    y, (parts, 3, K).
+    """Writes the activation of the convolution into y, and the values before it into
+    `preactivation`; or into `moments` mean, squared deviations and count of the channels of each of
+    the plan's parts of y, (parts, 3, K).
     """
     target, is_split = y, plan.splits > 1
     if is_split:
         dtype = accumulator_dtype(y.dtype)
         target = torch.empty((plan.splits, y.numel()), dtype=dtype, device=y.device)
     of_x, of_w, of_y = plan.views
-    kept = None if before is None or is_split else of_y.at(before)
+    kept = None if preactivation is None or is_split else of_y.at(preactivation)
     added = None
     if residual is not None and plan.added is not None:
         added = plan.added.at(residual)
@@ -364,4 +364,4 @@ def convolve(
     )
     run(y, of_x.at(x), of_w.at(weight), bias, of_y.at(target), kept, moments, added)
     if is_split:
-        split_sum(target, y, None, activation, before, residual)
+        split_sum(target, y, None, activation, preactivation, residual)

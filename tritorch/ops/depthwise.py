@@ -43,11 +43,11 @@ def convolve(
     geometry: Geometry,
     transposed: bool,
     activation: str | None = None,
-    before: Tensor | None = None,
+    preactivation: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
     """Writes activation(convolution of x, or the transposed one, + bias + residual) into y; and the
-    values before it into `before`, which has the strides of y.
+    values before it into `preactivation`, which has the strides of y.
     """
     channels_last = y.stride(1) == 1
     if channels_last and weight.stride(0) != 1:
@@ -56,9 +56,9 @@ def convolve(
     stride = None if bias is None else bias.stride(0)
     layouts = map(Layout.of, (x, weight, y))
     added = None if residual is None else Layout.of(residual)
-    given = geometry, transposed, stride, activation, before is not None, added
+    given = geometry, transposed, stride, activation, preactivation is not None, added
     run = _plan_convolve(*layouts, *given)
-    run(y, x, weight, bias, y, before, residual)
+    run(y, x, weight, bias, y, preactivation, residual)
 
 
 @launch.planned
@@ -70,7 +70,7 @@ def _plan_convolve(
     transposed: bool,
     bias_stride: int | None,
     activation: str | None,
-    keeps_before: bool,
+    keeps_preactivation: bool,
     residual: Layout | None,
 ) -> launch.Prepared:
     check_sizes(weight, x, y)
@@ -109,7 +109,7 @@ def _plan_convolve(
         CHANNELS_LAST=channels_last,
         HAS_BIAS=bias_stride is not None,
         ACTIVATION=activation,
-        KEEPS_BEFORE=keeps_before,
+        KEEPS_PREACTIVATION=keeps_preactivation,
         INDEX_64=is_wide(x, weight, y, residual or y),
     )
 

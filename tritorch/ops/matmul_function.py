@@ -11,7 +11,12 @@ from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import matmul_tma, reorder, strided
-from tritorch.ops.activation_function import computes, grad_before, keeps_before, save_product
+from tritorch.ops.activation_function import (
+    computes,
+    grad_preactivation,
+    keeps_preactivation,
+    save_product,
+)
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype, split_sum, sum_channels
 from tritorch.ops.strided import Layout
 
@@ -84,9 +89,9 @@ def matmul_keeping(
     a: Tensor, b: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same, and the activation's input, which the gradients of some activations need."""
-    y, before = _matmul_outputs(a, b, bias, activation)
-    _launch(a, b, bias, activation, residual, y, before)
-    return y, before
+    y, preactivation = _matmul_outputs(a, b, bias, activation)
+    _launch(a, b, bias, activation, residual, y, preactivation)
+    return y, preactivation
 
 
 def _matmul_and_sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +137,7 @@ def _launch(
     activation: str | None,
     residual: Tensor | None,
     y: Tensor,
-    before: Tensor | None = None,
+    preactivation: Tensor | None = None,
 ) -> None:
     operands = (a, b, y) if residual is None else (a, b, y, residual)
     precision = launch.input_precision(a.dtype, "matmul")
@@ -142,7 +147,7 @@ def _launch(
         matmul_tma.processors(precision, *operands),
         None if bias is None else bias.stride(0),
         activation,
-        before is not None,
+        preactivation is not None,
         precision,
         None if residual is None else Layout.of(residual),
     )
@@ -150,13 +155,13 @@ def _launch(
         of_a, of_b, way = way
         a, b = reorder.turned(a.mT).mT if of_a else a, reorder.turned(b) if of_b else b
     if isinstance(way, matmul_tma.Plan):
-        return matmul_tma.run(way, a, b, y, bias, activation, before, None, residual)
+        return matmul_tma.run(way, a, b, y, bias, activation, preactivation, None, residual)
     splits, run = way
     if splits == 1:
-        return run(y, a, b, bias, y, before, residual)
+        return run(y, a, b, bias, y, preactivation, residual)
     partial = y.new_empty((splits, y.numel()), dtype=accumulator_dtype(y.dtype))
     run(y, a, b, None, partial, None, None)
-    split_sum(partial, y, bias, activation, before, residual)
+    split_sum(partial, y, bias, activation, preactivation, residual)
 
 
 class _Turned(NamedTuple):
@@ -174,7 +179,7 @@ def _way(
     processors: int,
     bias_stride: int | None,
     activation: str | None,
-    keeps_before: bool,
+    keeps_preactivation: bool,
     precision: str,
     residual: Layout | None,
 ) -> matmul_tma.Plan | _Turned | tuple[int, launch.Prepared]:
@@ -185,7 +190,7 @@ def _way(
             return hopper
         if a.itemsize > 2 and (turned := _turned(a, b, processors, residual)) is not None:
             return turned
-    return _plan(a, b, bias_stride, activation, keeps_before, precision, residual)
+    return _plan(a, b, bias_stride, activation, keeps_preactivation, precision, residual)
 
 
 def _turned(a: Layout, b: Layout, processors: int, residual: Layout | None) -> _Turned | None:
@@ -215,7 +220,7 @@ def _plan(
     b: Layout,
     bias_stride: int | None,
     activation: str | None,
-    keeps_before: bool,
+    keeps_preactivation: bool,
     precision: str,
     residual: Layout | None = None,
 ) -> tuple[int, launch.Prepared]:
@@ -247,7 +252,7 @@ def _plan(
         config,
         ACTIVATION=activation if splits == 1 else None,
         HAS_BIAS=bias_stride is not None and splits == 1,
-        KEEPS_BEFORE=keeps_before and splits == 1,
+        KEEPS_PREACTIVATION=keeps_preactivation and splits == 1,
         INPUT_PRECISION=precision,
         INDEX_64=strided.is_wide((block_m, block_k), a.strides[-2:])
         or strided.is_wide((block_k, block_n), b.strides[-2:])
@@ -329,20 +334,20 @@ class Linear(torch.autograd.Function):
         shape = (*input.shape[:-1], weight.shape[0])
         rows = None if residual is None else rows_of(residual)
         arguments = rows_of(input), weight.t(), bias, activation, rows
-        before: Tensor | None = None
-        if keeps_before(ctx, activation):
-            output, before = (_shaped(each, shape) for each in matmul_keeping(*arguments))
+        preactivation: Tensor | None = None
+        if keeps_preactivation(ctx, activation):
+            output, preactivation = (_shaped(each, shape) for each in matmul_keeping(*arguments))
         else:
             output = _shaped(matmul(*arguments), shape)
         if not any(ctx.needs_input_grad):
             return output
-        save_product(ctx, (input, weight, bias, residual), activation, output, before)
+        save_product(ctx, (input, weight, bias, residual), activation, output, preactivation)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *operands, saved = ctx.saved_tensors
-        grad_output = grad_before(
+        grad_output = grad_preactivation(
             ctx, grad_output, saved, lambda: binding.apply(Linear, *operands, None)
         )
         input, weight, *_ = operands

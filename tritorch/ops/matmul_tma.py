@@ -300,21 +300,21 @@ def run(
     y: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
-    before: Tensor | None = None,
+    preactivation: Tensor | None = None,
     moments: Tensor | None = None,
     residual: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> None:
-    """Writes activation(a @ b.T + bias + residual) into y, and the values before it into `before`,
-    which has the strides of y; or into `moments` mean, squared deviations and count of the columns
-    of each of the plan's parts of y, (parts, 3, N); or, by a plan for them, into `sums` those of
-    the rows of a.
+    """Writes activation(a @ b.T + bias + residual) into y, and the values before it into
+    `preactivation`, which has the strides of y; or into `moments` mean, squared deviations and
+    count of the columns of each of the plan's parts of y, (parts, 3, N); or, by a plan for them,
+    into `sums` those of the rows of a.
     """
     if plan.stream_k is not None:
         parts = y.new_empty(plan.y.shape, dtype=accumulator_dtype(y.dtype))
         run = plan.with_epilogue(None, None)
         run(y, plan.a.at(a), plan.b.at(b), None, plan.y.at(parts), None, None, None, None)
-        stream_k.add_up(plan.stream_k, parts, y, bias, activation, before, residual)
+        stream_k.add_up(plan.stream_k, parts, y, bias, activation, preactivation, residual)
         return
     if plan.constants["SWAPPED"]:
         a, b = b, a
@@ -326,7 +326,7 @@ def run(
     result = plan.y.at(target)
     if single:
         stride = None if bias is None else bias.stride(0)
-        kept = None if before is None else plan.y.at(before)
+        kept = None if preactivation is None else plan.y.at(preactivation)
         run = plan.with_epilogue(activation, stride, moments is not None, plan.sums)
         added = None
         if residual is not None and plan.residual is not None:
@@ -338,7 +338,7 @@ def run(
         partial = y.new_empty((plan.splits, sums.numel()), dtype=target.dtype)
     run = plan.with_epilogue(None, None, sums=plan.sums)
     run(y, *operands, None, result, None, None, None, partial)
-    _add_up(plan, target, y, bias, activation, before, residual)
+    _add_up(plan, target, y, bias, activation, preactivation, residual)
     if sums is not None and partial is not None:
         split_sum(partial, sums)
 
@@ -349,7 +349,7 @@ def _add_up(
     y: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    before: Tensor | None,
+    preactivation: Tensor | None,
     residual: Tensor | None,
 ) -> None:
     if plan.splits >= _MANY_SPLITS and bias is None and activation is None and residual is None:
@@ -362,7 +362,7 @@ def _add_up(
         if not are_alike(Layout.of(residual), Layout.of(y)):
             raise RuntimeError("matmul: a residual of several matrices must lie as their product")
         residual = residual.as_strided(rows.shape, rows.stride())
-    split_sum(partial, rows, bias, activation, before, residual)
+    split_sum(partial, rows, bias, activation, preactivation, residual)
 
 
 @launch.planned

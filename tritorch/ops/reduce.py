@@ -27,13 +27,13 @@ def split_sum(
     output: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
-    before: Tensor | None = None,
+    preactivation: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
     """Adds `partial` (splits, elements) over its first dimension into the dense `output`, in order.
 
     A bias runs along the last dimension of a contiguous output.  A residual has the output's shape
-    and any strides.  `before`, laid out as `output`, takes the values before the activation.
+    and any strides.  `preactivation`, laid out as `output`, takes the values before the activation.
     """
     row = (1, 1) if bias is None else (output.shape[-1], bias.stride(0))
     sizes = output.numel(), partial.shape[0], *row
@@ -41,15 +41,15 @@ def split_sum(
     if residual is not None and residual.stride() != output.stride():
         # in the order of the output, which is dense
         along = output.shape, residual.stride(), output.stride()
-    run = _plan_split_sum(sizes, bias is not None, before is not None, activation, along)
-    run(output, partial, bias, output, before, residual)
+    run = _plan_split_sum(sizes, bias is not None, preactivation is not None, activation, along)
+    run(output, partial, bias, output, preactivation, residual)
 
 
 @launch.planned
 def _plan_split_sum(
     sizes: tuple[int, ...],
     has_bias: bool,
-    keeps_before: bool,
+    keeps_preactivation: bool,
     activation: str | None,
     residual: tuple[tuple[int, ...], ...] | None,
 ) -> launch.Prepared:
@@ -63,7 +63,7 @@ def _plan_split_sum(
         (*sizes, along),
         ACTIVATION=activation,
         HAS_BIAS=has_bias,
-        KEEPS_BEFORE=keeps_before,
+        KEEPS_PREACTIVATION=keeps_preactivation,
         BLOCK=kernels.BLOCK,
     )
 

@@ -72,16 +72,18 @@ def results(
     y: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
-    before: Tensor | None = None,
+    preactivation: Tensor | None = None,
     moments: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """`run` of a residual in channels_last into such memory, and from there into y and `before`."""
+    """`run` of a residual in channels_last into such memory, and from there into y and
+    `preactivation`.
+    """
     into = _like(y)
-    kept = None if before is None else _like(before)
+    kept = None if preactivation is None else _like(preactivation)
     added = None if residual is None else _copied(residual)
     run(x, weight, into, bias, activation, kept, moments, added)
-    for target, written in ((y, into), (before, kept)):
+    for target, written in ((y, into), (preactivation, kept)):
         if target is not None and written is not None and target is not written:
             _copy(written, target)
 

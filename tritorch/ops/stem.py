@@ -97,16 +97,16 @@ def convolve(
     y: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
-    before: Tensor | None = None,
+    preactivation: Tensor | None = None,
     moments: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """Writes the activation of the convolution into y, and the values before it into `before`; or
-    the moments of its parts.
+    """Writes the activation of the convolution into y, and the values before it into
+    `preactivation`; or the moments of its parts.
     """
     packed = _packed(y.shape[2:], weight.shape[2:], geometry)
     images, filters = _pack_images(x, packed), _pack_filters(weight, packed, geometry)
-    conv_tma.convolve(plan, images, filters, y, bias, activation, before, moments, residual)
+    conv_tma.convolve(plan, images, filters, y, bias, activation, preactivation, moments, residual)
 
 
 def _pack_images(x: Tensor, packed: _Packed) -> Tensor:

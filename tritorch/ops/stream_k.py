@@ -106,13 +106,13 @@ def add_up(
     y: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    before: Tensor | None,
+    preactivation: Tensor | None,
     residual: Tensor | None,
 ) -> None:
     """Writes activation(sum of the parts + bias + residual) into y, and what the activation is of
-    into `before`.
+    into `preactivation`.
     """
-    kept = None if before is None else shared.y.at(before)
+    kept = None if preactivation is None else shared.y.at(preactivation)
     added = None
     if residual is not None and shared.residual is not None:
         added = shared.residual.at(residual)
