@@ -20,7 +20,8 @@ README = ROOT / "README.md"
 
 
 def test_tables_are_fresh():
-    pages = README, ROOT / "bench" / "README.md", ROOT / "docs" / "performance.md"
+    docs = [ROOT / "docs" / f"{name}.md" for name in ("performance", "predictions")]
+    pages = README, ROOT / "bench" / "README.md", *docs
     named = [re.findall(r"<!-- table: ([a-z-]+) -->", page.read_text()) for page in pages]
     assert sorted(name for names in named for name in names) == sorted(tables.TABLES)
     for page in pages:
