@@ -107,7 +107,7 @@ def test_stages_pass_opcheck(device):
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 def test_variances_near_the_end_of_float32(order, device):
-    """The squared sum of the deviations from a first tile passes it, the sum of squares does not."""
+    """The square of the sum of deviations passes it, the sum of their squares does not."""
     x = torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(0)) * 1e18
     x = x.to(device).contiguous(memory_format=order)
     y = ops.batch_norm(x, None, None, training=True)
