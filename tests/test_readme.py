@@ -29,6 +29,23 @@ def test_tables_are_fresh():
         assert tables.regenerated(text) == text, f"run python -m tritorch.bench.tables {page}"
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(None, "No such file"), ("<!-- table: nosuch -->\n<!-- end -->\n", "no table 'nosuch'")],
+)
+def test_a_page_that_cannot_be_written_anew_is_said_in_a_line(text, says, tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    if text is not None:
+        page.write_text(text)
+    monkeypatch.setattr("sys.argv", ["tables", str(page)])
+    with pytest.raises(SystemExit) as stopped:
+        tables.main()
+    message = str(stopped.value)
+    assert message.startswith(f"{page}: ")
+    assert says in message
+    assert "\n" not in message
+
+
 def test_every_layer_has_a_row():
     layers = {
         name
