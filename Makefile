@@ -72,7 +72,7 @@ gpu: ## on a GPU machine, nothing installed: everything it can tell, then the ta
 	gpu=$$($(PYTHON) -m tritorch.bench.environment --gpu) && \
 	set -x && \
 	$(PYTHON) -m tritorch.bench.gpu --out "$(RESULTS)/$$gpu/$$(date -u +%Y-%m-%d)" $(addprefix --sections ,$(SECTIONS)) && \
-	$(PYTHON) -m tritorch.bench.tables README.md bench/README.md docs/performance.md
+	$(PYTHON) -m tritorch.bench.tables README.md bench/README.md docs/performance.md docs/predictions.md
 
 gpu-test: ## on a GPU machine, nothing installed: the whole suite on the GPU, results to bench/results
 	$(call on_gpu,pytest tests,tests)

@@ -23,7 +23,8 @@ def newest(folder: Path, wanted: Callable[[Row], bool]) -> Iterator[tuple[str, R
             if row["pass"].startswith("host"):
                 # a call whose host time counts is any small one
                 of_call = str(row["op"]), str(row["pass"])
-            found[(gpu, *of_call)] = gpu, row
+            on_gpu = gpu, *of_call
+            found[on_gpu] = gpu, row
     yield from found.values()
 
 

@@ -84,7 +84,8 @@ def measured_in(
             wanted = not ops or row["op"] in ops
             if wanted and row.get("implementation") == OURS and row.get("median_us"):
                 named = str(environment["gpu"]), row["op"], row["name"], row["dtype"], row["pass"]
-                known[(*named, *row["shape"])] = row, target, same
+                place = *named, *row["shape"]
+                known[place] = row, target, same
     cases = _Cases()
     found = []
     for row, target, same in known.values():

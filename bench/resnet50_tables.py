@@ -24,7 +24,7 @@ BATCH = 256
 TARGET = "sm_90"
 _STEPS = {EAGER: "eager", GRAPH: "CUDA graph"}
 
-_LOG = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+_LOG = Path(__file__).resolve().parent.parent / "docs" / "predictions.md"
 # of the kernels that were predicted: each as it chose by itself, then with the table that followed
 _FIRST = RESULTS / "nvidia-h100-80gb-hbm3" / "2026-11-26"
 _SWEEP, _TUNED = _FIRST / "163943Z-sweep.json", _FIRST / "163943Z-gpu.json"

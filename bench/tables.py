@@ -214,8 +214,14 @@ def main() -> None:
     options = parser.parse_args()
     stale = []
     for path in options.files:
-        text = path.read_text()
-        if (new := regenerated(text)) != text:
+        try:
+            text = path.read_text(encoding="utf-8")
+            new = regenerated(text)
+        except (OSError, UnicodeError) as error:
+            sys.exit(f"{path}: {error}")
+        except KeyError as error:
+            sys.exit(f"{path}: there is no table {error}, there are {', '.join(sorted(TABLES))}")
+        if new != text:
             stale.append(path)
             if not options.check:
                 path.write_text(new)

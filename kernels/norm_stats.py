@@ -64,9 +64,11 @@ def batch_norm_stats_kernel(
 
     count = count.to(ACC)
     total = tl.sum(sum1, 0)
-    m2 = tl.sum(sum2, 0) - total * total / count
+    drift = total / count
+    # not total * total, which passes float32 long before the squares do
+    m2 = tl.sum(sum2, 0) - total * drift
     row = statistics_ptr + split * 3 * C + offs_c
-    tl.store(row, shift + total / count, mask=mask_c)
+    tl.store(row, shift + drift, mask=mask_c)
     tl.store(row + C, m2, mask=mask_c)
     tl.store(row + 2 * C, tl.zeros_like(m2) + count, mask=mask_c)
 

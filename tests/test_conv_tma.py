@@ -249,7 +249,8 @@ def test_taps_left_are_those_that_read_the_image(transposed):
             continue
         image, other = (Layout((1, 1, 1, length), (), 2) for length in (size, written))
         given = Weight(1, 1, (1, taps), ()), Geometry((1, stride), (0, padding), (1, dilation), 1)
-        found = list(conv_tma._taps_of_tiles(1, image, other, *given, transposed, block))
+        runs = conv_tma._taps_of_tiles(1, image, other, *given, transposed, block)
+        found = [one for *one, tiles in runs for _ in range(tiles)]
         exact = list(_reads(taps, stride, padding, dilation, block, written, transposed))
         assert len(found) == len(exact)
         for (left, number), reads in zip(found, exact, strict=True):
@@ -263,6 +264,15 @@ def test_taps_left_are_those_that_read_the_image(transposed):
                 assert before == some[0] if some else 0 <= before < number
             counted += 1
     assert counted > 1000
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tiles_away_from_the_edges_are_counted_together(transposed):
+    row, pixels = Layout((1, 1, 1, 2**23), (), 2), Geometry((1, 1), (0, 2), (1, 1), 1)
+    given = 1, row, row, Weight(1, 1, (1, 5), ()), pixels, transposed, 1
+    (*starts, (*whole, tiles), last, end) = conv_tma._taps_of_tiles(*given)
+    assert [*starts, last, end] == [(3, 5, 1), (4, 5, 1), (4, 5, 1), (3, 5, 1)]
+    assert (whole, tiles) == ([5, 5], 2**23 - 4)
 
 
 def _reads(taps, stride, padding, dilation, block, written, transposed):

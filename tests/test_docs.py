@@ -21,6 +21,7 @@ PAGES = [
         "docs/check.md",
         "docs/inspect.md",
         "docs/performance.md",
+        "docs/predictions.md",
         "examples/README.md",
         "kernels/README.md",
     )

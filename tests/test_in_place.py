@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
 
 import tritorch
 from tritorch import nn, ops
@@ -98,6 +100,26 @@ def test_a_negated_view_is_written(function, device):
     function(imaginary)
     assert imaginary.tolist() == [0.0, 4.0]
     assert numbers.tolist() == [1 + 0j, 3 - 4j]
+
+
+@pytest.mark.parametrize("negated", ["running_mean", "running_var", "both"])
+def test_running_statistics_that_are_negated_views_are_written(negated, device):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 5, 5, generator=generator).to(device)
+    weight = torch.randn(3, 3, 1, 1, generator=generator).to(device)
+
+    def moved(norm):
+        running = {name: torch.ones(3, device=device) for name in ("running_mean", "running_var")}
+        for name in running if negated == "both" else [negated]:
+            running[name] = torch._neg_view(-running[name])
+        return [norm(**running), *(one + 0 for one in running.values())]
+
+    expected = moved(lambda **running: F.batch_norm(x, **running, training=True))
+    assert_close(moved(lambda **running: ops.batch_norm(x, **running, training=True)), expected)
+    after = moved(lambda **running: F.batch_norm(F.conv2d(x, weight), **running, training=True))
+    assert_close(
+        moved(lambda **running: ops.conv2d_batch_norm(x, weight, **running, training=True)), after
+    )
 
 
 @pytest.mark.parametrize("function", IN_PLACE.values(), ids=IN_PLACE)

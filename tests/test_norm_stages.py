@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from tritorch import ops
@@ -102,3 +103,13 @@ def test_stages_pass_opcheck(device):
     torch.library.opcheck(ours.batch_norm_moments.default, (x,))
     moments = stages.batch_norm_moments(x)[None]
     torch.library.opcheck(ours.batch_norm_gather_stats.default, (moments, vector, vector + 1, 0.1))
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_variances_near_the_end_of_float32(order, device):
+    """The square of the sum of deviations passes it, the sum of their squares does not."""
+    x = torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(0)) * 1e18
+    x = x.to(device).contiguous(memory_format=order)
+    y = ops.batch_norm(x, None, None, training=True)
+    expected = F.batch_norm(x.double(), None, None, training=True)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)

@@ -113,6 +113,22 @@ def test_inference_mode(device, kernels):
     assert values[0] == values[1]
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_state_made_in_inference_mode_is_not_written_outside_of_it(name, device, kernels):
+    for kind in (torch.optim, optim):
+        param = nn.Parameter(torch.ones(3, device=device))
+        given = {"momentum": 0.5} if name == "SGD" else {}
+        optimizer = getattr(kind, name)([param], lr=0.5, **given)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        state = optimizer.state[param]
+        [moved] = state.keys() & {"momentum_buffer", "exp_avg"}
+        with torch.inference_mode():
+            state[moved] = state[moved].clone()
+        with pytest.raises(RuntimeError, match=r"(?i)inference"):
+            optimizer.step()
+
+
 def test_grad_scaler(device, kernels):
     def scaled(kind):
         run = Run(kind, device)

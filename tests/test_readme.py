@@ -20,12 +20,30 @@ README = ROOT / "README.md"
 
 
 def test_tables_are_fresh():
-    pages = README, ROOT / "bench" / "README.md", ROOT / "docs" / "performance.md"
+    docs = [ROOT / "docs" / f"{name}.md" for name in ("performance", "predictions")]
+    pages = README, ROOT / "bench" / "README.md", *docs
     named = [re.findall(r"<!-- table: ([a-z-]+) -->", page.read_text()) for page in pages]
     assert sorted(name for names in named for name in names) == sorted(tables.TABLES)
     for page in pages:
         text = page.read_text()
         assert tables.regenerated(text) == text, f"run python -m tritorch.bench.tables {page}"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(None, "No such file"), ("<!-- table: nosuch -->\n<!-- end -->\n", "no table 'nosuch'")],
+)
+def test_a_page_that_cannot_be_written_anew_is_said_in_a_line(text, says, tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    if text is not None:
+        page.write_text(text)
+    monkeypatch.setattr("sys.argv", ["tables", str(page)])
+    with pytest.raises(SystemExit) as stopped:
+        tables.main()
+    message = str(stopped.value)
+    assert message.startswith(f"{page}: ")
+    assert says in message
+    assert "\n" not in message
 
 
 def test_every_layer_has_a_row():

@@ -277,6 +277,10 @@ def test_detectors_see_every_call(images):
         often(lambda: ops.relu(images))
         with mock.patch.object(watched.Repeat, "__call__", side_effect=AssertionError):
             often(lambda: ops.relu(images))
+    # which is repeated where none of them looks
+    repeats = mock.patch.object(watched.Repeat, "__call__", side_effect=AssertionError)
+    with repeats, pytest.raises(AssertionError):
+        often(lambda: ops.relu(images))
 
 
 def test_nothing_of_torch_compile_is_imported():

@@ -120,7 +120,7 @@ def conv2d_batch_norm(
         "convolution",
         "norm_",
     )
-    check_statistics(_OP, training, **running)
+    declined = check_statistics(_OP, training, **running) or declined
     x, w = binding.autocast_to_lower(input, weight)
     checks.same_dtype_and_device(_OP, x, weight=w, residual=residual)
     geometry = stride, padding, dilation, groups

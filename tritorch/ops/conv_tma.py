@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -216,9 +217,11 @@ def _leaves_out(
     """Whether enough taps of tiles of so many rows and columns read nothing of x."""
     left = taken = 1
     for axis, block in enumerate(blocks):
-        each = list(_taps_of_tiles(axis, x, y, w, geometry, transposed, block))
-        left *= sum(one for one, _ in each)
-        taken *= sum(all_taps for _, all_taps in each)
+        # the only tap of an axis is never left out
+        if w.taps[axis] > 1:
+            each = list(_taps_of_tiles(axis, x, y, w, geometry, transposed, block))
+            left *= sum(tiles * one for one, _, tiles in each)
+            taken *= sum(tiles * all_taps for _, all_taps, tiles in each)
     return left <= (1 - _FEW_TAPS) * taken
 
 
@@ -230,17 +233,20 @@ def _taps_of_tiles(
     geometry: Geometry,
     transposed: bool,
     block: int,
-) -> Iterator[tuple[int, int]]:
-    """Of each tile of `block` pixels along an axis of y, of all residues: the taps that the kernel
-    does not leave out, as `_reaching` in kernels/conv_tma.py counts them, and all of them.
+) -> Iterator[tuple[int, int, int]]:
+    """Of tiles of `block` pixels along an axis of y, of all residues: the taps that the kernel does
+    not leave out, as `_reaching` in kernels/conv_tma.py counts them, all of them, and how many
+    tiles in a row have these numbers.
     """
     size, pixels, taps = x.shape[axis + 2], y.shape[axis + 2], w.taps[axis]
     stride, padding, dilation = (numbers[axis] for numbers in geometry[:3])
     if not transposed:
-        for start in range(-padding, pixels * stride - padding, block * stride):
+        starts = range(-padding, pixels * stride - padding, block * stride)
+        low, high = -(block - 1) * stride, size - dilation * (taps - 1)
+        for start, tiles in _runs(starts, low, high):
             before = max(math.ceil(-(start + (block - 1) * stride) / dilation), 0)
             end = math.ceil((size - start) / dilation)
-            yield _left(before, end, taps), taps
+            yield _left(before, end, taps), taps, tiles
         return
     inverse = geometry.residues(True)[1][axis]
     for residue in range(stride):
@@ -248,10 +254,24 @@ def _taps_of_tiles(
         first = (residue + padding) * inverse % stride
         number = math.ceil((taps - first) / stride)
         origin = (residue + padding - first * dilation) // stride
-        for start in range(origin, origin + math.ceil(pixels / stride), block):
+        starts = range(origin, origin + math.ceil(pixels / stride), block)
+        for start, tiles in _runs(starts, dilation * (number - 1) - block + 1, size):
             before = max((start - size) // dilation + 1, 0)
             end = (start + block - 1) // dilation + 1
-            yield _left(before, end, number), number
+            yield _left(before, end, number), number, tiles
+
+
+def _runs(starts: range, low: int, high: int) -> Iterator[tuple[int, int]]:
+    """The starts, each with 1, but of those from `low` to below `high` the first with their number:
+    away from the edges, where most tiles are, all taps read pixels.
+    """
+    first, end = bisect_left(starts, low), bisect_left(starts, high)
+    if first >= end:
+        first = end = len(starts)
+    yield from ((start, 1) for start in starts[:first])
+    if first < end:
+        yield starts[first], end - first
+    yield from ((start, 1) for start in starts[end:])
 
 
 def _left(before: int, end: int, taps: int) -> int:

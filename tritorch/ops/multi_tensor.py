@@ -131,8 +131,9 @@ def check_lists(
             if tensor.shape != param.shape or tensor.device != param.device:
                 rule = f"expected {name} of the parameters' shapes and devices"
                 checks.fail(RuntimeError, op, rule, param=param, **{name: tensor})
+    compiling = torch.compiler.is_compiling()
     for tensor in written:
-        if not tensor.is_contiguous():
+        if not tensor.is_contiguous() or (not compiling and tensor.is_inference()):
             checks.writable(op, tensor)
 
 

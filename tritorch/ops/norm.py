@@ -106,7 +106,8 @@ def batch_norm(
         eps,
         activation,
     )
-    check_statistics("batch_norm", training, running_mean=running_mean, running_var=running_var)
+    running = {"running_mean": running_mean, "running_var": running_var}
+    declined = check_statistics("batch_norm", training, **running) or declined
     if residual is not None:
         checks.same_dtype_and_device("batch_norm", input, residual=residual)
     # an empty input has nothing to normalise, and torch leaves the running statistics alone

@@ -83,8 +83,11 @@ def check_shapes(
     return None
 
 
-def check_statistics(op: str, training: bool, **running: Tensor | None) -> None:
-    """RuntimeError where running statistics require a gradient, or training cannot write them."""
+def check_statistics(op: str, training: bool, **running: Tensor | None) -> str | None:
+    """RuntimeError where running statistics require a gradient, or training cannot write them; else
+    why the kernels do not take them.
+    """
+    declined = None
     for name, statistic in running.items():
         if statistic is None:
             continue
@@ -92,3 +95,7 @@ def check_statistics(op: str, training: bool, **running: Tensor | None) -> None:
             checks.fail(RuntimeError, op, f"{name} cannot require a gradient", **{name: statistic})
         if training:
             checks.writable(op, statistic)
+            # torch writes no negated view through a library op
+            if not torch.compiler.is_compiling() and statistic.is_neg():
+                declined = f"a negated view as {name}"
+    return declined

@@ -90,7 +90,8 @@ def _round_to_bf16(values: Array) -> Array:
     rounded = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)
     quiet_nan = bits | np.uint32(0x400000)
     kept = np.where(np.isnan(values), quiet_nan, rounded) & np.uint32(0xFFFF0000)
-    return kept.view(np.float32)
+    nearest: Array = kept.view(np.float32)
+    return nearest
 
 
 def _from_bits(bits: Array) -> Any:

@@ -123,7 +123,7 @@ def _runs(data: Array, sizes: list[int], step: int) -> Array:
         if size == 1:
             continue
         lanes = np.arange(data.shape[axis])
-        past = (lanes % size * step).astype(data.dtype)
+        past: Array = (lanes % size * step).astype(data.dtype)
         past = past.reshape([-1] + [1] * (data.ndim - axis - 1))
         data = data.take(lanes - lanes % size, axis) + past
     return data

@@ -69,7 +69,7 @@ class Extent:
         """For each address whether `size` bytes there are not all the tensor's."""
         offsets = addresses - np.uint64(self.base)
         # an address before the base wraps around to a large offset
-        bad = offsets > np.uint64(max(self.nbytes - size, 0))
+        bad: Array = offsets > np.uint64(max(self.nbytes - size, 0))
         if self.nbytes < size:
             bad = np.ones_like(bad)
         if self.gaps:
