@@ -183,11 +183,21 @@ class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
-    forward = arguments.batch_norm
+    def forward(
+        self, input: Tensor, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        self._check_input_dim(input)
+        given = arguments.batch_norm(self)
+        return ops.batch_norm(input, *given, activation=activation, residual=residual)
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
-    forward = arguments.batch_norm
+    def forward(
+        self, input: Tensor, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        self._check_input_dim(input)
+        given = arguments.batch_norm(self)
+        return ops.batch_norm(input, *given, activation=activation, residual=residual)
 
     def behind(
         self,
@@ -197,7 +207,7 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
         residual: Tensor | None = None,
     ) -> Tensor:
         """self(convolution(input)) in training, of a convolution without bias, zero-padded."""
-        *given, training, momentum, eps = arguments.norm_of_batch(self)
+        *given, training, momentum, eps = arguments.batch_norm(self)
         return ops.conv2d_batch_norm(
             input,
             convolution.weight,
@@ -215,7 +225,12 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
 
 
 class BatchNorm3d(torch.nn.BatchNorm3d):
-    forward = arguments.batch_norm
+    def forward(
+        self, input: Tensor, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        self._check_input_dim(input)
+        given = arguments.batch_norm(self)
+        return ops.batch_norm(input, *given, activation=activation, residual=residual)
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -225,15 +240,18 @@ class GroupNorm(torch.nn.GroupNorm):
 
 class InstanceNorm1d(torch.nn.InstanceNorm1d):
     # not forward: that of a single image adds the batch and calls this
-    _apply_instance_norm = arguments.instance_norm
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return ops.instance_norm(input, *arguments.instance_norm(self))
 
 
 class InstanceNorm2d(torch.nn.InstanceNorm2d):
-    _apply_instance_norm = arguments.instance_norm
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return ops.instance_norm(input, *arguments.instance_norm(self))
 
 
 class InstanceNorm3d(torch.nn.InstanceNorm3d):
-    _apply_instance_norm = arguments.instance_norm
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return ops.instance_norm(input, *arguments.instance_norm(self))
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules import batchnorm, conv, instancenorm
 
-from tritorch import ops
-
 
 def padded(layer: conv._ConvNd, input: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
     """The input padded by the layer's mode, and the zeros that the op still has to pad."""
@@ -44,7 +42,7 @@ def transposed(
     )
 
 
-def norm_of_batch(layer: batchnorm._BatchNorm) -> tuple[Any, ...]:
+def batch_norm(layer: batchnorm._BatchNorm) -> tuple[Any, ...]:
     """The arguments of `ops.batch_norm` after the input; counts the batch, as torch does, before
     the input is checked.
     """
@@ -67,20 +65,9 @@ def norm_of_batch(layer: batchnorm._BatchNorm) -> tuple[Any, ...]:
     )
 
 
-def batch_norm(
-    layer: batchnorm._BatchNorm,
-    input: Tensor,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    layer._check_input_dim(input)
-    given = norm_of_batch(layer)
-    return ops.batch_norm(input, *given, activation=activation, residual=residual)
-
-
-def instance_norm(layer: instancenorm._InstanceNorm, input: Tensor) -> Tensor:
-    return ops.instance_norm(
-        input,
+def instance_norm(layer: instancenorm._InstanceNorm) -> tuple[Any, ...]:
+    """The arguments of `ops.instance_norm` after the input."""
+    return (
         layer.running_mean,
         layer.running_var,
         layer.weight,
