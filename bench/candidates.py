@@ -16,7 +16,7 @@ from tritorch.testing import configurations
 # whose configurations may say the axes of a tile of pixels in place of the kernel
 _TILED, _PIXELS = "conv2d_tma_config", ("BLOCK_N", "BLOCK_P", "BLOCK_Q")
 # files without such a function whose kernels another file's function chooses for
-_BESIDE = {"norm": ("norm_stats",)}
+_BESIDE = {"batch_norm": ("batch_norm_stats",)}
 # how many times the fewest tiles another shape of them may need
 _MOST_TILES = 1.25
 

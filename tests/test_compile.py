@@ -7,7 +7,7 @@ from torch import Tensor
 import tritorch.ops  # noqa: F401  declares the specs
 from tests import narrow
 from tritorch import backend, launch
-from tritorch.ops import norm_stages
+from tritorch.ops import batch_norm_stages
 from tritorch.registry import Maker, specs
 from tritorch.testing import configurations, dry, products
 
@@ -254,9 +254,9 @@ def test_bits_of_batch_norm_are_packed_by_the_threads_that_have_them(dtype):
     x = torch.empty(8, 128, 14, 14, dtype=dtype).to(memory_format=torch.channels_last)
     given = *(torch.empty(128) for _ in range(4)), 1e-5, "relu"
     with dry.compiling_for("sm_90") as recorder:
-        output, bits = norm_stages.batch_norm_elemt_bits(x, x, *given)
+        output, bits = batch_norm_stages.batch_norm_elemt_bits(x, x, *given)
         for saved in (bits, output):
-            norm_stages.batch_norm_backward_reduce(x, saved, x, *given)
+            batch_norm_stages.batch_norm_backward_reduce(x, saved, x, *given)
     forward, of_bits, of_output = (one for one in recorder.kernels if "norm" in one.kernel)
     # what is loaded ahead comes from shared memory, by the thread that had it brought there
     exchanges = "SHFL", "LDSM", "STS"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tritorch import backend, hardware, launch, ops
-from tritorch.ops import conv_dispatch, conv_tma, matmul_tma, norm_stages
+from tritorch.ops import batch_norm_stats, conv_dispatch, conv_tma, matmul_tma
 from tritorch.ops.geometry import Geometry
 from tritorch.testing import dry, products
 from tritorch.testing.detectors import detecting
@@ -304,7 +304,7 @@ def test_many_parts_are_merged_in_groups(parts, device):
     moments[:, 0] += 100
     moments[:, 2] = torch.randint(1, 128, (parts, 1))
     with backend.use("triton"), launch.recorded() as names:
-        mean, var = norm_stages.batch_norm_gather_stats(moments, None, None, 0.1)
+        mean, var = batch_norm_stats.batch_norm_gather_stats(moments, None, None, 0.1)
     assert names == ["batch_norm_gather_stats_kernel"] * 2
     assert mean.dtype == var.dtype == torch.float32
     assert_float32((mean, var), *merged(moments))

@@ -8,7 +8,7 @@ import torch
 
 from tests.test_conv_batch_norm import VARIANTS, assert_float32, empty, moments_of
 from tritorch import backend, hardware, launch, ops
-from tritorch.ops import conv_dispatch, conv_tma, matmul_tma, norm_stages
+from tritorch.ops import batch_norm_stats, conv_dispatch, conv_tma, matmul_tma
 from tritorch.ops.geometry import Geometry
 
 pytestmark = pytest.mark.cuda
@@ -35,7 +35,7 @@ def on_a_gpu(x, w, **given):
             assert found == [None, None]
             return
         assert torch.equal(*found)
-        statistics = norm_stages.batch_norm_gather_stats(found[0], None, None, 0.1)
+        statistics = batch_norm_stats.batch_norm_gather_stats(found[0], None, None, 0.1)
     assert (found[0][:, 2].sum(0) == y.numel() // y.shape[1]).all()
     assert_float32(statistics, *moments_of(y))
 

@@ -56,7 +56,7 @@ _OF_FAMILY = {
     "depthwise": ["tests/test_residual.py"],
     "losses": ["tests/test_loss.py", "tests/test_cross_entropy.py"],
     "matmul": ["tests/test_residual.py"],
-    "norm": ["tests/test_norm.py"],
+    "norm": ["tests/test_batch_norm.py"],
     "optim": ["tests/test_optim.py", "tests/test_optim_protocol.py"],
     "pool": ["tests/test_pool.py", "tests/test_adaptive_pool.py"],
     "reduce": ["tests/test_reduce.py"],

@@ -23,6 +23,7 @@ from tritorch.ops.adaptive_pool import adaptive_avg_pool1d as adaptive_avg_pool1
 from tritorch.ops.adaptive_pool import adaptive_avg_pool2d as adaptive_avg_pool2d
 from tritorch.ops.adaptive_pool import adaptive_avg_pool3d as adaptive_avg_pool3d
 from tritorch.ops.avg_pool import avg_pool2d as avg_pool2d
+from tritorch.ops.batch_norm import batch_norm as batch_norm
 from tritorch.ops.binary_cross_entropy import binary_cross_entropy as binary_cross_entropy
 from tritorch.ops.binary_cross_entropy import (
     binary_cross_entropy_with_logits as binary_cross_entropy_with_logits,
@@ -44,16 +45,15 @@ from tritorch.ops.l1_loss import smooth_l1_loss as smooth_l1_loss
 from tritorch.ops.layer_norm import layer_norm as layer_norm
 from tritorch.ops.linear import linear as linear
 from tritorch.ops.matmul import matmul as matmul
+from tritorch.ops.max_pool import max_pool2d as max_pool2d
 from tritorch.ops.mse_loss import mse_loss as mse_loss
 from tritorch.ops.nll_loss import nll_loss as nll_loss
-from tritorch.ops.norm import batch_norm as batch_norm
-from tritorch.ops.optim import sgd_step as sgd_step
-from tritorch.ops.pool import max_pool2d as max_pool2d
 from tritorch.ops.pool1d import avg_pool1d as avg_pool1d
 from tritorch.ops.pool1d import max_pool1d as max_pool1d
 from tritorch.ops.pool3d import avg_pool3d as avg_pool3d
 from tritorch.ops.pool3d import max_pool3d as max_pool3d
 from tritorch.ops.reduce import channel_sum as channel_sum
+from tritorch.ops.sgd import sgd_step as sgd_step
 from tritorch.ops.softmax import log_softmax as log_softmax
 from tritorch.ops.softmax import softmax as softmax
 

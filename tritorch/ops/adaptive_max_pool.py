@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, checks
-from tritorch.ops import pool_function, windows
-from tritorch.ops.pool import widened_reference
+from tritorch.ops import max_pool_function, windows
+from tritorch.ops.max_pool import widened_reference
 from tritorch.ops.windows import Counts
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 from tritorch.repeats.decorator import repeated
@@ -57,7 +57,7 @@ def adaptive_max_pool2d(
     if not backend.runs_triton(op, input, declined=declined):
         return adaptive_max_pool2d_reference(input, output_size, return_indices)
     window = windows.adaptive(input.shape[-2:], size)
-    return pool_function.max_pool(input, window, size, bool(return_indices))
+    return max_pool_function.max_pool(input, window, size, bool(return_indices))
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

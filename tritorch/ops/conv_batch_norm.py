@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks
 from tritorch.ops import conv_checks
+from tritorch.ops.batch_norm import batch_norm, batch_norm_reference
+from tritorch.ops.batch_norm_checks import check_shapes, check_statistics
+from tritorch.ops.batch_norm_stages import keeps_bits
 from tritorch.ops.conv import Pair, conv2d, conv2d_reference, writes_channels_last
 from tritorch.ops.conv_batch_norm_function import ConvolutionBatchNorm
-from tritorch.ops.norm import batch_norm, batch_norm_reference
-from tritorch.ops.norm_checks import check_shapes, check_statistics
-from tritorch.ops.norm_stages import keeps_bits
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 from tritorch.repeats.decorator import repeated
@@ -334,11 +334,11 @@ register(
             "depthwise.depthwise_conv2d_grad_weight_kernel",
             "matmul_tma.matmul_tma_kernel",
             "matmul_tma.matmul_tma_sum_kernel",
-            "norm_stats.batch_norm_stats_kernel",
-            "norm_stats.batch_norm_gather_stats_kernel",
-            "norm.batch_norm_forward_kernel",
-            "norm.batch_norm_backward_reduce_kernel",
-            "norm.batch_norm_grad_input_kernel",
+            "batch_norm_stats.batch_norm_stats_kernel",
+            "batch_norm_stats.batch_norm_gather_stats_kernel",
+            "batch_norm.batch_norm_forward_kernel",
+            "batch_norm.batch_norm_backward_reduce_kernel",
+            "batch_norm.batch_norm_grad_input_kernel",
             "reduce.channel_sum_kernel",
             "reduce.split_sum_kernel",
             "reorder.reorder_kernel",

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from tritorch import binding
-from tritorch.ops import conv_dispatch, conv_function, norm_gradient
+from tritorch.ops import batch_norm_function, conv_dispatch, conv_function
+from tritorch.ops.batch_norm_function import normalised
+from tritorch.ops.batch_norm_stats import batch_norm_gather_stats, batch_norm_stats
 from tritorch.ops.conv_function import Convolution, Ints, describe, empty
 from tritorch.ops.geometry import Geometry
-from tritorch.ops.norm_gradient import normalised
-from tritorch.ops.norm_stages import batch_norm_gather_stats, batch_norm_stats
 from tritorch.ops.reduce import accumulator_dtype
 
 
@@ -129,7 +129,7 @@ class ConvolutionBatchNorm(torch.autograd.Function):
         if wanted[0] and torch.is_grad_enabled():
             rest = ctx.size, *ctx.geometry, ctx.channels_last
             y = binding.apply(Convolution, input, weight, None, None, *rest)
-        grad_y, *grads = norm_gradient.gradients(ctx, wanted, grad_output, y, *kept)
+        grad_y, *grads = batch_norm_function.gradients(ctx, wanted, grad_output, y, *kept)
         of_input, of_weight = None, None
         if grad_y is not None:
             of_input, of_weight = conv_function.gradients(ctx, grad_y, input, weight)

@@ -14,7 +14,7 @@ from tritorch.ops.reduce import ChannelSum, accumulator_dtype
 from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("group_norm")
-norm_kernels = launch.kernels("norm")
+norm_kernels = launch.kernels("batch_norm")
 reduce_kernels = launch.kernels("reduce")
 
 _STATS = "group_norm_stats_kernel"

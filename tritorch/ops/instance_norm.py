@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks
 from tritorch.ops import strided
+from tritorch.ops.batch_norm_checks import check_statistics
+from tritorch.ops.batch_norm_function import BatchNorm
 from tritorch.ops.geometry import is_channels_last
-from tritorch.ops.norm_checks import check_statistics
-from tritorch.ops.norm_gradient import BatchNorm
 from tritorch.ops.norm_of_one import Norm
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
@@ -312,11 +312,11 @@ register(
             "group_norm.group_norm_backward_reduce_kernel",
             "group_norm.group_norm_gather_sums_kernel",
             "group_norm.group_norm_grad_input_kernel",
-            "norm_stats.batch_norm_stats_kernel",
-            "norm_stats.batch_norm_gather_stats_kernel",
-            "norm.batch_norm_forward_kernel",
-            "norm.batch_norm_backward_reduce_kernel",
-            "norm.batch_norm_grad_input_kernel",
+            "batch_norm_stats.batch_norm_stats_kernel",
+            "batch_norm_stats.batch_norm_gather_stats_kernel",
+            "batch_norm.batch_norm_forward_kernel",
+            "batch_norm.batch_norm_backward_reduce_kernel",
+            "batch_norm.batch_norm_grad_input_kernel",
             "reduce.channel_sum_kernel",
         ),
         gradients=("input", "weight", "bias"),

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, checks
-from tritorch.ops import avg_pool_function, pool_function, windows
-from tritorch.ops.pool import widened_reference
+from tritorch.ops import avg_pool_function, max_pool_function, windows
+from tritorch.ops.max_pool import widened_reference
 from tritorch.ops.windows import Ints, Window
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 from tritorch.repeats.decorator import repeated
@@ -93,7 +93,7 @@ def max_pool1d(
             input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         )
     rows = input.unsqueeze(-2)
-    outputs = pool_function.max_pool(rows, _of_a_row(window), (1, p), bool(return_indices))
+    outputs = max_pool_function.max_pool(rows, _of_a_row(window), (1, p), bool(return_indices))
     if isinstance(outputs, Tensor):
         return outputs.squeeze(-2)
     values, indices = outputs

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, binding, checks
-from tritorch.ops import avg_pool_function, pool_function, windows
+from tritorch.ops import avg_pool_function, max_pool_function, windows
 from tritorch.ops.geometry import is_channels_last
-from tritorch.ops.pool import widened_reference
+from tritorch.ops.max_pool import widened_reference
 from tritorch.ops.windows import Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 from tritorch.repeats.decorator import repeated
@@ -122,7 +122,7 @@ def max_pool3d(
         return max_pool3d_reference(
             input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         )
-    return pool_function.max_pool(input, window, size, bool(return_indices))
+    return max_pool_function.max_pool(input, window, size, bool(return_indices))
 
 
 @repeated

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 import tritorch
 from tritorch import launch, ops
-from tritorch.ops import norm_gradient, strided
-from tritorch.ops import norm_stages as stages
+from tritorch.ops import batch_norm_function, strided
+from tritorch.ops import batch_norm_stages as stages
 
 pytestmark = pytest.mark.interpret
 
@@ -38,7 +38,7 @@ def step(x, residual, grad, given, training=True):
 def of_output(monkeypatch, *arguments):
     """The same of a gradient that goes by the output."""
     with monkeypatch.context() as patched:
-        patched.setattr(norm_gradient, "keeps_bits", lambda *arguments: False)
+        patched.setattr(batch_norm_function, "keeps_bits", lambda *arguments: False)
         return step(*arguments)
 
 
@@ -90,7 +90,7 @@ def test_no_bits_are_written_where_no_gradient_takes_them(case, device, monkeypa
     def written(*arguments):
         raise AssertionError("bits that nobody reads")
 
-    monkeypatch.setattr(norm_gradient, "batch_norm_elemt_bits", written)
+    monkeypatch.setattr(batch_norm_function, "batch_norm_elemt_bits", written)
     dtype = torch.float64 if case == "float64" else torch.float16
     mean, var, weight, bias = (
         one.to(torch.promote_types(dtype, torch.float32)) for one in vectors(64, device)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from tritorch import ops
-from tritorch.ops import norm_stages as stages
+from tritorch.ops import batch_norm_stages as stages
+from tritorch.ops import batch_norm_stats as statistics
 
 pytestmark = pytest.mark.interpret
 
@@ -18,8 +19,8 @@ WHOLE = (5, 6, 3, 5)
 def on_every_part(inputs, residuals, grads, given, activation):
     """What two devices would do, each loop one stage, each stack or sum one reduction."""
     weight, bias, eps = given["weight"], given["bias"], 1e-5
-    moments = torch.stack([stages.batch_norm_moments(x) for x in inputs])
-    mean, var = stages.batch_norm_gather_stats(
+    moments = torch.stack([statistics.batch_norm_moments(x) for x in inputs])
+    mean, var = statistics.batch_norm_gather_stats(
         moments, given["running_mean"], given["running_var"], 0.1
     )
     outputs = [
@@ -88,8 +89,8 @@ def test_moments_are_float32_of_far_halves(device):
     """Mean and deviations of a part where float16's own would be lost, merged in any number."""
     torch.manual_seed(0)
     x = (torch.randn(40, 3) * 0.5 + 1000).half().to(device)
-    moments = torch.stack([stages.batch_norm_moments(part) for part in x.split(7)])
-    mean, var = stages.batch_norm_gather_stats(moments, None, None, 0.0)
+    moments = torch.stack([statistics.batch_norm_moments(part) for part in x.split(7)])
+    mean, var = statistics.batch_norm_gather_stats(moments, None, None, 0.0)
     assert mean.dtype == torch.float32
     assert_close(moments[:, 2, 0], torch.tensor([7.0] * 5 + [5.0], device=device))
     expected = torch.var_mean(x.double(), 0, correction=0)
@@ -101,7 +102,7 @@ def test_stages_pass_opcheck(device):
     x, vector = torch.randn(4, 3, 2, device=device), torch.rand(3, device=device) + 0.5
     ours = torch.ops.tritorch
     torch.library.opcheck(ours.batch_norm_moments.default, (x,))
-    moments = stages.batch_norm_moments(x)[None]
+    moments = statistics.batch_norm_moments(x)[None]
     torch.library.opcheck(ours.batch_norm_gather_stats.default, (moments, vector, vector + 1, 0.1))
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks
 from tritorch.ops.activation import epilogue_reference
-from tritorch.ops.norm_checks import check_shapes, check_statistics
-from tritorch.ops.norm_gradient import BatchNorm
-from tritorch.ops.norm_stages import keeps_bits
+from tritorch.ops.batch_norm_checks import check_shapes, check_statistics
+from tritorch.ops.batch_norm_function import BatchNorm
+from tritorch.ops.batch_norm_stages import keeps_bits
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 from tritorch.repeats.decorator import repeated
@@ -341,11 +341,11 @@ register(
         op=batch_norm,
         reference=batch_norm_reference,
         kernels=(
-            "norm_stats.batch_norm_stats_kernel",
-            "norm_stats.batch_norm_gather_stats_kernel",
-            "norm.batch_norm_forward_kernel",
-            "norm.batch_norm_backward_reduce_kernel",
-            "norm.batch_norm_grad_input_kernel",
+            "batch_norm_stats.batch_norm_stats_kernel",
+            "batch_norm_stats.batch_norm_gather_stats_kernel",
+            "batch_norm.batch_norm_forward_kernel",
+            "batch_norm.batch_norm_backward_reduce_kernel",
+            "batch_norm.batch_norm_grad_input_kernel",
             "reduce.channel_sum_kernel",
             "reduce.split_sum_kernel",
             "activation.activation_backward_kernel",

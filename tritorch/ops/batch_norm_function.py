@@ -12,15 +12,15 @@ from tritorch import binding
 from tritorch.ops import second_gradient
 from tritorch.ops.activation import REFERENCES
 from tritorch.ops.activation_function import ActivationBackward, needs_output
-from tritorch.ops.norm_stages import (
+from tritorch.ops.batch_norm_stages import (
     batch_norm_backward_elemt,
     batch_norm_backward_reduce,
     batch_norm_elemt,
     batch_norm_elemt_bits,
-    batch_norm_stats,
     keeps_bits,
     unpacked,
 )
+from tritorch.ops.batch_norm_stats import batch_norm_stats
 from tritorch.ops.reduce import accumulator_dtype
 
 

@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritorch import binding, launch
 from tritorch.ops import strided
-from tritorch.ops.norm_walk import FORWARD, GRAD_INPUT, REDUCE, STATS, walk_of
+from tritorch.ops.activation_function import computes, needs_output
 from tritorch.ops.reduce import ChannelSum, accumulator_dtype
+from tritorch.ops.strided import Layout
 
-kernels = launch.kernels("norm_stats")
+kernels = launch.kernels("batch_norm")
+stats_kernels = launch.kernels("batch_norm_stats")
+reduce_kernels = launch.kernels("reduce")
 
 # channels whose bits are stored together: as many as the widest tile has
 _PANEL = 64
@@ -35,133 +38,6 @@ _PANEL = 64
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     # one value per channel: copying a rare strided one is cheaper than a stride for each
     return None if tensor is None else tensor.contiguous()
-
-
-def _stats_outputs(
-    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
-    dtype = accumulator_dtype(input.dtype)
-    channels = (input.shape[1],)
-    return input.new_empty(channels, dtype=dtype), input.new_empty(channels, dtype=dtype)
-
-
-@binding.library_op(
-    "batch_norm_stats(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    " float momentum) -> (Tensor, Tensor)",
-    fake=_stats_outputs,
-)
-def batch_norm_stats(
-    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel; moves the running statistics once."""
-    mean, var = _stats_outputs(input, running_mean, running_var, momentum)
-    _merge(_statistics(input), running_mean, running_var, mean, var, None, momentum)
-    return mean, var
-
-
-def _statistics(input: Tensor) -> Tensor:
-    """Mean, sum of squared deviations and count of each channel of each slice, (slices, 3, C)."""
-    walk = walk_of(STATS, input)
-    dtype = accumulator_dtype(input.dtype)
-    statistics = input.new_empty((walk.slices, 3, input.shape[1]), dtype=dtype)
-    walk.run(input, input, statistics)
-    return statistics
-
-
-def _merge(
-    statistics: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    moments: Tensor | None,
-    momentum: float,
-) -> None:
-    """Writes mean and var, or moments, of all slices; moves the running statistics once."""
-    if statistics.shape[0] > kernels.MAX_SLICES:
-        statistics = _merged_groups(statistics)
-    slices, _, channels = statistics.shape
-    strides = [0 if one is None else one.stride(0) for one in (running_mean, running_var)]
-    run = _plan_merge(slices, channels, *strides)
-    tensors = statistics, running_mean, running_var, mean, var, moments
-    run(statistics, *tensors, floats=(momentum,))
-    for running in (running_mean, running_var):
-        # the dispatcher does not see what a kernel writes; inference tensors have no version
-        if running is not None and not running.is_inference():
-            launch.count_write(running)
-
-
-def _merged_groups(statistics: Tensor) -> Tensor:
-    slices, *rest = statistics.shape
-    step = kernels.slices_of_group(slices)
-    groups = math.ceil(slices / step)
-    moments = statistics.new_empty((groups, *rest))
-    run = _plan_merge(slices, rest[-1], 0, 0, step, groups)
-    run(statistics, statistics, None, None, None, None, moments, floats=(0.0,))
-    return moments
-
-
-@launch.planned
-def _plan_merge(
-    slices: int,
-    channels: int,
-    mean_stride: int,
-    var_stride: int,
-    step: int | None = None,
-    groups: int = 1,
-) -> launch.Prepared:
-    blocks = math.ceil(channels / kernels.BLOCK_C)
-    return launch.Prepared(
-        kernels.batch_norm_gather_stats_kernel,
-        (blocks,) if step is None else (blocks, groups),
-        (slices, channels, mean_stride, var_stride, step),
-        BLOCK_S=kernels.BLOCK_S,
-        BLOCK_C=kernels.BLOCK_C,
-        num_warps=kernels.MERGE_WARPS,
-    )
-
-
-def _moments_output(input: Tensor) -> Tensor:
-    return input.new_empty((3, input.shape[1]), dtype=accumulator_dtype(input.dtype))
-
-
-@binding.library_op("batch_norm_moments(Tensor input) -> Tensor", fake=_moments_output)
-def batch_norm_moments(input: Tensor) -> Tensor:
-    """Mean, sum of squared deviations and count of each channel: (3, C) float32, or float64.
-
-    `input` is (N, C, ...) of any strides; of an empty input all three are 0, and have no weight.
-    """
-    moments = _moments_output(input)
-    if input.numel() == 0:
-        return moments.zero_()
-    _merge(_statistics(input), None, None, None, None, moments, 0.0)
-    return moments
-
-
-def _gather_outputs(
-    moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
-    channels = moments.shape[2:]
-    return moments.new_empty(channels), moments.new_empty(channels)
-
-
-@binding.library_op(
-    "batch_norm_gather_stats(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    " float momentum) -> (Tensor, Tensor)",
-    fake=_gather_outputs,
-)
-def batch_norm_gather_stats(
-    moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) over all parts of a batch; moves the running statistics once.
-
-    `moments` is (parts, 3, C), the results of `batch_norm_moments` for the parts; their order
-    decides how the sums round.  The running variance moves towards the unbiased variance of the
-    whole batch.
-    """
-    mean, var = _gather_outputs(moments, running_mean, running_var, momentum)
-    _merge(moments.contiguous(), running_mean, running_var, mean, var, None, momentum)
-    return mean, var
 
 
 @binding.library_op(
@@ -184,7 +60,7 @@ def batch_norm_elemt(
     `mean`, `var`, `weight` and `bias` are (C,); the output has the input's order of dimensions.
     """
     output = strided.empty_like(input)
-    walk = walk_of(FORWARD, input, residual, output, activation=activation)
+    walk = walk_of("batch_norm_forward_kernel", input, residual, output, activation=activation)
     channels = map(_contiguous, (mean, var, weight, bias))
     walk.run(input, input, residual, *channels, output, None, floats=(eps,))
     return output
@@ -232,7 +108,9 @@ def batch_norm_elemt_bits(
     lowest bit on, and the rows are batch and pixels in their order, whatever the strides.
     """
     output, bits = _bits_outputs(input)
-    walk = walk_of(FORWARD, input, residual, output, activation=activation, in_order=True)
+    walk = walk_of(
+        "batch_norm_forward_kernel", input, residual, output, activation=activation, in_order=True
+    )
     channels = map(_contiguous, (mean, var, weight, bias))
     walk.run(input, input, residual, *channels, output, bits, floats=(eps,))
     return output, bits
@@ -278,7 +156,9 @@ def batch_norm_backward_reduce(
     written = None if saved is None else masked
     in_bits = saved is not None and saved.dtype == torch.uint8
     tensors = grad_output, None if in_bits else saved, written, input
-    walk = walk_of(REDUCE, *tensors, activation=activation, in_order=in_bits)
+    walk = walk_of(
+        "batch_norm_backward_reduce_kernel", *tensors, activation=activation, in_order=in_bits
+    )
     partial = sums
     if walk.slices > 1:
         partial = sums.new_empty((walk.slices, *sums.shape))
@@ -319,7 +199,111 @@ def batch_norm_backward_elemt(
     before the activation; otherwise the activation's operand is computed again.
     """
     grad_input = grad_output.new_empty_strided(grad_output.shape, stride)
-    walk = walk_of(GRAD_INPUT, grad_output, input, grad_input, activation=activation, count=count)
+    walk = walk_of(
+        "batch_norm_grad_input_kernel",
+        grad_output,
+        input,
+        grad_input,
+        activation=activation,
+        count=count,
+    )
     channels = map(_contiguous, (mean, var, weight, bias))
     walk.run(grad_output, grad_output, input, *channels, sums, grad_input, floats=(eps,))
     return grad_input
+
+
+class Walk(NamedTuple):
+    """How programs divide tensors of one shape."""
+
+    # programs per block of channels
+    slices: int
+    run: launch.Prepared
+
+
+def walk_of(
+    kernel: str,
+    *tensors: Tensor | None,
+    activation: str | None = None,
+    count: int | None = None,
+    in_order: bool = False,
+) -> Walk:
+    """The walk of a kernel along the memory of the last tensor, or over its rows in their order."""
+    layouts = [None if tensor is None else Layout.of(tensor) for tensor in tensors]
+    return _plan_walk(kernel, activation, count, in_order, *layouts)
+
+
+@launch.planned
+def _plan_walk(
+    kernel: str,
+    activation: str | None,
+    count: int | None,
+    in_order: bool,
+    *tensors: Layout | None,
+) -> Walk:
+    reduces = kernel in ("batch_norm_stats_kernel", "batch_norm_backward_reduce_kernel")
+    given = [tensor for tensor in tensors if tensor is not None]
+    last = given[-1]
+    channels = last.shape[1]
+    rows = math.prod(last.shape) // channels
+    images = [(tensor.strides[0], *tensor.strides[2:]) for tensor in given]
+    nest_of = strided.nest_in_order if in_order else strided.nest_of
+    nest = nest_of("batch_norm", (last.shape[0], *last.shape[2:]), *images)
+    vector = _vector(given, nest)
+    config = launch.config(
+        kernels.batch_norm_config,
+        channels > 1 and last.stride(1) == 1,
+        channels,
+        max(vector),
+        last.itemsize,
+        computes(activation),
+    )
+    blocks = math.ceil(channels / config.kwargs["BLOCK_C"])
+    tiles = math.ceil(rows / config.kwargs["BLOCK_R"])
+    if reduces:
+        least = kernels.MIN_STEPS
+        splits = reduce_kernels.num_splits(blocks, tiles, least, kernels.REDUCTIONS)
+        steps = math.ceil(tiles / splits)
+    else:
+        steps = kernels.num_steps(blocks * tiles)
+    slices = math.ceil(tiles / steps)
+    along = iter(nest.strides)
+    # strides of each tensor along the channels and along the nest; zeros for None
+    strides: tuple[int, ...] = ()
+    for tensor in tensors:
+        strides += (0,) * 6 if tensor is None else (tensor.stride(1), *next(along))
+    # the rows of the last tiles pass the end
+    overrun = (steps + 1) * config.kwargs["BLOCK_R"]
+    wide = rows + overrun >= 2**31 or any(strided.is_wide(t.shape, t.strides) for t in given)
+    constants = {"INDEX_64": wide, "VECTOR_R": vector[0], "VECTOR_C": vector[1]}
+    family = stats_kernels
+    if kernel != "batch_norm_stats_kernel":
+        family = kernels
+        constants["ACTIVATION"] = activation
+    if kernel in ("batch_norm_backward_reduce_kernel", "batch_norm_grad_input_kernel"):
+        constants["FROM_OUTPUT"] = activation is not None and needs_output(activation)
+    # channels, rows, tiles of a program, and the loop nest over the rows without the outermost
+    sizes = (channels, rows, steps, *nest.sizes[1:])
+    numbers = (*sizes, *strides) if count is None else (*sizes, count, *strides)
+    prepared = launch.Prepared(
+        getattr(family, kernel),
+        (blocks * slices,),
+        numbers,
+        config,
+        **constants,
+    )
+    return Walk(slices, prepared)
+
+
+def _vector(tensors: Sequence[Layout], nest: strided.Nest) -> tuple[int, int]:
+    """Rows and channels, 16 bytes at most, that lie together and aligned in every tensor."""
+    vector = 16 // tensors[0].itemsize
+    along_channels = [tensor.stride(1) for tensor in tensors]
+    if all(stride == 1 for stride in along_channels):
+        strides = (stride for along in nest.strides for stride in along)
+        return 1, math.gcd(vector, tensors[0].shape[1], *strides)
+    # the innermost dimension of the nest; those after it are padding of size 1
+    inner = max((dim for dim, size in enumerate(nest.sizes) if size > 1), default=0)
+    if any(along[inner] != 1 for along in nest.strides):
+        return 1, 1
+    outer = (s for along in nest.strides for dim, s in enumerate(along) if dim != inner)
+    return math.gcd(vector, nest.sizes[inner], *along_channels, *outer), 1

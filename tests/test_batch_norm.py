@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import tritorch
 import tritorch.nn as nn
 from tritorch import ops
-from tritorch.ops import norm_walk, strided
+from tritorch.ops import batch_norm_stages, strided
 from tritorch.ops.activation import REFERENCES
 from tritorch.ops.strided import Layout
 
@@ -74,7 +74,7 @@ def test_vectors_are_aligned(kept, dtype):
     images = torch.empty(2, kept + 4, 3, 5, dtype=dtype, device="meta")
     images = images.contiguous(memory_format=torch.channels_last)[:, :kept]
     nest = strided.nest("batch_norm", images.select(1, 0))
-    rows, channels = norm_walk._vector([Layout.of(images)], nest)
+    rows, channels = batch_norm_stages._vector([Layout.of(images)], nest)
     assert rows == 1
     assert channels * dtype.itemsize <= 16
     assert kept % channels == 0

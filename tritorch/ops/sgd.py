@@ -12,7 +12,7 @@ from tritorch import backend, binding, checks, launch
 from tritorch.ops import multi_tensor
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 
-kernels = launch.kernels("optim")
+kernels = launch.kernels("sgd")
 
 
 class _Lists(NamedTuple):
@@ -242,7 +242,7 @@ register(
         name="sgd_step",
         op=sgd_step,
         reference=sgd_step_reference,
-        kernels=("optim.sgd_step_kernel",),
+        kernels=("sgd.sgd_step_kernel",),
         gradients=(),
         samples=_samples,
         workloads=_workloads,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import backend, checks
-from tritorch.ops import pool_function, windows
+from tritorch.ops import max_pool_function, windows
 from tritorch.ops.windows import Ints
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 from tritorch.repeats.decorator import repeated
@@ -93,7 +93,7 @@ def max_pool2d(
         return max_pool2d_reference(
             input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         )
-    return pool_function.max_pool(input, window, size, bool(return_indices))
+    return max_pool_function.max_pool(input, window, size, bool(return_indices))
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -1,12 +1,12 @@
 """Statistics of batch normalisation: slices of a batch are summed, and then merged.
 
-R, the tiles and VECTOR_R by VECTOR_C are those of norm.py; S counts the slices.
+R, the tiles and VECTOR_R by VECTOR_C are those of batch_norm.py; S counts the slices.
 """
 
 import triton
 import triton.language as tl
 
-from tritorch.kernels.norm import own_tile, tile_mask, tile_offsets
+from tritorch.kernels.batch_norm import own_tile, tile_mask, tile_offsets
 
 # slices and channels that one program merges at a time; with 256 slices Triton 3.9 crashes while
 # it compiles for sm_90, where the channels are no multiple of 16
