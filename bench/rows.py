@@ -93,7 +93,7 @@ class Bench:
         judge = guards.Judge(prepared)
         failures, verdicts = self._prepare(prepared, judge)
         self.watch.seen()
-        timed, kept = self._timed(prepared, failures)
+        timed, kept = self._timed(prepared)
         slowed = clocks.summary(self.watch.seen())
         # while what was differentiated is still what lies in memory
         extras = {name: self.details(prepared, name, self.extras)[0] for name in timed}
@@ -173,9 +173,7 @@ class Bench:
         for name in [name for name, calls in prepared.calls.items() if calls]:
             prepared.prepare(name)
 
-    def _timed(
-        self, prepared: Prepared, failures: dict[str, str]
-    ) -> tuple[dict[str, timing.Timing], _Kept]:
+    def _timed(self, prepared: Prepared) -> tuple[dict[str, timing.Timing], _Kept]:
         """Times what could be called; keeps some of what it returned meanwhile."""
         sides = {
             name: calls

@@ -9,6 +9,8 @@ import functools
 import triton
 from triton import Config
 
+from tritorch.kernels.hopper import MULTIPROCESSORS, SHARED_MEMORY
+
 
 def _tile(k, npq, c, num_warps, num_stages, persistent=False):
     blocks = {"BLOCK_K": k, "BLOCK_NPQ": npq, "BLOCK_C": c, "PERSISTENT": persistent}
@@ -48,10 +50,7 @@ CONV2D_TMA_CONFIGS = {
 MIN_CHANNELS = 32
 MIN_PIXELS = 1024
 
-# of the GPUs that these kernels are for; cycles from a load to its data, and from one of single
-# pixels
-MULTIPROCESSORS = 132
-SHARED_MEMORY = 227 * 1024
+# cycles from a load to its data, and from one of single pixels
 LATENCY = 1800
 SINGLE_PIXELS = 3500
 

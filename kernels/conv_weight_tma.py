@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton import Config
 
+from tritorch.kernels.hopper import MULTIPROCESSORS, SHARED_MEMORY
+
 
 def _tile(k, c, pixels, taps, num_warps, num_stages):
     blocks = {"BLOCK_K": k, "BLOCK_C": c, "BLOCK_PIXELS": pixels, "TAPS": taps}
@@ -35,9 +37,7 @@ MIN_CHANNELS = 32
 MIN_PIXELS = 1024
 PORTABLE_CHANNELS = 128
 
-# of the GPUs that this kernel is for; cycles from a load to its data
-MULTIPROCESSORS = 132
-SHARED_MEMORY = 227 * 1024
+# cycles from a load to its data
 LATENCY = 1500
 # stream-K must be estimated to take no more than this part of what separate sums take
 GAIN = 0.97

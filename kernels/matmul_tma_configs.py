@@ -6,6 +6,8 @@ Measured tables come first (`tritorch.tuned`); the estimate is for sizes that no
 import triton
 from triton import Config
 
+from tritorch.kernels.hopper import MULTIPROCESSORS, SHARED_MEMORY
+
 
 def _tile(form, m, n, k, num_warps, num_stages, pieces=None):
     if pieces is None:
@@ -87,8 +89,6 @@ MATMUL_TMA_STREAM_K_CONFIGS = {
     ),
 }
 
-# of an H100 SXM and an H200: one constant, so that sums are split alike on every GPU
-MULTIPROCESSORS = 132
 # slices that one program must have before it pays to split a sum
 MIN_SLICES = 8
 
@@ -224,7 +224,7 @@ def residents(config, itemsize, residual=False):
     # of the accumulator, and of everything else
     registers = block_m * block_n // threads + 40
     shared = itemsize * columns * block_k + stored + 1024
-    return min(232448 // shared, 65536 // (registers * threads))
+    return min(SHARED_MEMORY // shared, 65536 // (registers * threads))
 
 
 # what a multiprocessor of compute capability 9 does in a cycle: pairs of 16-bit numbers that it

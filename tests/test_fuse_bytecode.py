@@ -108,18 +108,18 @@ class Forking(Model):
         return F.relu(self.bn(x)) + noise
 
 
-TRIES = "it has a try or a match statement, of which a record knows one way"
+TRIES = "it has a try or match statement: a record has one branch only"
 WRITTEN = {
     Trying: TRIES,
     Bare: TRIES,
     Ending: TRIES,
-    Printing: "it may use print, which no record does",
-    Seeding: "it may use manual_seed, which no record does",
-    Identifying: "it asks by `is` for something else than None, which no value is",
-    Suppressing: "it may use suppress, which no record does",
+    Printing: "it may call print, which a record does not repeat",
+    Seeding: "it may call manual_seed, which a record does not repeat",
+    Identifying: "it compares by `is` with something other than None",
+    Suppressing: "it may call suppress, which a record does not repeat",
     Matching: TRIES,
     Decorated: TRIES,
-    Forking: "it may use fork_rng, which no record does",
+    Forking: "it may call fork_rng, which a record does not repeat",
 }
 
 

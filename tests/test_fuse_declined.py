@@ -85,9 +85,9 @@ def seeding(m, x):
     return F.relu(m.bn(x))
 
 
-CLASS = "its forward asks for the class of a value"
-LOOKS_UP = "its forward looks a value up"
-WRITES_OUT = "its forward writes a value out"
+CLASS = "its forward tests the class of a tensor"
+LOOKS_UP = "its forward hashes a tensor or its attribute"
+WRITES_OUT = "its forward formats a tensor or its attribute as text"
 DECLINED = {
     "function": (lambda m, x: F.relu(m.bn(Reversed.apply(x))), CLASS),
     "class of an attribute": (
@@ -98,7 +98,7 @@ DECLINED = {
     "float32": (in_float32, "its forward enters a context"),
     "asks autocast": (
         lambda m, x: F.relu(m.bn(x)) if torch.is_autocast_enabled("cpu") else m.bn(x),
-        "its forward is another one under autocast",
+        "its forward differs under autocast",
     ),
     "frozen": (frozen, "its forward changes a module that it calls"),
     "momentum": (another_momentum, "its forward changes a module that it calls"),
@@ -120,7 +120,7 @@ DECLINED = {
         lambda m, x: F.relu(m.bn(x)) if x.T.grad_fn is None else m.bn(x),
         "its forward may ask whether grad_fn is None",
     ),
-    "data": (with_data, "its forward sets data of a value"),
+    "data": (with_data, "its forward sets the attribute data of a tensor"),
     "numpy": (
         lambda m, x: F.relu(m.bn(x)) * float(np.random.rand() + 1),
         "its forward draws random numbers in Python",
@@ -168,7 +168,7 @@ class Stack(nn.Module):
 def test_lists_of_numbers_are_not_recorded():
     converted, fused = both(Listed())
     assert tritorch.fusion_report(fused).kept[""] == (
-        "it may use flags, a list, whose contents can change"
+        "it may read flags, a list, whose contents can change"
     )
     for model in (converted, fused):
         model.flags[0] = False

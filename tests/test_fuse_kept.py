@@ -39,10 +39,10 @@ def hooked(layer):
 
 
 SEES = "its result is used more than once"
-CHANGES_FIRST = "what it reads may change before the addition"
+CHANGES_FIRST = "its input or statistics may change before the addition"
 # of what torch lets nobody differentiate
 FORWARD_ALONE = ("what it reads changes", "a view of what changes", "written over")
-HOOKS = "it has hooks, or a forward of its own"
+HOOKS = "it has hooks, or its forward is replaced"
 # what is not fused: a model, the layer, and why
 REFUSED = {
     "used twice": (lambda: Model(lambda m, x: F.relu(y := m.bn(x)) * y), "bn", SEES),
@@ -74,12 +74,12 @@ REFUSED = {
     "hooks on the activation": (
         lambda: Model(lambda m, x: m.act(m.bn(x)), hooked(nn.ReLU())),
         "bn",
-        "hooks on act, or a forward of its own",
+        "act has hooks, or its forward is replaced",
     ),
     "patched activation": (
         lambda: Model(lambda m, x: m.act(m.bn(x)), patched(nn.ReLU())),
         "bn",
-        "hooks on act, or a forward of its own",
+        "act has hooks, or its forward is replaced",
     ),
     "two places": (
         lambda: Model(lambda m, x: F.relu(m.bn(F.relu(m.bn(x))))),
@@ -89,7 +89,7 @@ REFUSED = {
     "subclass": (
         lambda: Model(lambda m, x: F.relu(m.bn(x)), bn=Odd(3)),
         "bn",
-        "Odd is no layer of tritorch",
+        "Odd is not a layer of tritorch",
     ),
     "added to itself": (
         lambda: Model(lambda m, x: F.relu((y := m.bn(x)) + y)),
@@ -137,7 +137,7 @@ REFUSED = {
     "an argument": (
         lambda: Model(lambda m, x: F.relu(m.bn(x, activation="tanh"))),
         "bn",
-        "it is called with more than an input",
+        "it is called with more than one argument",
     ),
     "written over": (
         lambda: Model(lambda m, x: torch.sigmoid(x, out=m.bn(x))),
@@ -215,9 +215,9 @@ VALUES = (
     "torch.fx cannot trace it: symbolically traced variables cannot be used as inputs to"
     " control flow"
 )
-ANOTHER = "its forward is another one in evaluation, or without gradients"
-CONTEXT = "its forward enters a context: no_grad or autocast, say"
-CLASS = "its forward asks for the class of a value"
+ANOTHER = "its forward differs in evaluation or without gradients"
+CONTEXT = "its forward enters a context such as no_grad or autocast"
+CLASS = "its forward tests the class of a tensor"
 # what a record would not do, and why there is none
 UNTRACEABLE = {
     "values": (lambda m, x: F.relu(m.bn(x)) if x.sum() > 0 else m.bn(x), VALUES),
@@ -233,11 +233,11 @@ UNTRACEABLE = {
     "random": (drawing, "its forward draws random numbers in Python"),
     "a tensor of its own": (
         lambda m, x: F.relu(m.bn(x)) if torch.rand(1) < 2 else x,
-        "its forward calls aten.rand.default on no value that it is given",
+        "its forward calls aten.rand.default without any of its arguments",
     ),
     "remembers": (remembering, CLASS),
     "counts": (counting, "its forward changes attributes of its module"),
-    "in place": (scaling_in_place, "its forward changes a value by __imul__"),
+    "in place": (scaling_in_place, "its forward changes a tensor in place by __imul__"),
 }
 
 
@@ -306,5 +306,5 @@ def test_layers_that_were_not_converted_stay_torchs():
     network = tritorch.convert(resnet.resnet18((1, 1), 5, width=4), exclude="layer1")
     fused = tritorch.fuse(network)
     assert type(fused.layer1[0].bn1) is nn.BatchNorm2d
-    assert kept_of(fused)["layer1.0.bn1"] == "BatchNorm2d is no layer of tritorch"
+    assert kept_of(fused)["layer1.0.bn1"] == "BatchNorm2d is not a layer of tritorch"
     assert set(activations_of(fused)) == {"bn1", "layer2.0.bn1", "layer2.0.bn2"}

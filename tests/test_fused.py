@@ -77,7 +77,7 @@ def test_what_is_added_may_change_where_no_gradient_needs_it(activation, joined)
     assert_close(*results)
     if not joined:
         reasons = tritorch.fusion_report(fused).kept
-        assert reasons["bn"] == "what is added is used afterwards"
+        assert reasons["bn"] == "the tensor that is added to it is used afterwards"
 
 
 def around(self, input, weight, bias):

@@ -120,7 +120,7 @@ def inspect(target: str | None, json_file: Path | None, force: bool, **options: 
     )
     if not console.is_terminal:
         console.width = _WIDTH
-    _check(target, json_file, force, options)
+    _check(json_file, force, options)
     with contextlib.ExitStack() as stack:
         if options["tf32"]:
             from tritorch.testing import products
@@ -168,9 +168,7 @@ def _are_files(names: tuple[str, str]) -> bool:
     return all(Path(name).is_file() for name in names)
 
 
-def _check(
-    target: str | None, json_file: Path | None, force: bool, options: dict[str, Any]
-) -> None:
+def _check(json_file: Path | None, force: bool, options: dict[str, Any]) -> None:
     """Before a minute of compiling."""
     if json_file is not None and str(json_file) != "-":
         check_folder(json_file.parent)

@@ -97,7 +97,7 @@ def _activation(module: Module, node: fx.Node, input: fx.Node) -> _Activation | 
         if name is None:
             return f"the kernels have no {layer}"
         if not fused.is_plain(layer):
-            return f"hooks on {node.target}, or a forward of its own"
+            return f"{node.target} has hooks, or its forward is replaced"
         return _Activation(name, str(node.target))
     names: dict[Any, str] = _FUNCTIONS if node.op == "call_function" else _METHODS
     found = names.get(node.target) if node.op in ("call_function", "call_method") else None
@@ -131,13 +131,13 @@ def _is_addition(node: fx.Node) -> bool:
 def _obstacle(module: Module, node: fx.Node, layer: Module, activation: str) -> str | None:
     """Why a layer cannot take the activation behind it."""
     if type(layer) not in fused.LAYERS:
-        return f"{type(layer).__name__} is no layer of tritorch"
+        return f"{type(layer).__name__} is not a layer of tritorch"
     if not fused.takes(layer, activation):
         return f"{type(layer).__name__} takes no {activation}"
     if not fused.is_plain(layer):
-        return "it has hooks, or a forward of its own"
+        return "it has hooks, or its forward is replaced"
     if len(node.args) != 1 or node.kwargs:
-        return "it is called with more than an input"
+        return "it is called with more than one argument"
     names = names_of(module)[layer]
     if len(names) > 1 or sum(one.target in names for one in node.graph.nodes) > 1:
         return "it is used in more than one place"
@@ -167,7 +167,7 @@ def _addition_obstacle(
     behind = steps[steps.index(addition) + 1 :]
     # autograd would keep what is added, which an addition alone does not need
     if not needs_output(activation) and any(user in behind for user in residual.users):
-        return "what is added is used afterwards"
+        return "the tensor that is added to it is used afterwards"
     if all(step.op in ("get_attr", "placeholder") for step in between):
         return None
     source = node.args[0]
@@ -181,7 +181,7 @@ def _addition_obstacle(
         and not any(str(step.target).startswith(f"{node.target}.") for step in before)
     ):
         return None
-    return "what it reads may change before the addition"
+    return "its input or statistics may change before the addition"
 
 
 def _residual(norm: fx.Node, addition: fx.Node) -> Any:

@@ -49,15 +49,15 @@ def record(module: Module, written: type[Module]) -> fx.Graph:
     named: frozenset[str] = bytecode.names_in(kind)
     codes = bytecode.of_forward(kind)
     if unseen := _UNSEEN & bytecode.names_of(codes):
-        raise DeclinedError(f"it may use {min(unseen)}, which no record does")
+        raise DeclinedError(f"it may call {min(unseen)}, which a record does not repeat")
     if any(map(bytecode.tries, codes)):
-        raise DeclinedError("it has a try or a match statement, of which a record knows one way")
+        raise DeclinedError("it has a try or match statement: a record has one branch only")
     if any(map(bytecode.identifies, codes)):
-        raise DeclinedError("it asks by `is` for something else than None, which no value is")
+        raise DeclinedError("it compares by `is` with something other than None")
     for name in sorted(named & (vars(module).keys() - _OF_MODULES)):
         if not _is_fixed(vars(module)[name]):
             found = type(vars(module)[name]).__name__
-            raise DeclinedError(f"it may use {name}, a {found}, whose contents can change")
+            raise DeclinedError(f"it may read {name}, a {found}, whose contents can change")
     with torch.enable_grad(), _mode(module, training=True):
         graph = _record(module, written)
     with torch.no_grad(), _mode(module, training=False):
@@ -66,9 +66,9 @@ def record(module: Module, written: type[Module]) -> fx.Graph:
         lowered = _record(module, written)
     source = graph.python_code("self").src
     if source != evaluated.python_code("self").src:
-        raise DeclinedError("its forward is another one in evaluation, or without gradients")
+        raise DeclinedError("its forward differs in evaluation or without gradients")
     if source != lowered.python_code("self").src:
-        raise DeclinedError("its forward is another one under autocast")
+        raise DeclinedError("its forward differs under autocast")
     return graph
 
 
@@ -215,10 +215,10 @@ class _NoTensors(TorchDispatchMode):
     """Notices what is computed while a forward is recorded instead of becoming a part of it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise DeclinedError(f"its forward calls {func} on no value that it is given")
+        raise DeclinedError(f"its forward calls {func} without any of its arguments")
 
 
-_CLASS = "its forward asks for the class of a value"
+_CLASS = "its forward tests the class of a tensor"
 
 
 class _Asked:
@@ -235,10 +235,10 @@ class _Asked:
         return fx.Proxy.__torch_function__(*args, **kwargs)
 
     def __hash__(self) -> int:
-        raise DeclinedError("its forward looks a value up")
+        raise DeclinedError("its forward hashes a tensor or its attribute")
 
     def __repr__(self) -> str:
-        raise DeclinedError("its forward writes a value out")
+        raise DeclinedError("its forward formats a tensor or its attribute as text")
 
     __str__ = __repr__
 
@@ -277,7 +277,7 @@ class _Value(_Asked, fx.Proxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
-            raise DeclinedError(f"its forward sets {name} of a value")
+            raise DeclinedError(f"its forward sets the attribute {name} of a tensor")
         super().__setattr__(name, value)
 
     def __iadd__(self, other: Any) -> fx.Proxy:
@@ -306,7 +306,7 @@ class _Attribute(_Asked, fx.proxy.Attribute):
 
 def _declines(method: str) -> Any:
     def decline(self: _Value, other: Any) -> None:
-        raise DeclinedError(f"its forward changes a value by {method}")
+        raise DeclinedError(f"its forward changes a tensor in place by {method}")
 
     return decline
 
@@ -345,7 +345,7 @@ class _Recorder(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _surroundings() != self._surroundings:
-            raise DeclinedError("its forward enters a context: no_grad or autocast, say")
+            raise DeclinedError("its forward enters a context such as no_grad or autocast")
         return super().create_node(*args, **kwargs)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -265,7 +264,10 @@ def _runs(starts: range, low: int, high: int) -> Iterator[tuple[int, int]]:
     """The starts, each with 1, but of those from `low` to below `high` the first with their number:
     away from the edges, where most tiles are, all taps read pixels.
     """
-    first, end = bisect_left(starts, low), bisect_left(starts, high)
+    first, end = (
+        min(max(math.ceil((edge - starts.start) / starts.step), 0), len(starts))
+        for edge in (low, high)
+    )
     if first >= end:
         first = end = len(starts)
     yield from ((start, 1) for start in starts[:first])

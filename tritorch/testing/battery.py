@@ -1,4 +1,5 @@
-"""The properties that an op must have, each a function from a subject and a case to findings.
+"""The properties that an op must have, each a function from a subject and a case to findings: none
+is good.
 
 The tests of tritorch's own ops are calls of these functions, and so is a check of a user's.  A
 property that can watch the kernels takes `order`, in which their programs run; None leaves them
@@ -32,10 +33,6 @@ from tritorch.testing.trials import (
 )
 
 SPECIAL = (float("nan"), float("inf"), float("-inf"), -0.0)
-
-# every function below: no findings is good
-
-Property = Callable[[Subject, Case], list[Finding]]
 
 
 def values(subject: Subject, case: Case, *, order: Any = None) -> list[Finding]:
