@@ -15,7 +15,7 @@ from tritorch.ops import strided
 from tritorch.ops.batch_norm_checks import check_statistics
 from tritorch.ops.batch_norm_function import BatchNorm
 from tritorch.ops.geometry import is_channels_last
-from tritorch.ops.norm_of_one import Norm
+from tritorch.ops.layer_and_group_norm import Norm
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 from tritorch.repeats.decorator import repeated

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks
 from tritorch.ops import strided
-from tritorch.ops.norm_of_one import Norm
+from tritorch.ops.layer_and_group_norm import Norm
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 from tritorch.repeats.decorator import repeated
