@@ -16,7 +16,7 @@ import triton.language as tl
 from triton import Config
 
 from tritorch.kernels.activation import activate, activation_gradient
-from tritorch.kernels.tiles import strided_offsets
+from tritorch.kernels.tiles import load_channels, strided_offsets, tile_mask
 
 
 def tiles(rows, num_warps=8, stages=1, maxnreg=None):
@@ -78,15 +78,6 @@ def own_tile(C, STEPS, INDEX_64: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: t
 
 
 @triton.jit
-def tile_mask(offs_r, offs_c, R, C, VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr):
-    """Where the tile lies in the tensor."""
-    mask = (offs_r < R)[:, None] & (offs_c < C)[None, :]
-    if VECTOR_R * VECTOR_C > 1:
-        mask = tl.max_constancy(mask, (VECTOR_R, VECTOR_C))
-    return mask
-
-
-@triton.jit
 def tile_offsets(
     offs_r, offs_c, size_1, size_2, size_3, size_4,
     stride_c, stride_0, stride_1, stride_2, stride_3, stride_4,
@@ -125,16 +116,6 @@ def unpack_bits(packed, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Zeros and ones of the tile's bytes."""
     bits = packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]
     return (bits & 1).reshape(BLOCK_R, BLOCK_C)
-
-
-@triton.jit
-def load_channels(ptr, offs_c, C, OTHER: tl.constexpr, DTYPE: tl.constexpr):
-    """One value per channel; OTHER where there is no such tensor."""
-    if ptr is None:
-        values = tl.full(offs_c.shape, OTHER, DTYPE)
-    else:
-        values = tl.load(ptr + offs_c, mask=offs_c < C, other=OTHER).to(DTYPE)
-    return values
 
 
 @triton.jit

@@ -6,7 +6,8 @@ R, the tiles and VECTOR_R by VECTOR_C are those of batch_norm.py; S counts the s
 import triton
 import triton.language as tl
 
-from tritorch.kernels.batch_norm import own_tile, tile_mask, tile_offsets
+from tritorch.kernels.batch_norm import own_tile, tile_offsets
+from tritorch.kernels.tiles import tile_mask
 
 # slices and channels that one program merges at a time; with 256 slices Triton 3.9 crashes while
 # it compiles for sm_90, where the channels are no multiple of 16

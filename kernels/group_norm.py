@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from tritorch.kernels.tiles import strided_offsets
+from tritorch.kernels.tiles import load_channels, strided_offsets, tile_mask
 
 
 def tiles(rows):
@@ -66,14 +66,6 @@ def own_tile(
 
 
 @triton.jit
-def tile_mask(offs_r, offs_c, R, C, VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr):
-    mask = (offs_r < R)[:, None] & (offs_c < C)[None, :]
-    if VECTOR_R * VECTOR_C > 1:
-        mask = tl.max_constancy(mask, (VECTOR_R, VECTOR_C))
-    return mask
-
-
-@triton.jit
 def tile_offsets(
     n, offs_r, offs_c, size_1, size_2, stride_n, stride_c, stride_0, stride_1, stride_2,
     VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr,
@@ -85,16 +77,6 @@ def tile_offsets(
         offsets = tl.max_contiguous(offsets, (VECTOR_R, VECTOR_C))
         offsets = tl.multiple_of(offsets, (VECTOR_R, VECTOR_C))
     return offsets
-
-
-@triton.jit
-def load_channels(ptr, offs_c, C, OTHER: tl.constexpr, DTYPE: tl.constexpr):
-    """One value per channel; OTHER where there is no such tensor."""
-    if ptr is None:
-        values = tl.full(offs_c.shape, OTHER, DTYPE)
-    else:
-        values = tl.load(ptr + offs_c, mask=offs_c < C, other=OTHER).to(DTYPE)
-    return values
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Device helpers that several families share: program order and strided offsets."""
+"""Device helpers that several families share: program order, strided offsets, tiles of channels."""
 
 import triton
 import triton.language as tl
@@ -36,3 +36,22 @@ def strided_offsets(
     i1 = index % size_1
     i0 = index // size_1
     return i0 * stride_0 + i1 * stride_1 + i2 * stride_2 + i3 * stride_3 + i4 * stride_4
+
+
+@triton.jit
+def tile_mask(offs_r, offs_c, R, C, VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr):
+    """Where a tile of rows and channels lies in the tensor, VECTOR_R by VECTOR_C masked as one."""
+    mask = (offs_r < R)[:, None] & (offs_c < C)[None, :]
+    if VECTOR_R * VECTOR_C > 1:
+        mask = tl.max_constancy(mask, (VECTOR_R, VECTOR_C))
+    return mask
+
+
+@triton.jit
+def load_channels(ptr, offs_c, C, OTHER: tl.constexpr, DTYPE: tl.constexpr):
+    """One value per channel; OTHER where there is no such tensor."""
+    if ptr is None:
+        values = tl.full(offs_c.shape, OTHER, DTYPE)
+    else:
+        values = tl.load(ptr + offs_c, mask=offs_c < C, other=OTHER).to(DTYPE)
+    return values
