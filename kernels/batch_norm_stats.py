@@ -1,4 +1,4 @@
-"""Statistics of batch normalisation: slices of a batch are summed, and then merged.
+"""Statistics of batch normalisation: the moments of slices of a batch, and their merging.
 
 R, the tiles and VECTOR_R by VECTOR_C are those of batch_norm.py; S counts the slices.
 """
@@ -25,14 +25,14 @@ def slices_of_group(slices):
 
 @triton.jit(do_not_specialize=["R", "STEPS"])
 def batch_norm_stats_kernel(
-    x_ptr, statistics_ptr,
+    x_ptr, moments_ptr,
     C, R, STEPS, size_1, size_2, size_3, size_4,
     x_stride_c, x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4,
     INDEX_64: tl.constexpr,
     VECTOR_R: tl.constexpr, VECTOR_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program writes mean, squared deviations and count of STEPS tiles of its channels."""
+    """One program writes the moments of STEPS tiles of its channels."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     split, offs_r, offs_c = own_tile(C, STEPS, INDEX_64, BLOCK_R, BLOCK_C)
     mask_c = offs_c < C
@@ -68,7 +68,7 @@ def batch_norm_stats_kernel(
     drift = total / count
     # not total * total, which passes float32 long before the squares do
     m2 = tl.sum(sum2, 0) - total * drift
-    row = statistics_ptr + split * 3 * C + offs_c
+    row = moments_ptr + split * 3 * C + offs_c
     tl.store(row, shift + drift, mask=mask_c)
     tl.store(row + C, m2, mask=mask_c)
     tl.store(row + 2 * C, tl.zeros_like(m2) + count, mask=mask_c)
@@ -85,7 +85,7 @@ def move_running(ptr, stride, offs_c, mask_c, value, momentum):
 
 @triton.jit(do_not_specialize=["S"])
 def batch_norm_gather_stats_kernel(
-    statistics_ptr, running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, moments_ptr,
+    moments_ptr, running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, merged_ptr,
     S, C,
     running_mean_stride, running_var_stride, STEP,
     momentum: tl.float64,
@@ -94,24 +94,24 @@ def batch_norm_gather_stats_kernel(
     """One program merges the S slices of its channels and moves their running statistics, once.
 
     Merged by the formulas of Chan, Golub and LeVeque (1979): with n elements of mean m in a slice,
-    squared deviations are the sum of the slices' own and of n (m - mean)^2.  With moments_ptr it
-    writes mean, squared deviations and count, as of one slice; with STEP, programs along the second
-    axis merge STEP slices each.
+    squared deviations are the sum of the slices' own and of n (m - mean)^2.  With merged_ptr it
+    writes moments, as of one slice; with STEP, programs along the second axis merge STEP slices
+    each.
     """
-    ACC: tl.constexpr = statistics_ptr.dtype.element_ty
+    ACC: tl.constexpr = moments_ptr.dtype.element_ty
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     if STEP is not None:
         first = tl.program_id(1) * STEP
-        statistics_ptr += first.to(tl.int64) * 3 * C
-        moments_ptr += tl.program_id(1) * 3 * C
+        moments_ptr += first.to(tl.int64) * 3 * C
+        merged_ptr += tl.program_id(1) * 3 * C
         S = tl.minimum(S - first, STEP)
     offs_s = tl.arange(0, BLOCK_S)
     count = tl.zeros((BLOCK_S, BLOCK_C), dtype=ACC)
     total = tl.zeros((BLOCK_S, BLOCK_C), dtype=ACC)
     for start in range(0, S, BLOCK_S):
         mask = (start + offs_s < S)[:, None] & mask_c[None, :]
-        rows = statistics_ptr + (start + offs_s)[:, None] * 3 * C + offs_c[None, :]
+        rows = moments_ptr + (start + offs_s)[:, None] * 3 * C + offs_c[None, :]
         n = tl.load(rows + 2 * C, mask=mask, other=0.0)
         count += n
         total += n * tl.load(rows, mask=mask, other=0.0)
@@ -122,7 +122,7 @@ def batch_norm_gather_stats_kernel(
     drift = tl.zeros((BLOCK_S, BLOCK_C), dtype=ACC)
     for start in range(0, S, BLOCK_S):
         mask = (start + offs_s < S)[:, None] & mask_c[None, :]
-        rows = statistics_ptr + (start + offs_s)[:, None] * 3 * C + offs_c[None, :]
+        rows = moments_ptr + (start + offs_s)[:, None] * 3 * C + offs_c[None, :]
         n = tl.load(rows + 2 * C, mask=mask, other=0.0)
         deviation = tl.load(rows, mask=mask, other=0.0) - mean[None, :]
         m2 += tl.load(rows + C, mask=mask, other=0.0) + n * deviation * deviation
@@ -133,10 +133,10 @@ def batch_norm_gather_stats_kernel(
     # rounding may leave a tiny negative sum; NaN stays
     squares = tl.where(squares < 0, 0.0, squares)
     mean = tl.where(error == error, mean + error, mean)
-    if moments_ptr is not None:
-        tl.store(moments_ptr + offs_c, mean, mask=mask_c)
-        tl.store(moments_ptr + C + offs_c, squares, mask=mask_c)
-        tl.store(moments_ptr + 2 * C + offs_c, count, mask=mask_c)
+    if merged_ptr is not None:
+        tl.store(merged_ptr + offs_c, mean, mask=mask_c)
+        tl.store(merged_ptr + C + offs_c, squares, mask=mask_c)
+        tl.store(merged_ptr + 2 * C + offs_c, count, mask=mask_c)
     else:
         tl.store(mean_ptr + offs_c, mean, mask=mask_c)
         tl.store(var_ptr + offs_c, squares / count, mask=mask_c)

@@ -31,50 +31,50 @@ def batch_norm_stats(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel; moves the running statistics once."""
     mean, var = _stats_outputs(input, running_mean, running_var, momentum)
-    _merge(_statistics(input), running_mean, running_var, mean, var, None, momentum)
+    _merge(_moments_of_slices(input), running_mean, running_var, mean, var, None, momentum)
     return mean, var
 
 
-def _statistics(input: Tensor) -> Tensor:
+def _moments_of_slices(input: Tensor) -> Tensor:
     """Mean, sum of squared deviations and count of each channel of each slice, (slices, 3, C)."""
     walk = walk_of("batch_norm_stats_kernel", input)
     dtype = accumulator_dtype(input.dtype)
-    statistics = input.new_empty((walk.slices, 3, input.shape[1]), dtype=dtype)
-    walk.run(input, input, statistics)
-    return statistics
+    moments = input.new_empty((walk.slices, 3, input.shape[1]), dtype=dtype)
+    walk.run(input, input, moments)
+    return moments
 
 
 def _merge(
-    statistics: Tensor,
+    moments: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
-    moments: Tensor | None,
+    merged: Tensor | None,
     momentum: float,
 ) -> None:
-    """Writes mean and var, or moments, of all slices; moves the running statistics once."""
-    if statistics.shape[0] > kernels.MAX_SLICES:
-        statistics = _merged_groups(statistics)
-    slices, _, channels = statistics.shape
+    """Writes mean and var, or merged moments, of all slices; moves the running statistics once."""
+    if moments.shape[0] > kernels.MAX_SLICES:
+        moments = _merged_groups(moments)
+    slices, _, channels = moments.shape
     strides = [0 if one is None else one.stride(0) for one in (running_mean, running_var)]
     run = _plan_merge(slices, channels, *strides)
-    tensors = statistics, running_mean, running_var, mean, var, moments
-    run(statistics, *tensors, floats=(momentum,))
+    tensors = moments, running_mean, running_var, mean, var, merged
+    run(moments, *tensors, floats=(momentum,))
     for running in (running_mean, running_var):
         # the dispatcher does not see what a kernel writes; inference tensors have no version
         if running is not None and not running.is_inference():
             launch.count_write(running)
 
 
-def _merged_groups(statistics: Tensor) -> Tensor:
-    slices, *rest = statistics.shape
+def _merged_groups(moments: Tensor) -> Tensor:
+    slices, *rest = moments.shape
     step = kernels.slices_of_group(slices)
     groups = math.ceil(slices / step)
-    moments = statistics.new_empty((groups, *rest))
+    merged = moments.new_empty((groups, *rest))
     run = _plan_merge(slices, rest[-1], 0, 0, step, groups)
-    run(statistics, statistics, None, None, None, None, moments, floats=(0.0,))
-    return moments
+    run(moments, moments, None, None, None, None, merged, floats=(0.0,))
+    return merged
 
 
 @launch.planned
@@ -110,7 +110,7 @@ def batch_norm_moments(input: Tensor) -> Tensor:
     moments = _moments_output(input)
     if input.numel() == 0:
         return moments.zero_()
-    _merge(_statistics(input), None, None, None, None, moments, 0.0)
+    _merge(_moments_of_slices(input), None, None, None, None, moments, 0.0)
     return moments
 
 
