@@ -266,7 +266,8 @@ def test_what_cancels_whatever_its_operands_are_is_held_to_their_rounding() -> N
     assert compare(rounded[:, None] * grad[:, None], truth[:, None], **scales.grads[0]).accepted
     # beside what is no zero, zero has the scale of the rest
     some = derive_conditions(lambda x: x.relu(), (torch.tensor([-1e6, 1.0]),)).output
-    assert some["scale"][0] == 0.5**0.5
+    # torch's root is that of the processor, and may be a rounding away
+    assert math.isclose(some["scale"][0], 0.5**0.5, rel_tol=1e-15)
 
 
 def test_the_excess_of_torch_is_excused_where_the_scale_is_a_guess() -> None:
