@@ -57,8 +57,7 @@ def elementwise_loss(x, y, pos_weight, threshold, LOSS: tl.constexpr):
         tl.static_assert(LOSS == "binary_cross_entropy_with_logits")
         # log(1 + exp(-x)) is relu(-x) + rest; the large terms come first, so that they cancel
         rest = log1p(tl.exp(-tl.abs(x)))
-        # without weights no product: an infinite target would make it NaN
-        log_weight = tl.where(pos_weight == 1.0, 1.0, 1.0 + (pos_weight - 1.0) * y)
+        log_weight = 1.0 + (pos_weight - 1.0) * y
         loss = ((1.0 - y) * x + log_weight * tl.where(x < 0, -x, 0.0)) + log_weight * rest
     return loss
 
