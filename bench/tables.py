@@ -216,15 +216,15 @@ def main() -> None:
     for path in options.files:
         try:
             text = path.read_text(encoding="utf-8")
-            new = regenerated(text)
         except (OSError, UnicodeError) as error:
             sys.exit(f"{path}: {error}")
-        except KeyError as error:
-            sys.exit(f"{path}: there is no table {error}, there are {', '.join(sorted(TABLES))}")
+        for name in sorted({match["name"] for match in _BLOCK.finditer(text)} - TABLES.keys()):
+            sys.exit(f"{path}: there is no table '{name}', there are {', '.join(sorted(TABLES))}")
+        new = regenerated(text)
         if new != text:
             stale.append(path)
             if not options.check:
-                path.write_text(new)
+                path.write_text(new, encoding="utf-8")
     if options.check and stale:
         sys.exit(
             f"stale: {', '.join(map(str, stale))}; run python -m tritorch.bench.tables on them"

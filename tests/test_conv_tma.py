@@ -332,7 +332,7 @@ def test_values_before_the_activation():
 
     exact = gradients(reference, [o.double() for o in (x, w, bias)], grad.double())
     for one, other in zip((y, *found), exact, strict=True):
-        # the values before it are rounded too
+        # the preactivation is rounded too
         assert (one.double() - other).abs().max() <= 4e-3 * other.abs().max()
 
 

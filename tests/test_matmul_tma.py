@@ -97,7 +97,7 @@ def test_a_tile_of_b_is_kept_for_short_sums_alone(device):
     "size", [(40, 24, 40), (8, 48, 40), (8, 48, 528)], ids=["rows", "few-rows", "split"]
 )
 def test_linear_and_its_gradients(activation, size, device):
-    """With bias and activation, and the values before it where the gradient needs them."""
+    """With bias and activation, and the preactivation where the gradient needs it."""
     m, n, k = size
     operands = made(device, m, k), made(device, n, k) / k**0.5, made(device, n)
     with tiles("tile", 32, 16, 32) as names, watched(device):

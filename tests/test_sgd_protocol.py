@@ -129,6 +129,23 @@ def test_state_made_in_inference_mode_is_not_written_outside_of_it(name, device,
             optimizer.step()
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_parameters_that_got_their_data_in_inference_mode(name, device, kernels):
+    values = []
+    for kind in (torch.optim, optim):
+        layer = nn.Linear(1, 2, device=device)
+        with torch.inference_mode():
+            layer.double().float()
+            for param in layer.parameters():
+                param.fill_(1.0)
+        assert layer.weight.is_inference()
+        layer(torch.ones(1, 1, device=device)).sum().backward()
+        getattr(kind, name)(layer.parameters(), lr=0.5).step()
+        values.append(layer.weight.detach().clone())
+    torch.testing.assert_close(values[1], values[0])
+    assert not torch.equal(values[0], torch.ones_like(values[0]))
+
+
 def test_grad_scaler(device, kernels):
     def scaled(kind):
         run = Run(kind, device)

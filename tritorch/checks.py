@@ -154,6 +154,16 @@ def _present(given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
+def _counts_writes(tensor: Tensor) -> bool:
+    """Whether torch counts what is written into an inference tensor: it does where a parameter got
+    its data in inference mode.
+    """
+    try:
+        return tensor._version >= 0
+    except RuntimeError:
+        return False
+
+
 def writable(op: str, tensor: Tensor) -> None:
     """RuntimeError unless an in-place result can be written: where torch writes one, and no element
     twice.
@@ -161,8 +171,11 @@ def writable(op: str, tensor: Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
         _differentiable(op, tensor)
     # what a compiled program writes, torch writes itself and checks
-    if not torch.compiler.is_compiling() and (
-        tensor.is_inference() and not torch.is_inference_mode_enabled()
+    if (
+        not torch.compiler.is_compiling()
+        and tensor.is_inference()
+        and not torch.is_inference_mode_enabled()
+        and not _counts_writes(tensor)
     ):
         fail(
             RuntimeError,

@@ -56,7 +56,7 @@ class Epilogue(NamedTuple):
 class Choice(NamedTuple):
     """The chosen launches, for tensors of known layouts."""
 
-    # of x, weight, y, bias, activation, the values before it, moments, residual
+    # of x, weight, y, bias, activation, preactivation, moments, residual
     run: Callable[..., None]
     # parts of y whose channel moments it can write; 0 if it cannot
     parts: int = 0
@@ -73,8 +73,8 @@ def convolve(
     preactivation: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """Writes activation(convolution of x, or the transposed one, + bias + residual) into y; and the
-    values before it into `preactivation`, which has the strides of y.
+    """Writes activation(convolution of x, or the transposed one, + bias + residual) into y; and
+    what the activation is applied to into `preactivation`, which has the strides of y.
     """
     if depthwise.takes(weight, geometry.groups):
         given = geometry, transposed, activation, preactivation, residual

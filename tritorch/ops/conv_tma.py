@@ -366,7 +366,7 @@ def convolve(
     moments: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """Writes the activation of the convolution into y, and the values before it into
+    """Writes the activation of the convolution into y, and what it is applied to into
     `preactivation`; or into `moments` mean, squared deviations and count of the channels of each of
     the plan's parts of y, (parts, 3, K).
     """

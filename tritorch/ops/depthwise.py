@@ -46,8 +46,8 @@ def convolve(
     preactivation: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """Writes activation(convolution of x, or the transposed one, + bias + residual) into y; and the
-    values before it into `preactivation`, which has the strides of y.
+    """Writes activation(convolution of x, or the transposed one, + bias + residual) into y; and
+    what the activation is applied to into `preactivation`, which has the strides of y.
     """
     channels_last = y.stride(1) == 1
     if channels_last and weight.stride(0) != 1:

@@ -305,7 +305,7 @@ def run(
     residual: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> None:
-    """Writes activation(a @ b.T + bias + residual) into y, and the values before it into
+    """Writes activation(a @ b.T + bias + residual) into y, and the sum itself into
     `preactivation`, which has the strides of y; or into `moments` mean, squared deviations and
     count of the columns of each of the plan's parts of y, (parts, 3, N); or, by a plan for them,
     into `sums` those of the rows of a.

@@ -101,7 +101,7 @@ def convolve(
     moments: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """Writes the activation of the convolution into y, and the values before it into
+    """Writes the activation of the convolution into y, and what it is applied to into
     `preactivation`; or the moments of its parts.
     """
     packed = _packed(y.shape[2:], weight.shape[2:], geometry)
