@@ -33,7 +33,8 @@ def split_sum(
     """Adds `partial` (splits, elements) over its first dimension into the dense `output`, in order.
 
     A bias runs along the last dimension of a contiguous output.  A residual has the output's shape
-    and any strides.  `preactivation`, laid out as `output`, takes what the activation is applied to.
+    and any strides.  `preactivation`, laid out as `output`, takes what the activation is applied
+    to.
     """
     row = (1, 1) if bias is None else (output.shape[-1], bias.stride(0))
     sizes = output.numel(), partial.shape[0], *row
