@@ -218,8 +218,9 @@ def main() -> None:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
             sys.exit(f"{path}: {error}")
-        for name in sorted({match["name"] for match in _BLOCK.finditer(text)} - TABLES.keys()):
-            sys.exit(f"{path}: there is no table '{name}', there are {', '.join(sorted(TABLES))}")
+        if unknown := {match["name"] for match in _BLOCK.finditer(text)} - TABLES.keys():
+            known = ", ".join(sorted(TABLES))
+            sys.exit(f"{path}: there is no table '{min(unknown)}', there are {known}")
         new = regenerated(text)
         if new != text:
             stale.append(path)

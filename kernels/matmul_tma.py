@@ -38,8 +38,8 @@ def matmul_tma_kernel(
 
     FORM: "tile" has one tile a program.  "persistent" goes on to the next tile while the one before
     is stored, in one loop over all slices, so that loads never pause.  "stationary" has one slice,
-    and keeps its tile of b for all of its tiles of a.  "stream-k" is stream-K
-    (https://arxiv.org/abs/2301.03598): programs have equal shares of the slices of all TILES, one
+    and keeps its tile of b for all of its tiles of a.  "stream-k" is that of
+    https://arxiv.org/abs/2301.03598: programs have equal shares of the slices of all TILES, one
     tile after the other.  What a program has of tile t is stored as entry program + t of y, (parts,
     BLOCK_M, BLOCK_N), for `matmul_tma_parts_kernel` to add up.
 
