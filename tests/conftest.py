@@ -23,6 +23,7 @@ MARKS = {
 ONLY = {
     "test_interpreter.py": "interpret",
     "test_interpreter_numbers.py": "interpret",
+    "test_shortcuts.py": "interpret",
     "test_battery_kernels.py": "interpret",
     "test_detectors.py": "interpret",
     "test_detectors_context.py": "interpret",

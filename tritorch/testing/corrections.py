@@ -27,8 +27,12 @@ _min_dot_size: Any = None
 _patches: list[patches.Patch] = []
 # what the patches replaced, by its name
 _originals: dict[str, Any] = {}
-# functions for which this launch has patched the language already
+# by the name of a dtype, numpy's that holds it
+_np_dtypes: dict[str, Any] = {}
+# functions for which this launch has patched the language already, and what it has patched: `tl`,
+# `tl.core`, by identity
 _seen: set[Any] = set()
+_languages: set[int] = set()
 
 
 def patch() -> None:
@@ -41,6 +45,7 @@ def patch() -> None:
 def restore() -> None:
     """Puts back what `patch` replaced."""
     _seen.clear()
+    _languages.clear()
     patches.restore(_patches, _originals)
 
 
@@ -78,7 +83,7 @@ def _require(owner: Any, path: str) -> Any:
 
 
 def _is_bf16(dtype: Any) -> bool:
-    return bool(dtype.scalar == _tl.bfloat16)
+    return bool(dtype.scalar.name == "bf16")
 
 
 def _round_to_bf16(values: Array) -> Array:
@@ -120,9 +125,12 @@ def _post_init(self: Any) -> None:
 
 
 def _get_np_dtype(dtype: Any) -> Any:
-    if _is_bf16(dtype):
-        return np.dtype(np.float32)
-    return _originals["_get_np_dtype"](dtype)
+    # Triton makes a table of all dtypes for each
+    name = dtype.scalar.name
+    if name not in _np_dtypes:
+        bf16 = _is_bf16(dtype)
+        _np_dtypes[name] = np.dtype(np.float32) if bf16 else _originals["_get_np_dtype"](dtype)
+    return _np_dtypes[name]
 
 
 def _get_bf16(self: Any, value: float) -> Any:
@@ -297,12 +305,17 @@ def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
 
 
 def _patch_lang(fn: Any) -> Any:
-    # patching takes longer than the device function itself, and its caller has done it
     if fn in _seen:
         return _lib._LangPatchScope()
     _seen.add(fn)
-    scope = _originals["_patch_lang"](fn)
     loops.put(fn.__globals__)
+    # patching takes longer than the device function itself, and its caller has done it
+    both, values = (_tl, _tl.core), fn.__globals__.values()
+    languages = {id(value) for value in values if any(value is one for one in both)}
+    if languages and languages <= _languages:
+        return _lib._LangPatchScope()
+    _languages.update(languages)
+    scope = _originals["_patch_lang"](fn)
     # the class is what the language has where nothing is interpreted
     if not isinstance(_tl.range, type):
         scope.set_attr(_tl, "range", loops.counting(_tl.range))
@@ -311,6 +324,7 @@ def _patch_lang(fn: Any) -> Any:
 
 def _launch(self: Any, *args: Any, **kwargs: Any) -> Any:
     _seen.clear()
+    _languages.clear()
     names = [*self.arg_names, *args[len(self.arg_names) :]]
     args = tuple(_argument(self, name, value) for name, value in zip(names, args, strict=False))
     kwargs = {name: _argument(self, name, value) for name, value in kwargs.items()}

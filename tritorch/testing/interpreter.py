@@ -2,7 +2,8 @@
 
 The interpreter computes bfloat16 as integers, keeps NaN where a GPU drops it, gives masked lanes a
 harmless zero and takes tiles that no compiler takes.  `corrected()` mends this for the launches
-inside it and leaves Triton untouched outside; the corrections are in `corrections.py`.
+inside it and leaves Triton untouched outside; the corrections are in `corrections.py`.  What makes
+interpreted kernels faster without another value is in `shortcuts.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tritorch.testing import corrections
+from tritorch.testing import corrections, shortcuts
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -59,6 +60,7 @@ class corrected:
                     "set TRITON_INTERPRET=1 in the environment before Python starts"
                 )
             corrections.patch()
+            shortcuts.patch()
         _depth += 1
         self._outer = corrections.tf32
         if self._tf32 is not None:
@@ -74,6 +76,7 @@ class corrected:
         corrections.tf32 = self._outer
         _depth -= 1
         if _depth == 0:
+            shortcuts.restore()
             corrections.restore()
 
 
