@@ -1,6 +1,9 @@
 """Models to fuse, and how the tests of fusing compare them: by their training in float64."""
 
 import copy
+import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,7 +80,16 @@ def activations_of(model):
 
 
 def kept_of(model):
-    return dict(tritorch.fusion_report(model).kept)
+    """The reasons without their places."""
+    kept = tritorch.fusion_report(model).kept
+    return {name: re.sub(r" \(\w+\.py:\d+\)$", "", reason) for name, reason in kept.items()}
+
+
+def place_of(written, text):
+    """Of the line that has this text in a class or function, as a report names it."""
+    lines, first = inspect.getsourcelines(written)
+    (number,) = (number for number, line in enumerate(lines, first) if text in line)
+    return f"{Path(inspect.getsourcefile(written)).name}:{number}"
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import tritorch
+from tests.fusing import place_of
 
 pytestmark = pytest.mark.reference
 
@@ -141,6 +142,36 @@ def test_forward_stays_and_its_model_is_as_before(case):
     after = {name: dict(vars(one)) for name, one in model.named_modules()}
     assert str(after) == str(before)
     assert np.random.get_state()[2] == drawn
+
+
+@pytest.mark.parametrize(
+    ("compute", "text"),
+    [
+        (in_float32, "m.bn(x)"),
+        (with_data, "y.data"),
+        (floating, "torch.float16"),
+        (keeping_on_a_child, "m.act.last"),
+    ],
+)
+def test_reason_has_the_line_of_a_function_that_the_forward_calls(compute, text):
+    model = tritorch.convert(Model(compute), inplace=True)
+    assert tritorch.fusion_report(model).kept[""].endswith(f" ({place_of(compute, text)})")
+
+
+def test_reason_has_the_line_of_the_forward():
+    class Summing(Model):
+        def forward(self, x):
+            if torch.sum(x) > 0:
+                x = -x
+            return F.relu(self.bn(x))
+
+    model = tritorch.convert(Summing(None), inplace=True)
+    place = place_of(Summing, "torch.sum(x)")
+    assert place.startswith("test_fuse_declined.py:")
+    assert tritorch.fusion_report(model).kept[""] == (
+        "torch.fx cannot trace it: symbolically traced variables cannot be used as inputs to"
+        f" control flow ({place})"
+    )
 
 
 class Listed(nn.Module):

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tritorch.convert import check_module, convert, names_of, own, report_table, twin_classes
 from tritorch.fusion import patterns
 from tritorch.fusion.bytecode import names_in
-from tritorch.fusion.recorded import DeclinedError, record
+from tritorch.fusion.recorded import DeclinedError, place_of, record
 
 
 def fuse(model: Module, inplace: bool = False) -> Module:
@@ -74,7 +74,8 @@ class FusionReport:
 
     fused: the layer and what is fused into it, by the layer's qualified name.
     kept: why other batch norms and other layers with an activation behind them are as written, and
-        why the forwards of modules that hold layers could not be recorded.
+        why the forwards of modules that hold layers could not be recorded, with the line if there
+        is one.
     """
 
     fused: Mapping[str, str]
@@ -260,14 +261,16 @@ def _plan(module: Module) -> _Plan | str | None:
     layers = dict(_layers(module))
     if not layers or _written(module).forward is Module.forward:
         return None
+    written = _written(module)
     try:
-        graph = record(module, _written(module))
-    except DeclinedError as error:
-        return str(error)
+        graph = record(module, written)
     # whatever a forward raises that is given no tensors
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"torch.fx cannot trace it: {first}"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not isinstance(error, DeclinedError):
+            reason = f"torch.fx cannot trace it: {reason}"
+        place = place_of(error, written)
+        return reason if place is None else f"{reason} ({place})"
     called = [node for node in graph.nodes if node.op == "call_module"]
     plan = _Plan(graph, {}, {})
     # the later of two norms that are added takes the addition

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dis
 import functools
 import itertools
+import os
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch.nn import Module
@@ -57,21 +58,55 @@ def _methods(written: Any) -> dict[str, list[types.CodeType]]:
     return methods
 
 
-def tries(code: types.CodeType) -> bool:
-    """Whether it has a try statement, what it handles besides the ends of `with` blocks; or one
-    that matches sequences, which no value is one of.
+def place_of_name(code: types.CodeType, name: str) -> str | None:
+    """Where it names this, as an attribute, a global or a string."""
+    named = {*dis.hasname, *dis.hasconst}
+    steps = (step for step in dis.get_instructions(code) if step.opcode in named)
+    return _first(code, (step for step in steps if step.argval == name))
+
+
+def place_of_try(code: types.CodeType) -> str | None:
+    """Where it has a try statement, or a pattern of sequences or mappings, which no value fits.
+
+    What Python compiles for the end of a `with` block is no try statement.
     """
-    names = [one.opname for one in dis.get_instructions(code)]
-    # Python 3.10 has no PUSH_EXC_INFO
-    handlers = names.count("PUSH_EXC_INFO") + names.count("SETUP_FINALLY")
-    ends = names.count("WITH_EXCEPT_START") if "PUSH_EXC_INFO" in names else 0
-    return handlers > ends or not {"MATCH_SEQUENCE", "MATCH_MAPPING"}.isdisjoint(names)
-
-
-def identifies(code: types.CodeType) -> bool:
-    """Whether it asks by `is` for something else than None."""
     steps = list(dis.get_instructions(code))
-    return any(
-        step.opname == "IS_OP" and (before.opname, before.argval) != ("LOAD_CONST", None)
-        for before, step in itertools.pairwise(steps)
+    following = (*(step.opname for step in steps[1:]), None)
+    # Python 3.10 has no PUSH_EXC_INFO
+    start = "PUSH_EXC_INFO" if any(s.opname == "PUSH_EXC_INFO" for s in steps) else "SETUP_FINALLY"
+    return _first(
+        code,
+        (
+            step
+            for step, after in zip(steps, following, strict=True)
+            if (step.opname == start and after != "WITH_EXCEPT_START")
+            or step.opname in ("MATCH_SEQUENCE", "MATCH_MAPPING")
+        ),
     )
+
+
+def place_of_is(code: types.CodeType) -> str | None:
+    """Where it asks by `is` for something else than None."""
+    pairs = itertools.pairwise(dis.get_instructions(code))
+    return _first(
+        code,
+        (
+            step
+            for before, step in pairs
+            if step.opname == "IS_OP" and (before.opname, before.argval) != ("LOAD_CONST", None)
+        ),
+    )
+
+
+def _first(code: types.CodeType, steps: Iterator[dis.Instruction]) -> str | None:
+    step = next(steps, None)
+    if step is None:
+        return None
+    # a handler's first steps have no line
+    lines = (line for _, end, line in code.co_lines() if end > step.offset and line)
+    return place(code, next(lines, code.co_firstlineno))
+
+
+def place(code: types.CodeType, line: int) -> str:
+    """A line of a file, as reports name it."""
+    return f"{os.path.basename(code.co_filename)}:{line}"

@@ -14,6 +14,7 @@ import copy
 import inspect
 import random
 import sys
+import traceback
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -48,12 +49,16 @@ def record(module: Module, written: type[Module]) -> fx.Graph:
     kind: Any = written
     named: frozenset[str] = bytecode.names_in(kind)
     codes = bytecode.of_forward(kind)
-    if unseen := _UNSEEN & bytecode.names_of(codes):
-        raise DeclinedError(f"it may call {min(unseen)}, which a record does not repeat")
-    if any(map(bytecode.tries, codes)):
-        raise DeclinedError("it has a try or match statement: a record has one branch only")
-    if any(map(bytecode.identifies, codes)):
-        raise DeclinedError("it compares by `is` with something other than None")
+    for code in codes:
+        for name in sorted(_UNSEEN):
+            if place := bytecode.place_of_name(code, name):
+                raise DeclinedError(f"it may call {name}, which a record does not repeat ({place})")
+        if place := bytecode.place_of_try(code):
+            raise DeclinedError(
+                f"it has a try or match statement: a record has one branch only ({place})"
+            )
+        if place := bytecode.place_of_is(code):
+            raise DeclinedError(f"it compares by `is` with something other than None ({place})")
     for name in sorted(named & (vars(module).keys() - _OF_MODULES)):
         if not _is_fixed(vars(module)[name]):
             found = type(vars(module)[name]).__name__
@@ -70,6 +75,25 @@ def record(module: Module, written: type[Module]) -> fx.Graph:
     if source != lowered.python_code("self").src:
         raise DeclinedError("its forward differs under autocast")
     return graph
+
+
+def place_of(error: Exception, written: type[Module]) -> str | None:
+    """Where the forward, or a function that it calls, was when an error was raised: the last line
+    before those of torch and of Python's own modules.
+    """
+    codes = bytecode.of_forward(written)
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code, package = frame.f_code, frame.f_globals.get("__name__", "").partition(".")[0]
+        # torch's frames come before the forward, too
+        if code in codes or (place is not None and package not in _LIBRARIES):
+            place = bytecode.place(code, line)
+        elif place is not None:
+            break
+    return place
+
+
+_LIBRARIES = {"torch", "tritorch", *sys.stdlib_module_names}
 
 
 def iadd(value: Any, other: Any) -> Any:
