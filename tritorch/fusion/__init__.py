@@ -23,8 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritorch.convert import check_module, convert, names_of, own, report_table, twin_classes
 from tritorch.fusion import patterns
-from tritorch.fusion.bytecode import names_in
-from tritorch.fusion.recorded import DeclinedError, place_of, record
+from tritorch.fusion.bytecode import names_in, of_forward, place_of_error
+from tritorch.fusion.recorded import DeclinedError, record
 
 
 def fuse(model: Module, inplace: bool = False) -> Module:
@@ -261,7 +261,7 @@ def _plan(module: Module) -> _Plan | str | None:
     layers = dict(_layers(module))
     if not layers or _written(module).forward is Module.forward:
         return None
-    written = _written(module)
+    written: Any = _written(module)
     try:
         graph = record(module, written)
     # whatever a forward raises that is given no tensors
@@ -269,7 +269,7 @@ def _plan(module: Module) -> _Plan | str | None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not isinstance(error, DeclinedError):
             reason = f"torch.fx cannot trace it: {reason}"
-        place = place_of(error, written)
+        place = place_of_error(error, of_forward(written))
         return reason if place is None else f"{reason} ({place})"
     called = [node for node in graph.nodes if node.op == "call_module"]
     plan = _Plan(graph, {}, {})

@@ -6,8 +6,10 @@ import dis
 import functools
 import itertools
 import os
+import sys
+import traceback
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch.nn import Module
@@ -62,27 +64,25 @@ def place_of_name(code: types.CodeType, name: str) -> str | None:
     """Where it names this, as an attribute, a global or a string."""
     named = {*dis.hasname, *dis.hasconst}
     steps = (step for step in dis.get_instructions(code) if step.opcode in named)
-    return _first(code, (step for step in steps if step.argval == name))
+    return _first(code, (step.offset for step in steps if step.argval == name))
 
 
 def place_of_try(code: types.CodeType) -> str | None:
-    """Where it has a try statement, or a pattern of sequences or mappings, which no value fits.
-
-    What Python compiles for the end of a `with` block is no try statement.
+    """Where it handles what a try statement raises, or has a pattern of sequences or mappings,
+    which no value fits.
     """
-    steps = list(dis.get_instructions(code))
-    following = (*(step.opname for step in steps[1:]), None)
-    # Python 3.10 has no PUSH_EXC_INFO
-    start = "PUSH_EXC_INFO" if any(s.opname == "PUSH_EXC_INFO" for s in steps) else "SETUP_FINALLY"
-    return _first(
-        code,
-        (
-            step
-            for step, after in zip(steps, following, strict=True)
-            if (step.opname == start and after != "WITH_EXCEPT_START")
-            or step.opname in ("MATCH_SEQUENCE", "MATCH_MAPPING")
-        ),
-    )
+    return _first(code, _of_try(code))
+
+
+def _of_try(code: types.CodeType) -> Iterator[int]:
+    for step, after in itertools.pairwise(dis.get_instructions(code)):
+        # what Python compiles for the end of a `with` block is no try statement
+        handles = step.opname == "PUSH_EXC_INFO" and after.opname != "WITH_EXCEPT_START"
+        if handles or step.opname in ("MATCH_SEQUENCE", "MATCH_MAPPING"):
+            yield step.offset
+        # what Python 3.10 has instead names its handler
+        if step.opname == "SETUP_FINALLY":
+            yield step.argval
 
 
 def place_of_is(code: types.CodeType) -> str | None:
@@ -91,22 +91,41 @@ def place_of_is(code: types.CodeType) -> str | None:
     return _first(
         code,
         (
-            step
+            step.offset
             for before, step in pairs
             if step.opname == "IS_OP" and (before.opname, before.argval) != ("LOAD_CONST", None)
         ),
     )
 
 
-def _first(code: types.CodeType, steps: Iterator[dis.Instruction]) -> str | None:
-    step = next(steps, None)
-    if step is None:
+def _first(code: types.CodeType, offsets: Iterator[int]) -> str | None:
+    """The place of the first of these steps."""
+    offset = next(offsets, None)
+    if offset is None:
         return None
-    # a handler's first steps have no line
-    lines = (line for _, end, line in code.co_lines() if end > step.offset and line)
+    # the first steps of a handler have no line
+    lines = (line for _, end, line in code.co_lines() if end > offset and line)
     return place(code, next(lines, code.co_firstlineno))
 
 
 def place(code: types.CodeType, line: int) -> str:
     """A line of a file, as reports name it."""
     return f"{os.path.basename(code.co_filename)}:{line}"
+
+
+def place_of_error(error: Exception, codes: Collection[types.CodeType]) -> str | None:
+    """Where one of these, or a function that it calls, was when an error was raised: the last line
+    before those of torch and of Python's own modules.
+    """
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        # torch's frames come before the forward, too
+        if frame.f_code in codes or (found is not None and package not in _LIBRARIES):
+            found = place(frame.f_code, line)
+        elif found is not None:
+            break
+    return found
+
+
+_LIBRARIES = {"torch", "tritorch", *sys.stdlib_module_names}

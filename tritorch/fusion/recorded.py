@@ -14,7 +14,6 @@ import copy
 import inspect
 import random
 import sys
-import traceback
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -75,25 +74,6 @@ def record(module: Module, written: type[Module]) -> fx.Graph:
     if source != lowered.python_code("self").src:
         raise DeclinedError("its forward differs under autocast")
     return graph
-
-
-def place_of(error: Exception, written: type[Module]) -> str | None:
-    """Where the forward, or a function that it calls, was when an error was raised: the last line
-    before those of torch and of Python's own modules.
-    """
-    codes = bytecode.of_forward(written)
-    place = None
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        code, package = frame.f_code, frame.f_globals.get("__name__", "").partition(".")[0]
-        # torch's frames come before the forward, too
-        if code in codes or (place is not None and package not in _LIBRARIES):
-            place = bytecode.place(code, line)
-        elif place is not None:
-            break
-    return place
-
-
-_LIBRARIES = {"torch", "tritorch", *sys.stdlib_module_names}
 
 
 def iadd(value: Any, other: Any) -> Any:
