@@ -1,13 +1,16 @@
 """The harness itself: what it must see in a wrong op, and what its layouts are."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import tritorch.ops  # noqa: F401  declares the specs
 from tritorch.registry import specs
-from tritorch.testing import cases, scales
+from tritorch.testing import cases, errors, parts, scales
 
 pytestmark = pytest.mark.reference
 
@@ -123,3 +126,36 @@ def test_one_element_of_any_stride_has_bits():
     assert one.stride(-1) == 2
     assert cases.bitwise_equal(one, torch.tensor([[3.0]]))
     assert not cases.bitwise_equal(one, torch.tensor([[4.0]]))
+
+
+POISONED = """
+import sys, torch
+from tritorch.testing import cases
+with cases.poisoned_memory():
+    print(torch.empty(8).isnan().all().item(), torch.are_deterministic_algorithms_enabled())
+print(torch.are_deterministic_algorithms_enabled(), "torch._inductor" in sys.modules)
+"""
+
+
+def test_fresh_memory_is_nan_without_the_seconds_that_torchs_compiler_takes_to_import():
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-c", POISONED]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["True True", "False False"]
+
+
+# what a part of a check sets for its process
+PRODUCTS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+
+
+def test_a_part_of_a_check_computes_in_one_thread(monkeypatch):
+    numbers = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    allowed = [(flags, flags.fp32_precision) for flags in PRODUCTS]
+    try:
+        with pytest.raises(errors.RequestError):
+            parts.run("compile", {"target": "no_such_module:function"}, lambda *_, **__: None)
+    finally:
+        for flags, precision in allowed:
+            flags.fp32_precision = precision
+    assert numbers == [1]

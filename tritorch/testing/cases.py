@@ -119,14 +119,17 @@ def poisoned_memory() -> Iterator[None]:
     """Fresh memory is NaN (integers: the largest), so that an unwritten element shows."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch.use_deterministic_algorithms sets this flag, and imports torch's compiler for seconds to
+    # set one there
+    set_flag: Any = torch._C._set_deterministic_algorithms
+    set_flag(True, warn_only=True)
     try:
         with warnings.catch_warnings():
             # the switch is for the memory; some of torch's own CUDA ops have no other algorithm
             warnings.filterwarnings("ignore", message=r".*[Dd]eterministic")
             yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        set_flag(enabled, warn_only=warn_only)
 
 
 def run(

@@ -28,6 +28,8 @@ SETUP = "samples"
 def run(part: str, fields: dict[str, Any], say: Say) -> None:
     """Runs one part of a request: "interpret" and "cuda" the battery, "compile" the limits."""
     request = Request.from_json(fields)
+    # tensors are small: on a busy machine threads that wait for each other take milliseconds a call
+    torch.set_num_threads(1)
     # what torch itself allows, for kernels and host code that ask it
     backends: Any = torch.backends
     backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = request.contract
