@@ -22,6 +22,7 @@ MARKS = {
 # files about one mode of Triton, which another mode cannot even import
 ONLY = {
     "test_interpreter.py": "interpret",
+    "test_interpreter_calls.py": "interpret",
     "test_interpreter_numbers.py": "interpret",
     "test_shortcuts.py": "interpret",
     "test_battery_kernels.py": "interpret",

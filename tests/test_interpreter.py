@@ -71,17 +71,6 @@ def square_kernel(y_ptr, x, wide: tl.int64):
     tl.store(y_ptr + 1, wide * wide)
 
 
-@triton.jit
-def twice(x):
-    return x + x
-
-
-@triton.jit
-def call_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    tl.store(y_ptr + offs, twice(twice(tl.load(x_ptr + offs))))
-
-
 def normal(*shape, dtype=torch.bfloat16, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -102,29 +91,6 @@ def test_a_loop_bound_may_be_known_at_run_time_alone(n):
         warnings.simplefilter("error")
         loop_kernel[(1,)](x, y, n, 16)
     assert_same(y, torch.cat([x[:n], torch.full((64 - n,), -1.0)]))
-
-
-def test_a_device_function_gives_the_same_each_time_it_is_called():
-    x = normal(16)
-    y = torch.zeros_like(x)
-    with corrected():
-        for _ in range(2):
-            call_kernel[(1,)](x, y, 16)
-            assert_same(y, 4 * x)
-            y.zero_()
-
-
-def test_a_device_function_patches_the_language_once_a_launch(monkeypatch):
-    x = normal(16)
-    functions = []
-    patch_lang = triton_interpreter._patch_lang
-    monkeypatch.setattr(
-        triton_interpreter, "_patch_lang", lambda fn: functions.append(fn) or patch_lang(fn)
-    )
-    for _ in range(2):
-        with corrected():
-            call_kernel[(1,)](x, x, 16)
-    assert [fn.__name__ for fn in functions] == ["call_kernel"] * 2
 
 
 def test_a_float_argument_is_float32_unless_annotated():

@@ -29,8 +29,8 @@ _patches: list[patches.Patch] = []
 _originals: dict[str, Any] = {}
 # by the name of a dtype, numpy's that holds it
 _np_dtypes: dict[str, Any] = {}
-# functions for which this launch has patched the language already, and what it has patched: `tl`,
-# `tl.core`, by identity
+# of this launch: the functions that have run, and by identity which of `tl` and `tl.core`, as their
+# modules name the language, is patched
 _seen: set[Any] = set()
 _languages: set[int] = set()
 
@@ -44,9 +44,15 @@ def patch() -> None:
 
 def restore() -> None:
     """Puts back what `patch` replaced."""
+    _forget()
+    patches.restore(_patches, _originals)
+
+
+def _forget() -> None:
+    """Of a launch that is over, or of functions that the host called without one."""
     _seen.clear()
     _languages.clear()
-    patches.restore(_patches, _originals)
+    loops.restore()
 
 
 def _load() -> None:
@@ -309,7 +315,7 @@ def _patch_lang(fn: Any) -> Any:
         return _lib._LangPatchScope()
     _seen.add(fn)
     loops.put(fn.__globals__)
-    # patching takes longer than the device function itself, and its caller has done it
+    # patching takes longer than a device function itself, whose caller has mostly done it
     both, values = (_tl, _tl.core), fn.__globals__.values()
     languages = {id(value) for value in values if any(value is one for one in both)}
     if languages and languages <= _languages:
@@ -323,8 +329,7 @@ def _patch_lang(fn: Any) -> Any:
 
 
 def _launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-    _seen.clear()
-    _languages.clear()
+    _forget()
     names = [*self.arg_names, *args[len(self.arg_names) :]]
     args = tuple(_argument(self, name, value) for name, value in zip(names, args, strict=False))
     kwargs = {name: _argument(self, name, value) for name, value in kwargs.items()}
@@ -333,7 +338,7 @@ def _launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         with np.errstate(all="ignore"):
             return _originals["__call__"](self, *args, **kwargs)
     finally:
-        loops.restore()
+        _forget()
 
 
 def _argument(launch: Any, name: str, value: Any) -> Any:

@@ -17,12 +17,13 @@ _patches: list[patches.Patch] = []
 # what the patches replaced, by its name
 _originals: dict[str, Any] = {}
 
-# by the name of the element type and the lengths, the attributes of a block type: all types of the
-# same lengths and element share one shape
-_block_types: dict[tuple[Any, ...], dict[str, Any]] = {}
-# by the identity of a shape, which the entry keeps alive, the attributes of a tensor that follow
-# from it alone
-_tensors: dict[int, tuple[Any, dict[str, Any]]] = {}
+# by its lengths the shape of every block type that has them, and by the name of its element besides
+# the attributes of the type itself
+_shapes: dict[tuple[int, ...], Any] = {}
+_block_types: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+# by the identity of one of these shapes, or of None for a scalar, the attributes of a tensor that
+# follow from it alone, once there was one
+_tensors: dict[int, dict[str, Any] | None] = {id(None): None}
 
 
 def patch() -> None:
@@ -40,10 +41,12 @@ def restore() -> None:
 def _found() -> list[patches.Patch]:
     """The patches of the parts that the installed Triton has."""
     found = []
-    for module, owners in _REPLACEMENTS.items():
-        for name, replacements in owners.items():
-            owner = getattr(importlib.import_module(module), name, None)
-            found += [(owner, *one) for one in replacements.items() if hasattr(owner, one[0])]
+    for path, replacements in _REPLACEMENTS.items():
+        owner: Any = importlib.import_module("triton.language")
+        for name in path.split("."):
+            owner = getattr(owner, name, None)
+        if owner is not None:
+            found += [(owner, *one) for one in replacements.items() if one[0] in vars(owner)]
     return found
 
 
@@ -66,14 +69,32 @@ def _equal_types(self: Any, other: Any) -> Any:
 
 
 def _make_block_type(self: Any, element_ty: Any, shape: Any) -> None:
-    key = (element_ty.name, *shape)
-    known = _block_types.get(key)
-    # of Python's tuples Triton makes no type
-    if known is None or isinstance(shape, tuple):
+    lengths = _lengths(shape)
+    if lengths is None or not hasattr(element_ty, "name"):
         _originals["block_type.__init__"](self, element_ty, shape)
-        known = _block_types[key] = dict(vars(self))
-    # pointers of one name may differ in what they point to
-    vars(self).update(known, element_ty=element_ty)
+        return
+    known = _block_types.get((element_ty.name, lengths))
+    if known is None:
+        _originals["block_type.__init__"](self, element_ty, shape)
+        if lengths not in _shapes:
+            _shapes[lengths] = self.shape
+            _tensors[id(self.shape)] = None
+        self.shape = _shapes[lengths]
+        if vars(self).keys() == {"element_ty", "shape", "numel", "name"}:
+            known = {"shape": self.shape, "numel": self.numel, "name": self.name}
+            _block_types[element_ty.name, lengths] = known
+    else:
+        # of two pointers of one name each keeps its own address space
+        vars(self).update(known, element_ty=element_ty)
+
+
+def _lengths(shape: Any) -> tuple[int, ...] | None:
+    """Those of what Triton takes for a shape; None for others, which it refuses or converts."""
+    # its `tuple` is a class of its own
+    values = shape if type(shape) is list else getattr(shape, "values", None)
+    if type(values) is not list or any(type(length) is not int for length in values):
+        return None
+    return tuple(values)
 
 
 def _make_tensor(self: Any, handle: Any, type: Any) -> None:
@@ -81,24 +102,22 @@ def _make_tensor(self: Any, handle: Any, type: Any) -> None:
     known = _tensors.get(id(shape))
     if known is None:
         _originals["tensor.__init__"](self, handle, type)
-        own = ("handle", "type", "dtype")
-        attributes = {name: value for name, value in vars(self).items() if name not in own}
-        _tensors[id(shape)] = shape, attributes
+        if id(shape) in _tensors and vars(self).keys() == {"numel", "shape", *_OWN}:
+            _tensors[id(shape)] = {"numel": self.numel, "shape": self.shape}
     else:
-        vars(self).update(known[1], handle=handle, type=type, dtype=type.scalar)
+        vars(self).update(known, handle=handle, type=type, dtype=type.scalar)
 
 
-# by module and class of Triton
-_REPLACEMENTS: dict[str, dict[str, dict[str, Any]]] = {
-    "triton.language.semantic": {
-        "TritonSemantic": {
-            "binary_op_sanitize_overflow_impl": _sanitize_overflow,
-            "broadcast_impl_value": _broadcast,
-        },
+# the attributes of a tensor that do not follow from its shape
+_OWN = ("handle", "type", "dtype")
+
+# by the path of their owner below triton.language
+_REPLACEMENTS: dict[str, dict[str, Any]] = {
+    "semantic.TritonSemantic": {
+        "binary_op_sanitize_overflow_impl": _sanitize_overflow,
+        "broadcast_impl_value": _broadcast,
     },
-    "triton.language.core": {
-        "dtype": {"__eq__": _equal_types},
-        "block_type": {"__init__": _make_block_type},
-        "tensor": {"__init__": _make_tensor},
-    },
+    "core.dtype": {"__eq__": _equal_types},
+    "core.block_type": {"__init__": _make_block_type},
+    "core.tensor": {"__init__": _make_tensor},
 }
