@@ -64,8 +64,8 @@ def by_dtype_and_target(where=lambda spec, dtype, target: True):
 
 
 def has_tables(spec, dtype, target):
-    """The tables are by itemsize: bfloat16 has float16's.  A convolution and its norm are the kernels
-    of both, but on Hopper.
+    """The tables are by itemsize: bfloat16 has float16's.  Without Hopper a convolution and its
+    norm are the kernels of both.
     """
     of_both = spec.name == "conv2d_batch_norm" and target != "sm_90"
     return dtype != torch.bfloat16 and not spec.configurations_of and not of_both

@@ -88,9 +88,20 @@ def test_a_hook_may_launch_another_kernel():
     assert y[0] == 5
 
 
-def test_a_module_may_name_another_part_of_the_language():
-    # as if it were of a module that imports triton.language.core alone
-    function = FunctionType(of_core.__code__, {"core": tl.core})
+@pytest.fixture
+def patched_core():
+    """Triton itself never restores what a device function patches."""
+    before = dict(vars(tl.core))
+    yield
+    for name, value in before.items():
+        setattr(tl.core, name, value)
+
+
+@pytest.mark.usefixtures("patched_core")
+@pytest.mark.parametrize("more", [{}, {"tl": tl}], ids=["core", "both"])
+def test_a_module_may_name_another_part_of_the_language(more):
+    # as if it were of a module that imports triton.language.core
+    function = FunctionType(of_core.__code__, {"core": tl.core, **more})
     globals()["least"] = triton.jit(function)
     x, y = torch.arange(16.0), torch.zeros(16)
     with corrected():
