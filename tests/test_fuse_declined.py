@@ -81,6 +81,12 @@ def floating(m, x):
     return F.relu(m.bn(x))
 
 
+def copied(m, x):
+    y = copy.deepcopy(x)
+    y *= 2
+    return F.relu(m.bn(x)) + y
+
+
 def seeding(m, x):
     torch.manual_seed(5)
     return F.relu(m.bn(x))
@@ -116,6 +122,7 @@ DECLINED = {
         lambda m, x: F.relu(m.bn(x if x.grad_fn is None else x.detach())),
         "its forward may ask whether grad_fn is None",
     ),
+    "copied": (copied, "its forward copies a tensor by copy.deepcopy"),
     "seed": (seeding, "its forward seeds torch's generator"),
     "grad_fn of an attribute": (
         lambda m, x: F.relu(m.bn(x)) if x.T.grad_fn is None else m.bn(x),
@@ -144,6 +151,11 @@ def test_forward_stays_and_its_model_is_as_before(case):
     assert np.random.get_state()[2] == drawn
 
 
+def averaged(m, x):
+    # one of numpy's
+    return F.relu(m.bn(x)) * np.average(x)
+
+
 @pytest.mark.parametrize(
     ("compute", "text"),
     [
@@ -151,6 +163,8 @@ def test_forward_stays_and_its_model_is_as_before(case):
         (with_data, "y.data"),
         (floating, "torch.float16"),
         (keeping_on_a_child, "m.act.last"),
+        (copied, "copy.deepcopy"),
+        (averaged, "np.average"),
     ],
 )
 def test_reason_has_the_line_of_a_function_that_the_forward_calls(compute, text):

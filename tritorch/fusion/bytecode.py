@@ -6,7 +6,6 @@ import dis
 import functools
 import itertools
 import os
-import sys
 import traceback
 import types
 from collections.abc import Collection, Iterable, Iterator
@@ -114,18 +113,17 @@ def place(code: types.CodeType, line: int) -> str:
 
 
 def place_of_error(error: Exception, codes: Collection[types.CodeType]) -> str | None:
-    """Where one of these, or a function that it calls, was when an error was raised: the last line
-    before those of torch and of Python's own modules.
+    """Where one of these, or a function of its package that it calls, was when an error was raised:
+    the last line before those of others.
     """
-    found = None
+    found = package = None
     for frame, line in traceback.walk_tb(error.__traceback__):
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        # torch's frames come before the forward, too
-        if frame.f_code in codes or (found is not None and package not in _LIBRARIES):
-            found = place(frame.f_code, line)
+        own = frame.f_code in codes
+        home = frame.f_globals.get("__name__", "").partition(".")[0]
+        # of torch's own modules the functions below are those that record
+        if own or (found is not None and home == package != "torch"):
+            found, package = place(frame.f_code, line), home
+        # those of torch come before the forward, too
         elif found is not None:
             break
     return found
-
-
-_LIBRARIES = {"torch", "tritorch", *sys.stdlib_module_names}

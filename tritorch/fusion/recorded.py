@@ -241,6 +241,10 @@ class _Asked:
     def __hash__(self) -> int:
         raise DeclinedError("its forward hashes a tensor or its attribute")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # torch.fx would go on with the original
+        raise DeclinedError("its forward copies a tensor by copy.deepcopy")
+
     def __repr__(self) -> str:
         raise DeclinedError("its forward formats a tensor or its attribute as text")
 
