@@ -48,9 +48,9 @@ def wants_gradient(spec, name, value):
     return name in spec.gradients and isinstance(value, Tensor) and value.is_floating_point()
 
 
-# bfloat16's code is float16's with other instructions; float32's is the same on sm_90 and sm_100 but
-# for products as TF32, which have a test below; float64, which is for checks of gradients, has to fit
-# where each maker has the least shared memory
+# bfloat16's code is float16's with other instructions; float32's is the same on sm_90 and sm_100,
+# products as TF32 excepted, which have a test below; float64, which is for checks of gradients, has
+# to fit where each maker has the least shared memory
 GPUS = {
     torch.float16: tuple(sorted(dry.TARGETS)),
     torch.bfloat16: ("sm_90",),
