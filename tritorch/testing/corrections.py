@@ -29,10 +29,8 @@ _patches: list[patches.Patch] = []
 _originals: dict[str, Any] = {}
 # by the name of a dtype, numpy's that holds it
 _np_dtypes: dict[str, Any] = {}
-# of this launch: the functions that have run, and by identity which of `tl` and `tl.core`, as their
-# modules name the language, is patched
+# of this launch: the functions that have run, and which of `tl` and `tl.core` is patched for them
 _seen: set[Any] = set()
-_languages: set[int] = set()
 
 
 def patch() -> None:
@@ -51,7 +49,6 @@ def restore() -> None:
 def _forget() -> None:
     """Of a launch that is over, or of functions that the host called without one."""
     _seen.clear()
-    _languages.clear()
     loops.restore()
 
 
@@ -313,14 +310,13 @@ def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
 def _patch_lang(fn: Any) -> Any:
     if fn in _seen:
         return _lib._LangPatchScope()
-    _seen.add(fn)
     loops.put(fn.__globals__)
     # patching takes longer than a device function itself, whose caller has mostly done it
-    both, values = (_tl, _tl.core), fn.__globals__.values()
-    languages = {id(value) for value in values if any(value is one for one in both)}
-    if languages and languages <= _languages:
+    languages = {one for one in fn.__globals__.values() if one is _tl or one is _tl.core}
+    is_patched = bool(languages) and languages <= _seen
+    _seen.update(languages, (fn,))
+    if is_patched:
         return _lib._LangPatchScope()
-    _languages.update(languages)
     scope = _originals["_patch_lang"](fn)
     # the class is what the language has where nothing is interpreted
     if not isinstance(_tl.range, type):
