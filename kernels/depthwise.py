@@ -104,6 +104,7 @@ def depthwise_conv2d_kernel(
     y_stride_n, y_stride_p, y_stride_q = in_units(
         UNIT, INDEX_64, y_stride_n, y_stride_p, y_stride_q)
     w_stride_r, w_stride_s, _ = in_units(UNIT, INDEX_64, w_stride_r, w_stride_s, w_stride_s)
+    x_stride_c, w_stride_c, _ = in_units(1, INDEX_64, x_stride_c, w_stride_c, w_stride_c)
     num_k = tl.cdiv(GROUPS * K, BLOCK_K)
     pid_k = tl.program_id(0) % num_k
     pid_npq = tl.program_id(0) // num_k

@@ -64,6 +64,7 @@ def softmax_forward_kernel(
     OFFSET: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     offs_m = tl.program_id(0).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N).to(OFFSET)
+    advance = tl.full((), BLOCK_N, OFFSET)
     mask_m = offs_m < M
     x_offsets = strided_offsets(offs_m, size_1, size_2, size_3, size_4,
                                 x_stride_0, x_stride_1, x_stride_2, x_stride_3, x_stride_4)
@@ -90,14 +91,14 @@ def softmax_forward_kernel(
             shift = shift_of(larger)
             total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
             maximum = larger
-            x_ptrs += BLOCK_N * x_stride_n
+            x_ptrs += advance * x_stride_n
         x_ptrs = x_first
         for start in range(0, N, BLOCK_N):
             mask = mask_m[:, None] & (offs_n < N - start)[None, :]
             x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(OUT).to(ACC)
             tl.store(y_ptrs, normalize(x, maximum, total, LOG).to(OUT), mask=mask)
-            x_ptrs += BLOCK_N * x_stride_n
-            y_ptrs += BLOCK_N * y_stride_n
+            x_ptrs += advance * x_stride_n
+            y_ptrs += advance * y_stride_n
 
 
 @triton.jit
@@ -135,6 +136,7 @@ def softmax_backward_kernel(
     OFFSET: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     offs_m = tl.program_id(0).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N).to(OFFSET)
+    advance = tl.full((), BLOCK_N, OFFSET)
     mask_m = offs_m < M
     grad_y_offsets = strided_offsets(offs_m, size_1, size_2, size_3, size_4,
                                      grad_y_stride_0, grad_y_stride_1, grad_y_stride_2,
@@ -162,8 +164,8 @@ def softmax_backward_kernel(
             grad = tl.load(grad_y_ptrs, mask=mask, other=0.0).to(ACC)
             y = tl.load(y_ptrs, mask=mask, other=0.0).to(ACC)
             sums += terms(grad, y, LOG)
-            grad_y_ptrs += BLOCK_N * grad_y_stride_n
-            y_ptrs += BLOCK_N * y_stride_n
+            grad_y_ptrs += advance * grad_y_stride_n
+            y_ptrs += advance * y_stride_n
         total = tl.sum(sums, axis=1)
         grad_y_ptrs = grad_y_first
         y_ptrs = y_first
@@ -172,6 +174,6 @@ def softmax_backward_kernel(
             grad = tl.load(grad_y_ptrs, mask=mask, other=0.0).to(ACC)
             y = tl.load(y_ptrs, mask=mask, other=0.0).to(ACC)
             tl.store(grad_x_ptrs, gradient(grad, y, total, LOG).to(OUT), mask=mask)
-            grad_y_ptrs += BLOCK_N * grad_y_stride_n
-            y_ptrs += BLOCK_N * y_stride_n
-            grad_x_ptrs += BLOCK_N * grad_x_stride_n
+            grad_y_ptrs += advance * grad_y_stride_n
+            y_ptrs += advance * y_stride_n
+            grad_x_ptrs += advance * grad_x_stride_n

@@ -18,6 +18,8 @@ from torch import Tensor
 
 import tritorch.ops  # noqa: F401  declares the specs
 from tritorch import backend
+from tritorch.ops import stem
+from tritorch.ops.geometry import Geometry
 from tritorch.registry import Maker, specs
 from tritorch.testing import cases
 
@@ -85,11 +87,16 @@ def wide_dims(tensor: object) -> Iterator[int]:
         yield from (dim for dim, size in enumerate(tensor.shape) if size > 2)
 
 
+# a loop of the kernel is at its last turn where it passes 32 bits
+STEPPING = {"block-and-one-rows", "block-and-one-columns", "one-output"}
+
+
 def chosen():
-    """Every sample that is repeated with every layout, and those of several groups."""
+    """Every sample that is repeated with every layout, those of several groups and of loops."""
     for spec in specs():
         for sample in spec.samples(Maker(torch.float32, "meta")):
-            if sample.layouts or sample.arguments.get("groups", 1) != 1:
+            has_groups = sample.arguments.get("groups", 1) != 1
+            if sample.layouts or has_groups or sample.name in STEPPING:
                 yield spec, sample
 
 
@@ -167,3 +174,13 @@ def test_gradient_that_passes_32_bits(spec, name, dim, device):
     expected = computed(spec, given)
     given = sample_arguments(spec, name, device)
     check(computed(spec, given, stretch=lambda grad: far_apart(grad, dim)), expected)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_pixels_packed_from_an_image_that_passes_32_bits(dim, device):
+    """Where descriptors run the convolution, which takes two bytes a number."""
+    x = Maker(torch.float16, device, "stem")(2, 3, 4, 5)
+    packed = stem._packed((2, 3), (7, 7), Geometry((2, 2), (3, 3), (1, 1), 1))
+    with backend.use("triton"):
+        found, expected = (stem._pack_images(one, packed) for one in (far_apart(x, dim), x))
+    assert torch.equal(found, expected)

@@ -72,6 +72,7 @@ def samples_2d(make: Maker) -> Iterator[Sample]:
     yield _sample(
         make, "depthwise", (1, 8, 4, 3), (8, 1, 4, 4), stride=2, groups=8, channels_last=True
     )
+    yield _sample(make, "one-output", (1, 5, 3, 4), (5, 1, 2, 2), stride=2)
     yield _sample(make, "channels-last", (1, 16, 3, 4), (16, 8, 2, 2), channels_last=True)
     yield _sample(make, "split-sum", (1, 256, 1, 2), (256, 16, 1, 3), channels_last=True)
     # enough products of 16-bit numbers for copies in channels_last

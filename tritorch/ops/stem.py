@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops import conv_tma, conv_weight_tma
+from tritorch.ops import conv_tma, conv_weight_tma, strided
 from tritorch.ops.conv_tma import Plan
 from tritorch.ops.geometry import Geometry
 from tritorch.ops.strided import Layout
@@ -124,6 +124,8 @@ def _plan_pack(
         kernels.pack_pixels_kernel,
         (math.ceil(pixels / kernels.BLOCK),),
         (pixels, *shape[1:], packed.rows, packed.columns, *packed.padding, *strides),
+        INDEX_64=strided.is_wide(shape[1:], strides[1:]),
+        PACKED=kernels.PACKED,
         BLOCK=kernels.BLOCK,
     )
 
