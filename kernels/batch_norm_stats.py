@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from tritorch.kernels.batch_norm import own_tile, tile_offsets
+from tritorch.kernels.moments import shifted_moments
 from tritorch.kernels.tiles import tile_mask
 
 # slices and channels that one program merges at a time; with 256 slices Triton 3.9 crashes while
@@ -64,12 +65,9 @@ def batch_norm_stats_kernel(
         sum2 += deviation * deviation
 
     count = count.to(ACC)
-    total = tl.sum(sum1, 0)
-    drift = total / count
-    # not total * total, which passes float32 long before the squares do
-    m2 = tl.sum(sum2, 0) - total * drift
+    mean, m2 = shifted_moments(sum1, sum2, shift, count, 0)
     row = moments_ptr + split * 3 * C + offs_c
-    tl.store(row, shift + drift, mask=mask_c)
+    tl.store(row, mean, mask=mask_c)
     tl.store(row + C, m2, mask=mask_c)
     tl.store(row + 2 * C, tl.zeros_like(m2) + count, mask=mask_c)
 

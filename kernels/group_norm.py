@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton import Config
 
+from tritorch.kernels.moments import shifted_moments
 from tritorch.kernels.tiles import load_channels, strided_offsets, tile_mask
 
 
@@ -116,11 +117,10 @@ def group_norm_stats_kernel(
         sum1 += deviation
         sum2 += deviation * deviation
 
-    count = count.to(ACC)
-    total = tl.sum(sum1, 0)
+    mean, m2 = shifted_moments(sum1, sum2, shift, count.to(ACC), 0)
     row = statistics_ptr + (n * SLICES + split) * 2 * C + offs_c
-    tl.store(row, shift + total / count, mask=offs_c < C)
-    tl.store(row + C, tl.sum(sum2, 0) - total * total / count, mask=offs_c < C)
+    tl.store(row, mean, mask=offs_c < C)
+    tl.store(row + C, m2, mask=offs_c < C)
 
 
 @triton.jit

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from triton import Config
 
+from tritorch.kernels.moments import shifted_moments
+from tritorch.kernels.reduce import PROGRAMS
 from tritorch.kernels.tiles import strided_offsets
 
 
@@ -32,7 +34,7 @@ LAYER_NORM_CONFIGS = {2: tiles(4096, 4096), 4: tiles(4096, 4096), 8: tiles(2048,
 # tiles that one program of a reduction along a long row sums at least
 MIN_STEPS = 2
 # slices of a row that are merged at once: all that there can be
-BLOCK_S = 256
+BLOCK_S = PROGRAMS
 
 
 def layer_norm_config(columns, itemsize):
@@ -151,11 +153,10 @@ def layer_norm_stats_kernel(
         sum1 += deviation
         sum2 += deviation * deviation
 
-    count = count.to(ACC)
-    total = tl.sum(sum1, 1)
+    mean, m2 = shifted_moments(sum1, sum2, shift, count.to(ACC), 1)
     entries = statistics_ptr + (offs_m * SLICES + split) * 2
-    tl.store(entries, shift + total / count, mask=offs_m < M)
-    tl.store(entries + 1, tl.sum(sum2, 1) - total * total / count, mask=offs_m < M)
+    tl.store(entries, mean, mask=offs_m < M)
+    tl.store(entries + 1, m2, mask=offs_m < M)
 
 
 @triton.jit

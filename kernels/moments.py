@@ -1,4 +1,4 @@
-"""Mean and squared deviations of the channels of one tile, while it is in registers."""
+"""Mean and squared deviations: of a tile in registers, of what a program has summed."""
 
 import triton
 import triton.language as tl
@@ -20,3 +20,14 @@ def store_moments(moments_ptr, values, inside, count, offs, mask, C, AXIS: tl.co
     tl.store(moments_ptr + offs, mean, mask=mask)
     tl.store(moments_ptr + C + offs, squares, mask=mask)
     tl.store(moments_ptr + 2 * C + offs, tl.zeros_like(squares) + count, mask=mask)
+
+
+@triton.jit
+def shifted_moments(sum1, sum2, shift, count, AXIS: tl.constexpr):
+    """Mean and squared deviations over AXIS of `count` elements, from the sums of their deviations
+    from `shift` and of the squares of those.
+    """
+    total = tl.sum(sum1, AXIS)
+    drift = total / count
+    # not total * total, which passes float32 long before the squares do
+    return shift + drift, tl.sum(sum2, AXIS) - total * drift
