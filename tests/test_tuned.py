@@ -1,5 +1,6 @@
 """Tables of measured configurations: read, written, asked before a kernel's own choice."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -54,6 +55,18 @@ def test_the_file_is_named_or_that_of_the_gpu(monkeypatch, tmp_path):
     assert str(tuned.path("any")) == "here.json"
 
 
+def seeing(monkeypatch, *names):
+    """The process has GPUs of these names, and has touched them."""
+    gpus = [
+        SimpleNamespace(name=name, major=9, minor=0, multi_processor_count=132) for name in names
+    ]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    unread = functools.cache(tuned._of_visible_gpus.__wrapped__)
+    monkeypatch.setattr(tuned, "_of_visible_gpus", unread)
+
+
 def test_rows_of_the_user_win_over_shipped_ones(monkeypatch, tmp_path):
     theirs, ours = tmp_path / "user.json", tmp_path / "installed" / "shipped.json"
     ours.parent.mkdir()
@@ -63,20 +76,25 @@ def test_rows_of_the_user_win_over_shipped_ones(monkeypatch, tmp_path):
     ours.write_text(json.dumps({"rows": rows}))
     monkeypatch.setenv("TRITORCH_TUNED", str(theirs))
     monkeypatch.setattr(tuned, "shipped", lambda gpu: ours)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    found = SimpleNamespace(name="a GPU", major=9, minor=0, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    tuned._of_gpu.cache_clear()
-    try:
-        assert str(tuned.find("matmul_config", SIZES, None)) == str(config(16))
-        # read once
-        theirs.unlink()
-        assert str(tuned.find("matmul_config", SIZES, None)) == str(config(16))
-        assert str(tuned.find("matmul_config", other, None)) == str(config(64))
-        assert tuned.find("conv2d_config", SIZES, None) is None
-    finally:
-        tuned._of_gpu.cache_clear()
+    seeing(monkeypatch, "a GPU", "a GPU")
+    assert str(tuned.find("matmul_config", SIZES, None)) == str(config(16))
+    # read once
+    theirs.unlink()
+    assert str(tuned.find("matmul_config", SIZES, None)) == str(config(16))
+    assert str(tuned.find("matmul_config", other, None)) == str(config(64))
+    assert tuned.find("conv2d_config", SIZES, None) is None
+
+
+def test_no_table_is_taken_for_gpus_of_several_kinds(monkeypatch, tmp_path):
+    """A plan knows no device, and would give one the other's tile."""
+    theirs = tmp_path / "user.json"
+    theirs.write_text(json.dumps({"rows": [tuned.row("matmul_config", SIZES, config(16))]}))
+    monkeypatch.setenv("TRITORCH_TUNED", str(theirs))
+    seeing(monkeypatch, "another GPU", "a GPU")
+    with pytest.warns(UserWarning, match=r"of several kinds \(a GPU, another GPU\)"):
+        assert tuned.find("matmul_config", SIZES, None) is None
+    # said once
+    assert tuned.find("matmul_config", SIZES, None) is None
 
 
 @pytest.mark.parametrize(

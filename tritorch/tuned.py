@@ -162,14 +162,26 @@ def _of_this_machine() -> Mapping[Key, Any] | None:
     # who launches on a GPU has touched it
     if backend.INTERPRETING or dry.active() is not None or not torch.cuda.is_initialized():
         return None
-    return _of_gpu(torch.cuda.current_device(), os.environ.get("TRITORCH_TUNED"))
+    return _of_visible_gpus(os.environ.get("TRITORCH_TUNED"))
 
 
 @functools.cache
-def _of_gpu(device: int, named: str | None) -> Mapping[Key, Any]:
+def _of_visible_gpus(named: str | None) -> Mapping[Key, Any]:
     """Of the file that TRITORCH_TUNED names, if any, read once: some plans ask in every call."""
-    found = torch.cuda.get_device_properties(device)
-    return of(found.name, f"{found.major}.{found.minor}", found.multi_processor_count)
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    kinds = {(gpu.name, f"{gpu.major}.{gpu.minor}", gpu.multi_processor_count) for gpu in found}
+    if len(kinds) > 1:
+        # one plan serves the GPUs of a process, and a tile of one may not fit into another
+        names = ", ".join(sorted(name for name, *_ in kinds))
+        warnings.warn(
+            f"tuned: GPUs of several kinds ({names}): no measured configuration is taken;"
+            " CUDA_VISIBLE_DEVICES leaves those of one kind",
+            UserWarning,
+            stacklevel=2,
+        )
+        return {}
+    [kind] = kinds
+    return of(*kind)
 
 
 def _of_user(file: Path) -> Mapping[Key, Any]:
