@@ -302,3 +302,41 @@ print(len(count), "torch._dynamo" in sys.modules, "sympy" in sys.modules)
         [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["2", "False", "False"]
+
+
+def test_repeats_are_switched_off(repeated, images):
+    with mock.patch.object(launch, "repeats", False):
+        often(lambda: ops.relu(images))
+    assert repeated == []
+    # what is asked again may be repeated
+    expected = often(lambda: ops.relu(images))
+    assert repeated
+    assert torch.equal(repeated[-1], expected)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, "True"), ("1", "True"), ("0", "False")])
+def test_the_environment_switches_repeats_off(value, expected):
+    environment = {n: v for n, v in os.environ.items() if n != "TRITORCH_REPEATS"}
+    if value is not None:
+        environment["TRITORCH_REPEATS"] = value
+    program = "from tritorch import launch; print(launch.repeats)"
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.strip() == expected
+
+
+def test_blocks_of_several_threads_end_in_any_order():
+    """What a block has collected is taken from its own list."""
+    first, second = launch.recorded(), launch.recorded()
+    names, others = first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    ops.relu(torch.ones(3))
+    second.__exit__(None, None, None)
+    assert names == []
+    assert others == ["activation_forward_kernel"]

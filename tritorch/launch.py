@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,11 @@ from tritorch.testing import dry, interpreter
 
 # programs along the second and the third axis of a grid, of which CUDA takes no more
 _MAX_BEHIND = 65535
+
+# whether calls of layouts seen before are repeated, without the way through every line of their op
+repeats = os.environ.get("TRITORCH_REPEATS", "1") != "0"
+
+_Item = TypeVar("_Item")
 
 _overrides: dict[str, Any] = {}
 _recorders: list[list[str]] = []
@@ -147,25 +153,29 @@ def override(name: str, forced: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _collected(open_blocks: list[list[_Item]]) -> Iterator[list[_Item]]:
+    """A list that is in `open_blocks` inside the block."""
+    items: list[_Item] = []
+    open_blocks.append(items)
+    try:
+        yield items
+    finally:
+        # the last one may be that of another thread, and lists of the same items are equal
+        del open_blocks[next(at for at, other in enumerate(open_blocks) if other is items)]
+
+
+@contextlib.contextmanager
 def choices() -> Iterator[list[tuple[str, Any]]]:
     """Collects (name of the choosing function, configuration) of the launches inside the block."""
-    record: list[tuple[str, Any]] = []
-    _choices.append(record)
-    try:
+    with _collected(_choices) as record:
         yield record
-    finally:
-        _choices.pop()
 
 
 @contextlib.contextmanager
 def questions() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
     """Collects (name of the choosing function, sizes) of what the plans inside the block ask."""
-    record: list[tuple[str, tuple[int, ...]]] = []
-    _questions.append(record)
-    try:
+    with _collected(_questions) as record:
         yield record
-    finally:
-        _questions.pop()
 
 
 _Plan = TypeVar("_Plan")
@@ -192,10 +202,12 @@ def _asks_again() -> bool:
 
 def circumstances() -> tuple[Any, ...] | None:
     """The choices in force on which launches depend, besides what they are given; None where plans
-    are asked again, somebody wants to hear of each launch, or torch fills what is allocated.
+    are asked again, somebody wants to hear of each launch, torch fills what is allocated, or
+    nothing is to be repeated.
     """
     if (
         detectors
+        or not repeats
         or _recorders
         or _asks_again()
         or _is_watched()
@@ -214,13 +226,8 @@ def is_captured() -> bool:
 @contextlib.contextmanager
 def recorded() -> Iterator[list[str]]:
     """Collects the names of the kernels launched inside the block, in order."""
-    names: list[str] = []
-    _recorders.append(names)
-    try:
+    with _collected(_recorders) as names:
         yield names
-    finally:
-        # nested blocks end innermost first
-        _recorders.pop()
 
 
 class Prepared:
