@@ -40,10 +40,9 @@ class SGD(torch.optim.SGD):
     second launch.
 
     A group goes to torch's own step, counted in `tritorch.backend.explain()`, if it asks for
-    another implementation (`foreach=False`, `fused=True`, `differentiable=True`), if `lr` is a
-    tensor on a GPU or one that requires a gradient, if `weight_decay` is a tensor, if a gradient is
-    sparse, and while a CUDA graph is captured.  `foreach=True`, many tensors at once, is what the
-    kernels do.
+    another implementation (`foreach=False`, `fused=True`, `differentiable=True`), if a number such
+    as `lr` is a tensor on a GPU or one that requires a gradient, if a gradient is sparse, and while
+    a CUDA graph is captured.  `foreach=True`, many tensors at once, is what the kernels do.
 
     Source: `torch.optim.SGD`.
     """
