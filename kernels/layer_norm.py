@@ -16,7 +16,7 @@ from triton import Config
 
 from tritorch.kernels.moments import shifted_moments
 from tritorch.kernels.reduce import PROGRAMS
-from tritorch.kernels.tiles import strided_offsets
+from tritorch.kernels.tiles import strided_offsets, tile_mask
 
 
 def tiles(elements, widest):
@@ -60,14 +60,6 @@ def column_mask(offs_n, N, VECTOR: tl.constexpr):
     mask = offs_n < N
     if VECTOR > 1:
         mask = tl.max_constancy(mask, [VECTOR])
-    return mask
-
-
-@triton.jit
-def tile_mask(offs_m, offs_n, M, N, VECTOR: tl.constexpr):
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    if VECTOR > 1:
-        mask = tl.max_constancy(mask, (1, VECTOR))
     return mask
 
 
@@ -127,7 +119,7 @@ def layer_norm_stats_kernel(
     offs_n = split * STEPS * BLOCK_N + tl.arange(0, BLOCK_N)
     count = tl.minimum(N - split * STEPS * BLOCK_N, STEPS * BLOCK_N)
 
-    mask = tile_mask(offs_m, offs_n, M, N, VECTOR)
+    mask = tile_mask(offs_m, offs_n, M, N, 1, VECTOR)
     offsets = tile_offsets(offs_m, offs_n, row_1, row_2, row_3, row_4,
                            column_1, column_2, column_3, column_4,
                            x_row_stride_0, x_row_stride_1, x_row_stride_2,
@@ -141,7 +133,7 @@ def layer_norm_stats_kernel(
     sum2 = sum1 * sum1
     for _ in range(1, STEPS):
         offs_n += BLOCK_N
-        mask = tile_mask(offs_m, offs_n, M, N, VECTOR)
+        mask = tile_mask(offs_m, offs_n, M, N, 1, VECTOR)
         offsets = tile_offsets(offs_m, offs_n, row_1, row_2, row_3, row_4,
                                column_1, column_2, column_3, column_4,
                                x_row_stride_0, x_row_stride_1, x_row_stride_2,
@@ -197,7 +189,7 @@ def layer_norm_forward_kernel(
     offs_m = pid // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = column_mask(offs_n, N, VECTOR)
-    mask = tile_mask(offs_m, offs_n, M, N, VECTOR)
+    mask = tile_mask(offs_m, offs_n, M, N, 1, VECTOR)
     offsets = tile_offsets(offs_m, offs_n, row_1, row_2, row_3, row_4,
                            column_1, column_2, column_3, column_4,
                            x_row_stride_0, x_row_stride_1, x_row_stride_2,
@@ -258,7 +250,7 @@ def layer_norm_backward_reduce_kernel(
     grad_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     product_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for _ in range(STEPS):
-        mask = tile_mask(offs_m, offs_n, M, N, VECTOR)
+        mask = tile_mask(offs_m, offs_n, M, N, 1, VECTOR)
         offsets = tile_offsets(offs_m, offs_n, row_1, row_2, row_3, row_4,
                                column_1, column_2, column_3, column_4,
                                grad_y_row_stride_0, grad_y_row_stride_1, grad_y_row_stride_2,
@@ -314,7 +306,7 @@ def layer_norm_backward_kernel(
     grad_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     product_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for _ in range(STEPS):
-        mask = tile_mask(offs_m, offs_n, M, N, VECTOR)
+        mask = tile_mask(offs_m, offs_n, M, N, 1, VECTOR)
         offsets = tile_offsets(offs_m, offs_n, row_1, row_2, row_3, row_4,
                                column_1, column_2, column_3, column_4,
                                grad_y_row_stride_0, grad_y_row_stride_1, grad_y_row_stride_2,

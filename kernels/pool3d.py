@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from tritorch.kernels.pool import POOL_CONFIGS, tile_indices
+from tritorch.kernels.windows import window_extent
 
 # 16 channels are one to four sectors of memory, and suit any number of channels
 POOL3D_CONFIGS = {itemsize: configs[1:] for itemsize, configs in POOL_CONFIGS.items()}
@@ -171,15 +172,6 @@ def max_pool3d_gather_kernel(
     # every tap of a dilated window may miss a small volume
     x = tl.load(x_ptrs, mask=mask & (d < D) & (h < H) & (w < W), other=0.0)
     tl.store(y_ptr + y_offsets, x, mask=mask)
-
-
-@triton.jit
-def window_extent(start, size, extent, padding, COUNT_INCLUDE_PAD: tl.constexpr):
-    """Pixels along one axis that count for the mean of the window at `start`."""
-    # a window that reaches beyond the padding is cut off there in any case
-    if COUNT_INCLUDE_PAD:
-        return tl.minimum(extent, size + padding - start)
-    return tl.minimum(start + extent, size) - tl.maximum(start, 0)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ POOL_ROWS_CONFIGS = {
     itemsize: (Config({"BLOCK": 2048 // itemsize}, num_warps=4, num_stages=1),)
     for itemsize in (2, 4, 8)
 }
-# strides along a row that the kernels take: `dealt` splits in two or in four
+# strides along a row that the kernels take: `deinterleave` splits in two or in four
 STEPS = (2, 4)
 
 
@@ -48,8 +48,8 @@ def tile_spans(Z, P, Q, SPAN: tl.constexpr, INDEX_64: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def dealt(columns, SPANS: tl.constexpr, SPAN: tl.constexpr, STRIDE_W: tl.constexpr):
-    """Deinterleaves: the columns number 0, 1, ... of each step."""
+def deinterleave(columns, SPANS: tl.constexpr, SPAN: tl.constexpr, STRIDE_W: tl.constexpr):
+    """The columns number 0, 1, ... of each step."""
     if STRIDE_W == 2:
         parts = tl.split(columns.reshape(SPANS, SPAN, 2))
     else:
@@ -61,8 +61,8 @@ def dealt(columns, SPANS: tl.constexpr, SPAN: tl.constexpr, STRIDE_W: tl.constex
 
 
 @triton.jit
-def woven(parts, SPANS: tl.constexpr, SPAN: tl.constexpr, STRIDE_W: tl.constexpr):
-    """Interleaves: the inverse of `dealt`."""
+def interleave(parts, SPANS: tl.constexpr, SPAN: tl.constexpr, STRIDE_W: tl.constexpr):
+    """The inverse of `deinterleave`."""
     if STRIDE_W == 2:
         columns = tl.join(parts[0], parts[1])
     else:
@@ -71,7 +71,7 @@ def woven(parts, SPANS: tl.constexpr, SPAN: tl.constexpr, STRIDE_W: tl.constexpr
 
 
 @triton.jit
-def load_columns(
+def load_taps(
     x_ptr, rows, q, inside, Q, OTHER: tl.constexpr,
     S: tl.constexpr, STRIDE_W: tl.constexpr, PADDING_W: tl.constexpr, DILATION_W: tl.constexpr,
     SPANS: tl.constexpr, SPAN: tl.constexpr,
@@ -80,8 +80,8 @@ def load_columns(
     x_ptrs = x_ptr + (rows + q * STRIDE_W)[:, None]
     steps = tl.arange(0, SPAN)[None, :]
     inside = inside[:, None]
-    own = dealt(tl.load(x_ptrs + tl.arange(0, SPAN * STRIDE_W)[None, :], mask=inside, other=OTHER),
-                SPANS, SPAN, STRIDE_W)
+    whole = tl.load(x_ptrs + tl.arange(0, SPAN * STRIDE_W)[None, :], mask=inside, other=OTHER)
+    own = deinterleave(whole, SPANS, SPAN, STRIDE_W)
     columns = ()
     for s in tl.static_range(S):
         # of the window's own step, or of another one
@@ -127,8 +127,8 @@ def max_pool_rows_forward_kernel(
         d = first_d + row // R * DILATION_D
         h = first_h + row % R * DILATION_H
         inside = mask & (d >= 0) & (d < D) & (h >= 0) & (h < H)
-        xs = load_columns(x_ptr, ((n * D + d) * H + h) * W, q, inside, Q, float("-inf"),
-                          S, STRIDE_W, PADDING_W, DILATION_W, SPANS, SPAN)
+        xs = load_taps(x_ptr, ((n * D + d) * H + h) * W, q, inside, Q, float("-inf"),
+                       S, STRIDE_W, PADDING_W, DILATION_W, SPANS, SPAN)
         for s in tl.static_range(S):
             x = xs[s].to(ACC)
             # the last NaN wins, as in torch; a maximum would drop NaN on a GPU
@@ -173,8 +173,8 @@ def avg_pool_rows_forward_kernel(
         d = first_d + row // R
         h = first_h + row % R
         inside = mask & (d >= 0) & (d < D) & (h >= 0) & (h < H)
-        xs = load_columns(x_ptr, ((n * D + d) * H + h) * W, q, inside, Q, 0.0,
-                          S, STRIDE_W, PADDING_W, 1, SPANS, SPAN)
+        xs = load_taps(x_ptr, ((n * D + d) * H + h) * W, q, inside, Q, 0.0,
+                       S, STRIDE_W, PADDING_W, 1, SPANS, SPAN)
         for s in tl.static_range(S):
             acc += xs[s].to(ACC)
     divisors = volume_divisors(first_d[:, None], first_h[:, None], first_w, D, H, W, T, R, S,
@@ -263,4 +263,4 @@ def pool_rows_backward_kernel(
         inside = mask_cells & (d >= 0) & (d < D) & (h >= 0) & (h < H)
         offsets = (((n * D + d) * H + h) * W + cell_w * STRIDE_W)[:, None]
         tl.store(grad_x_ptr + offsets + tl.arange(0, SPAN * STRIDE_W)[None, :],
-                 woven(columns, SPANS, SPAN, STRIDE_W), mask=inside[:, None])
+                 interleave(columns, SPANS, SPAN, STRIDE_W), mask=inside[:, None])

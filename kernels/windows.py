@@ -52,16 +52,19 @@ def adaptive_end(index, size, count):
 
 
 @triton.jit
+def window_extent(start, size, extent, padding, COUNT_INCLUDE_PAD: tl.constexpr):
+    """Pixels along one axis that count for the mean of the window at `start`."""
+    # a window that reaches beyond the padding is cut off there in any case
+    if COUNT_INCLUDE_PAD:
+        return tl.minimum(extent, size + padding - start)
+    return tl.minimum(start + extent, size) - tl.maximum(start, 0)
+
+
+@triton.jit
 def window_divisors(h, w, H, W, R, S, padding_h, padding_w, divisor,
                     COUNT_INCLUDE_PAD: tl.constexpr, HAS_DIVISOR: tl.constexpr):
     """What the sum over the window that starts at row h and column w is divided by."""
     if HAS_DIVISOR:
         return tl.zeros_like(h) + divisor
-    # a window that reaches beyond the padding is cut off there in any case
-    if COUNT_INCLUDE_PAD:
-        rows = tl.minimum(R, H + padding_h - h)
-        columns = tl.minimum(S, W + padding_w - w)
-    else:
-        rows = tl.minimum(h + R, H) - tl.maximum(h, 0)
-        columns = tl.minimum(w + S, W) - tl.maximum(w, 0)
-    return rows * columns
+    rows = window_extent(h, H, R, padding_h, COUNT_INCLUDE_PAD)
+    return rows * window_extent(w, W, S, padding_w, COUNT_INCLUDE_PAD)
