@@ -309,15 +309,18 @@ def _taker(places: Sequence[int | Described]) -> Callable[[list[Any]], Sequence[
 
 @functools.cache
 def _allocator(device: torch.device) -> Callable[..., Tensor]:
+    allocate: Callable[..., Tensor] | None = None
     # those of the programs that torch.compile writes take half as long, and allocate on the current
     # device, which is the one of the launches
     if device.type == "cpu" or (device.type == "cuda" and not backend.INTERPRETING):
-        guards: Any = torch._C._dynamo.guards
-        allocate: Callable[..., Tensor] = getattr(guards, f"_empty_strided_{device.type}")
-        return allocate
-    return lambda size, strides, dtype: torch.empty_strided(
-        size, strides, dtype=dtype, device=device
-    )
+        allocate = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+    return allocate or functools.partial(_empty_strided, device)
+
+
+def _empty_strided(
+    device: torch.device, size: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_strided(size, strides, dtype=dtype, device=device)
 
 
 def _extent(tensor: Tensor) -> int:
