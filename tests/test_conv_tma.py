@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tests.hopper_convolutions import CASES, FORWARD, PORTABLE, WEIGHT, Case, gradients, last, tiles
 from tests.tiles import reaching_kernel
 from tritorch import launch, ops
-from tritorch.ops import conv_dispatch, conv_tma, matmul_tma
+from tritorch.ops import conv_dispatch, conv_tma, conv_tma_taps, matmul_tma
 from tritorch.ops.geometry import Geometry, Weight
 from tritorch.ops.strided import Layout
 from tritorch.registry import specs
@@ -249,7 +249,7 @@ def test_taps_left_are_those_that_read_the_image(transposed):
             continue
         image, other = (Layout((1, 1, 1, length), (), 2) for length in (size, written))
         given = Weight(1, 1, (1, taps), ()), Geometry((1, stride), (0, padding), (1, dilation), 1)
-        runs = conv_tma._taps_of_tiles(1, image, other, *given, transposed, block)
+        runs = conv_tma_taps.taps_of_tiles(1, image, other, *given, transposed, block)
         found = [one for *one, tiles in runs for _ in range(tiles)]
         exact = list(_reads(taps, stride, padding, dilation, block, written, transposed))
         assert len(found) == len(exact)
@@ -270,7 +270,7 @@ def test_taps_left_are_those_that_read_the_image(transposed):
 def test_tiles_away_from_the_edges_are_counted_together(transposed):
     row, pixels = Layout((1, 1, 1, 2**23), (), 2), Geometry((1, 1), (0, 2), (1, 1), 1)
     given = 1, row, row, Weight(1, 1, (1, 5), ()), pixels, transposed, 1
-    (*starts, (*whole, tiles), last, end) = conv_tma._taps_of_tiles(*given)
+    (*starts, (*whole, tiles), last, end) = conv_tma_taps.taps_of_tiles(*given)
     assert [*starts, last, end] == [(3, 5, 1), (4, 5, 1), (4, 5, 1), (3, 5, 1)]
     assert (whole, tiles) == ([5, 5], 2**23 - 4)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from tritorch import descriptors, launch
 from tritorch.ops.activation_function import computes
+from tritorch.ops.conv_tma_taps import leaves_out
 from tritorch.ops.geometry import Geometry, Weight, oriented, split
 from tritorch.ops.reduce import accumulator_dtype, split_sum
 from tritorch.ops.strided import Layout
@@ -20,9 +20,6 @@ configs = launch.kernels("conv_tma_configs")
 
 # slices of channels that one program must have before it pays to split a sum
 _MIN_SLICES = 8
-# the share of all taps that must read nothing before they are left out: programs with several tiles
-# count theirs first
-_FEW_TAPS = 1 / 16
 # tiles may have so many times the pixels they cover; beyond it the portable kernel wastes less
 _MAX_WASTE = 1.7
 # stands for the stride of an axis of size 1, which addresses nothing but which hardware checks
@@ -99,22 +96,101 @@ def plan_convolve(
     if transposed and not _reaches_all(weight, geometry):
         return None
     w, itemsize = oriented(weight, geometry.groups, transposed), x.itemsize
-    (r, s), groups = w.taps, geometry.groups
+    # with erf the largest tile has no registers left for a bias either
+    crowded = residual is not None or (has_bias and activation == "gelu")
+    cut = _cut(x, w, y, geometry, transposed, activation, crowded)
+    if cut is None:
+        return None
+    config, blocks, splits = cut.config, cut.blocks, cut.splits
+    block_k, block_c = config.kwargs["BLOCK_K"], config.kwargs["BLOCK_C"]
+    views = (
+        _pixels(x, blocks, block_c, cut.pairs and not transposed),
+        _filters(weight, transposed, block_k, block_c),
+        _pixels(
+            y,
+            configs.stored_pixels(config, itemsize, *blocks),
+            block_k,
+            cut.pairs and transposed,
+            splits,
+        ),
+    )
+    if not all(view.is_describable(itemsize) for view in views):
+        return None
+    added = None
+    # with splits the residual is added with the partial sums
+    if residual is not None and splits == 1:
+        added = _pixels(residual, blocks, block_k, False)
+        if residual.stride(1) != 1 or not added.is_describable(itemsize):
+            return None
+    programs = cut.tiles
+    if config.kwargs["PERSISTENT"]:
+        fit = max(count * configs.residents(config, itemsize) // geometry.groups, 1)
+        programs = _num_programs(min(cut.tiles, fit), cut.num_k, cut.residues)
+    numbers = cut.tiles, cut.steps, splits
+    tap_steps, inverses = geometry.residues(transposed)
+    return Plan(
+        (programs, geometry.groups * splits),
+        views,
+        (y.shape[0], w.read, w.written, *w.taps, *y.shape[2:], *x.shape[2:], *numbers),
+        (*geometry.scalars(), *tap_steps, *inverses),
+        splits,
+        added,
+        0 if transposed or splits > 1 else cut.parts,
+        config,
+        {
+            "TRANSPOSED": transposed,
+            "PAIRS": cut.pairs,
+            "SKIPS": cut.skips,
+            "BLOCK_N": blocks[0],
+            "BLOCK_P": blocks[1],
+            "BLOCK_Q": blocks[2],
+        },
+        {},
+    )
+
+
+class _Cut(NamedTuple):
+    """How a convolution is cut into tiles, and the sum of a tile into splits."""
+
+    config: Any
+    # images, rows and columns of a tile
+    blocks: tuple[int, int, int]
+    pairs: bool
+    skips: bool
+    residues: int
+    # tiles of the pixels of a residue, those of its channels, and of all of these together
+    parts: int
+    num_k: int
+    tiles: int
+    splits: int
+    # slices of a split
+    steps: int
+
+
+def _cut(
+    x: Layout,
+    w: Weight,
+    y: Layout,
+    geometry: Geometry,
+    transposed: bool,
+    activation: str | None,
+    crowded: bool,
+) -> _Cut | None:
+    """None where no tile fits; `crowded`: the epilogue takes registers from it."""
     # transposed, pixels of different residues are reached by different taps
     n, _, *image = y.shape
     steps_each = geometry.stride if transposed else (1, 1)
     residues = math.prod(steps_each)
     pixels = n, *(math.ceil(size / each) for size, each in zip(image, steps_each, strict=True))
-    config = _config(w, pixels, residues, geometry, transposed, itemsize)
+    config = _config(w, pixels, residues, geometry, transposed, x.itemsize)
     if config is None:
         return None
-    # with erf the largest tile has no registers left for a bias either
-    if residual is not None or (has_bias and activation == "gelu"):
-        config = configs.for_residual(config, computes(activation), itemsize)
+    if crowded:
+        config = configs.for_residual(config, computes(activation), x.itemsize)
     block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
     # a tile may not reach into the channels of the next group, or of the next pixel of a pair
     fits = w.read % block_c == 0 and w.written % block_k == 0
-    if groups > 1 and not fits:
+    if geometry.groups > 1 and not fits:
         return None
     pairs = fits and geometry.stride == (2, 2) and _is_of_pairs(y if transposed else x)
     # without pairs a stride leaves gaps between the pixels of a tile
@@ -125,53 +201,16 @@ def plan_convolve(
         return None
     num_k = math.ceil(w.written / block_k)
     tiles = parts * num_k * residues
-    tap_steps, inverses = geometry.residues(transposed)
-    taps = math.ceil(r / tap_steps[0]) * math.ceil(s / tap_steps[1])
+    tap_steps, _ = geometry.residues(transposed)
     slices = math.ceil(w.read / block_c)
-    splits, steps = 1, slices * taps
-    persistent = config.kwargs["PERSISTENT"]
+    taps = (math.ceil(taps / step) for taps, step in zip(w.taps, tap_steps, strict=True))
+    splits, steps = 1, slices * math.prod(taps)
     # the sums of a split are images after the last one, which a tile must not reach into
-    if residues == 1 and n % blocks[0] == 0 and not persistent:
-        splits, steps = split(2 * tiles * groups, steps, _MIN_SLICES)
+    if residues == 1 and n % blocks[0] == 0 and not config.kwargs["PERSISTENT"]:
+        splits, steps = split(2 * tiles * geometry.groups, steps, _MIN_SLICES)
     # a tile with a single tap left has a slice for each split
-    skips = splits <= slices and _leaves_out(x, y, w, geometry, transposed, blocks[1:])
-    stored = configs.stored_pixels(config, itemsize, *blocks)
-    views = (
-        _pixels(x, blocks, block_c, pairs and not transposed),
-        _filters(weight, transposed, block_k, block_c),
-        _pixels(y, stored, block_k, pairs and transposed, splits),
-    )
-    if not all(view.is_describable(itemsize) for view in views):
-        return None
-    added = None
-    # with splits the residual is added with the partial sums
-    if residual is not None and splits == 1:
-        added = _pixels(residual, blocks, block_k, False)
-        if residual.stride(1) != 1 or not added.is_describable(itemsize):
-            return None
-    programs = tiles
-    if persistent:
-        fit = max(count * configs.residents(config, itemsize) // groups, 1)
-        programs = _num_programs(min(tiles, fit), num_k, residues)
-    return Plan(
-        (programs, groups * splits),
-        views,
-        (n, w.read, w.written, r, s, *image, *x.shape[2:], tiles, steps, splits),
-        (*geometry.scalars(), *tap_steps, *inverses),
-        splits,
-        added,
-        0 if transposed or splits > 1 else parts,
-        config,
-        {
-            "TRANSPOSED": transposed,
-            "PAIRS": pairs,
-            "SKIPS": skips,
-            "BLOCK_N": blocks[0],
-            "BLOCK_P": blocks[1],
-            "BLOCK_Q": blocks[2],
-        },
-        {},
-    )
+    skips = splits <= slices and leaves_out(x, y, w, geometry, transposed, blocks[1:])
+    return _Cut(config, blocks, pairs, skips, residues, parts, num_k, tiles, splits, steps)
 
 
 def _reaches_all(weight: Layout, geometry: Geometry) -> bool:
@@ -203,81 +242,6 @@ def _is_of_pairs(image: Layout) -> bool:
     """Whether rows and columns can be viewed in pairs: even sizes, and dense columns."""
     _, c, h, w = image.shape
     return h % 2 == w % 2 == 0 and image.stride(3) == c
-
-
-def _leaves_out(
-    x: Layout,
-    y: Layout,
-    w: Weight,
-    geometry: Geometry,
-    transposed: bool,
-    blocks: Sequence[int],
-) -> bool:
-    """Whether enough taps of tiles of so many rows and columns read nothing of x."""
-    left = taken = 1
-    for axis, block in enumerate(blocks):
-        # the only tap of an axis is never left out
-        if w.taps[axis] > 1:
-            each = list(_taps_of_tiles(axis, x, y, w, geometry, transposed, block))
-            left *= sum(tiles * one for one, _, tiles in each)
-            taken *= sum(tiles * all_taps for _, all_taps, tiles in each)
-    return left <= (1 - _FEW_TAPS) * taken
-
-
-def _taps_of_tiles(
-    axis: int,
-    x: Layout,
-    y: Layout,
-    w: Weight,
-    geometry: Geometry,
-    transposed: bool,
-    block: int,
-) -> Iterator[tuple[int, int, int]]:
-    """Of tiles of `block` pixels along an axis of y, of all residues: the taps that the kernel does
-    not leave out, as `_reaching` in kernels/conv_tma.py counts them, all of them, and how many
-    tiles in a row have these numbers.
-    """
-    size, pixels, taps = x.shape[axis + 2], y.shape[axis + 2], w.taps[axis]
-    stride, padding, dilation = (numbers[axis] for numbers in geometry[:3])
-    if not transposed:
-        starts = range(-padding, pixels * stride - padding, block * stride)
-        low, high = -(block - 1) * stride, size - dilation * (taps - 1)
-        for start, tiles in _runs(starts, low, high):
-            before = max(math.ceil(-(start + (block - 1) * stride) / dilation), 0)
-            end = math.ceil((size - start) / dilation)
-            yield _left(before, end, taps), taps, tiles
-        return
-    inverse = geometry.residues(True)[1][axis]
-    for residue in range(stride):
-        # as `residue_taps` of kernels/pixels.py, of a stride that has no factor of the dilation
-        first = (residue + padding) * inverse % stride
-        number = math.ceil((taps - first) / stride)
-        origin = (residue + padding - first * dilation) // stride
-        starts = range(origin, origin + math.ceil(pixels / stride), block)
-        for start, tiles in _runs(starts, dilation * (number - 1) - block + 1, size):
-            before = max((start - size) // dilation + 1, 0)
-            end = (start + block - 1) // dilation + 1
-            yield _left(before, end, number), number, tiles
-
-
-def _runs(starts: range, low: int, high: int) -> Iterator[tuple[int, int]]:
-    """The starts, each with 1, but of those from `low` to below `high` the first with their number:
-    away from the edges, where most tiles are, all taps read pixels.
-    """
-    first, end = (
-        min(max(math.ceil((edge - starts.start) / starts.step), 0), len(starts))
-        for edge in (low, high)
-    )
-    if first >= end:
-        first = end = len(starts)
-    yield from ((start, 1) for start in starts[:first])
-    if first < end:
-        yield starts[first], end - first
-    yield from ((start, 1) for start in starts[end:])
-
-
-def _left(before: int, end: int, taps: int) -> int:
-    return max(min(end, taps) - min(before, taps - 1), 1)
 
 
 def _blocks(
