@@ -15,6 +15,7 @@ from triton import Config
 from tritorch.kernels.pixels import (
     in_units,
     inside,
+    next_slice,
     pixels_of_axis,
     store_pixels,
     taps_of_axis,
@@ -112,6 +113,14 @@ def _largest(configs, npq, k, groups):
 def conv2d_gather_config(npq, k, itemsize):
     """The larger tile unless it is mostly empty."""
     return CONV2D_GATHER_CONFIGS[itemsize][-1 if npq <= 64 or k <= 32 else 0]
+
+
+@triton.jit
+def flat_taps(offs_crs, C, num_r, num_s):
+    """Which (tap, channel) pairs number `offs_crs` there are, and their channel, row and column."""
+    mask = offs_crs < C * num_r * num_s
+    # a residue may have no taps: divisors are 1 at least
+    return mask, offs_crs % C, offs_crs // C // max(num_s, 1), offs_crs // C % max(num_s, 1)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "STEPS", "SPLITS", "padding_h"])
@@ -245,14 +254,9 @@ def conv2d_kernel(
     acc = tl.zeros((BLOCK_NPQ, BLOCK_K), dtype=ACC)
     for step in range(begin, min(begin + STEPS, num_steps)):
         if FLAT_C:
-            if depth is None:
-                offs_crs = step * BLOCK_CRS + slice_crs
-            else:
-                offs_crs = first * BLOCK_CRS + slice_crs
-            mask_crs = offs_crs < C * num_r * num_s
-            offs_c = offs_crs % C
-            offs_i = offs_crs // C // max(num_s, 1)
-            offs_j = offs_crs // C % max(num_s, 1)
+            number = step if depth is None else first
+            mask_crs, offs_c, offs_i, offs_j = flat_taps(
+                number * BLOCK_CRS + slice_crs, C, num_r, num_s)
         else:
             offs_c = c + slice_crs
             mask_crs = offs_c < C
@@ -280,18 +284,12 @@ def conv2d_kernel(
             x = tl.trans(x)
         w_rows = (offs_c * w_stride_c + (first_r + offs_i * tap_step_h) * w_stride_r
                   + (first_s + offs_j * tap_step_w) * w_stride_s)
-        # a weight meets the zeros of the padding as it is: infinity times zero is NaN, as in torch
+        # a weight meets the zeros of the padding as it is: infinity times zero is NaN
         w = tl.load(w_tap_ptr + (w_rows[:, None] + offs_k[None, :] * w_stride_k),
                     mask=mask_crs[:, None] & mask_k[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
         if not FLAT_C:
-            c += BLOCK_CRS
-            tap_ends = c >= C
-            c = tl.where(tap_ends, 0, c)
-            j += tap_ends.to(tl.int32)
-            row_ends = j == num_s
-            j = tl.where(row_ends, 0, j)
-            i += row_ends.to(tl.int32)
+            i, j, c = next_slice(i, j, c, num_s, C, BLOCK_CRS)
         if depth is not None:
             if FLAT_C:
                 first += 1

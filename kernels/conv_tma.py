@@ -9,7 +9,7 @@ import triton.language as tl
 
 from tritorch.kernels.activation import activate
 from tritorch.kernels.moments import store_moments
-from tritorch.kernels.pixels import residue_taps
+from tritorch.kernels.pixels import next_slice, residue_taps
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def conv2d_tma_kernel(
                 x_desc, w_desc, channels, walk, k, n, h, w, first_tap, c, i, j,
                 TRANSPOSED, PAIRS, BLOCK_K, BLOCK_NPQ, BLOCK_C)
             acc = tl.dot(filters, x.T, acc, input_precision="tf32")
-            c, i, j = _next(c, i, j, C, num_s, BLOCK_C)
+            i, j, c = next_slice(i, j, c, num_s, C, BLOCK_C)
             if i == num_r:
                 i = 0
                 _finish(acc, outputs, channels, sizes, t, 0, k, n, p, q, parity_h, parity_w,
@@ -119,7 +119,7 @@ def conv2d_tma_kernel(
                 x_desc, w_desc, channels, walk, k, n, h, w, first_tap, c, i, j,
                 TRANSPOSED, PAIRS, BLOCK_K, BLOCK_NPQ, BLOCK_C)
             acc = tl.dot(filters, x.T, acc, input_precision="tf32")
-            c, i, j = _next(c, i, j, C, num_s, BLOCK_C)
+            i, j, c = next_slice(i, j, c, num_s, C, BLOCK_C)
         _finish(acc, outputs, channels, sizes, pid, split, k, n + split * N, p, q,
                 parity_h, parity_w, TRANSPOSED and PAIRS, ACTIVATION,
                 BLOCK_K, BLOCK_N, BLOCK_P, BLOCK_Q)
@@ -229,19 +229,6 @@ def _operands(
     else:
         filters = tl.reshape(w_desc.load([tap, group * K + k, c]), (BLOCK_K, BLOCK_C))
     return filters, tl.reshape(x, (BLOCK_NPQ, BLOCK_C))
-
-
-@triton.jit
-def _next(c, i, j, C, num_s, BLOCK_C: tl.constexpr):
-    """The slice after this one: channels, then columns, then rows of taps."""
-    c += BLOCK_C
-    tap_ends = c >= C
-    c = tl.where(tap_ends, 0, c)
-    j += tap_ends.to(tl.int32)
-    row_ends = j == num_s
-    j = tl.where(row_ends, 0, j)
-    i += row_ends.to(tl.int32)
-    return c, i, j
 
 
 @triton.jit

@@ -7,8 +7,14 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from tritorch.kernels.pixels import corner_offset, in_units, inside, next_corner, tile_axes
-from tritorch.kernels.tiles import strided_offsets
+from tritorch.kernels.pixels import (
+    corner_offset,
+    in_units,
+    inside,
+    next_corner,
+    pixels_of_tile,
+    tile_axes,
+)
 
 
 def _tile(k, crs, npq, num_warps, num_stages, maxnreg=None):
@@ -34,8 +40,8 @@ CONV2D_GRAD_WEIGHT_GATHER_CONFIGS = {
     8: (_tile(32, 32, 16, 4, 2, 255),),
 }
 
-# weights per program of the sum over splits
-BLOCK = 256
+# splits that are summed side by side
+BLOCK_S = 8
 
 
 def conv2d_grad_weight_config(k, crs, itemsize):
@@ -63,7 +69,7 @@ def conv2d_grad_weight_gather_config(k, crs, itemsize):
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "STEPS", "SPLITS", "padding_h"])
 def conv2d_grad_weight_kernel(
     grad_y_ptr, x_ptr, grad_w_ptr,
-    C, H, W, K, R, S, N, P, Q, BLOCK_P, BLOCK_Q, STEPS, SPLITS,
+    C, H, W, K, R, S, N, P, Q, block_p, block_q, STEPS, SPLITS,
     grad_y_stride_n, grad_y_stride_k, grad_y_stride_p, grad_y_stride_q,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     grad_w_stride_split, grad_w_stride_k, grad_w_stride_c, grad_w_stride_r, grad_w_stride_s,
@@ -76,7 +82,7 @@ def conv2d_grad_weight_kernel(
 ):
     """One program sums BLOCK_K channels x BLOCK_CRS (tap, channel) pairs over STEPS pixel tiles.
 
-    A tile is BLOCK_P x BLOCK_Q pixels of BLOCK_NPQ / (BLOCK_P * BLOCK_Q) images.  Its pixels keep
+    A tile is block_p x block_q pixels of BLOCK_NPQ / (block_p * block_q) images.  Its pixels keep
     their places around its corner, and the next tile moves the three numbers of the corner, where
     a flat index of pixels would be divided anew.  FLAT_C and UNIT are as in `conv2d_kernel`.
     A tile of a volume lies in one slice, and its program knows one slice of taps.
@@ -122,10 +128,8 @@ def conv2d_grad_weight_kernel(
     offs_c = offs_crs % C
     offs_r = offs_crs // C // S
     offs_s = offs_crs // C % S
-    block_n = BLOCK_NPQ // (BLOCK_P * BLOCK_Q)
-    offs_n = offs_npq // (BLOCK_P * BLOCK_Q)
-    offs_p = offs_npq // BLOCK_Q % BLOCK_P
-    offs_q = offs_npq % BLOCK_Q
+    block_n = BLOCK_NPQ // (block_p * block_q)
+    offs_n, offs_p, offs_q = pixels_of_tile(offs_npq, block_p, block_q)
 
     grad_y_rows = offs_n * grad_y_stride_n + offs_p * grad_y_stride_p + offs_q * grad_y_stride_q
     rows, columns = tile_axes(grad_y_rows, offs_k * grad_y_stride_k, Y_CHANNELS_LAST)
@@ -138,15 +142,15 @@ def conv2d_grad_weight_kernel(
     x_offsets = (rows + rows_h * x_stride_h + rows_w * x_stride_w
                  + (columns + taps_h * x_stride_h + taps_w * x_stride_w))
 
-    num_p = tl.cdiv(P, BLOCK_P)
-    num_q = tl.cdiv(Q, BLOCK_Q)
+    num_p = tl.cdiv(P, block_p)
+    num_q = tl.cdiv(Q, block_q)
     begin = split * STEPS
     n = begin // (num_p * num_q) * block_n
     if depth is not None:
         n = begin // (num_p * num_q * Z) * block_n
         z = begin // (num_p * num_q) % Z
-    p = begin // num_q % num_p * BLOCK_P
-    q = begin % num_q * BLOCK_Q
+    p = begin // num_q % num_p * block_p
+    q = begin % num_q * block_q
     acc = tl.zeros((BLOCK_K, BLOCK_CRS), dtype=ACC)
     # at least one step, all masked where there is none: on Hopper ptxas overlaps no products of a
     # loop that may not run
@@ -172,9 +176,9 @@ def conv2d_grad_weight_kernel(
             x = tl.trans(x)
         acc = tl.dot(grad_y, x, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
         if depth is None:
-            n, p, q = next_corner(n, p, q, P, Q, block_n, BLOCK_P, BLOCK_Q)
+            n, p, q = next_corner(n, p, q, P, Q, block_n, block_p, block_q)
         else:
-            z, p, q = next_corner(z, p, q, P, Q, 1, BLOCK_P, BLOCK_Q)
+            z, p, q = next_corner(z, p, q, P, Q, 1, block_p, block_q)
             volume_ends = z == Z
             z = tl.where(volume_ends, 0, z)
             n += tl.where(volume_ends, block_n, 0)
@@ -184,32 +188,3 @@ def conv2d_grad_weight_kernel(
     grad_w = acc.to(grad_w_ptr.dtype.element_ty)
     mask = mask_k[:, None] & mask_crs[None, :]
     tl.store(grad_w_ptr + (rows[:, None] + columns[None, :]), grad_w, mask=mask)
-
-
-@triton.jit
-def conv2d_sum_weight_kernel(
-    partial_ptr, grad_w_ptr,
-    NUMEL, SPLITS,
-    size_1, size_2, size_3, size_4,
-    grad_w_stride_0, grad_w_stride_1, grad_w_stride_2, grad_w_stride_3, grad_w_stride_4,
-    BLOCK: tl.constexpr,
-):
-    """One program adds BLOCK elements of SPLITS sums (K, taps, C), and rounds once.
-
-    ROWS partial sums run side by side, so that many loads are in flight; the order depends on
-    SPLITS alone.
-    """
-    ROWS: tl.constexpr = 8
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < NUMEL
-    rows = tl.arange(0, ROWS)
-    acc = tl.zeros((ROWS, BLOCK), dtype=partial_ptr.dtype.element_ty)
-    for first in range(0, SPLITS, ROWS):
-        inside = (first + rows < SPLITS)[:, None] & mask[None, :]
-        partial_rows = (first + rows).to(tl.int64)[:, None] * NUMEL
-        acc += tl.load(partial_ptr + partial_rows + index[None, :], mask=inside, other=0.0)
-    grad_w = tl.sum(acc, axis=0)
-    offsets = strided_offsets(
-        index.to(tl.int64), size_1, size_2, size_3, size_4,
-        grad_w_stride_0, grad_w_stride_1, grad_w_stride_2, grad_w_stride_3, grad_w_stride_4)
-    tl.store(grad_w_ptr + offsets, grad_w.to(grad_w_ptr.dtype.element_ty), mask=mask)

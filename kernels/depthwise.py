@@ -13,6 +13,7 @@ from tritorch.kernels.pixels import (
     inside,
     next_corner,
     pixels_of_axis,
+    pixels_of_tile,
     store_pixels,
     taps_of_axis,
     tile_axes,
@@ -78,7 +79,7 @@ def depthwise_conv2d_grad_weight_gather_config(channels_last):
 @triton.jit
 def depthwise_conv2d_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, preactivation_ptr, residual_ptr,
-    N, C, H, W, GROUPS, K, R, S, P, Q, BLOCK_P, BLOCK_Q, bias_stride,
+    N, C, H, W, GROUPS, K, R, S, P, Q, block_p, block_q, bias_stride,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     w_stride_group, w_stride_k, w_stride_c, w_stride_r, w_stride_s,
     y_stride_n, y_stride_k, y_stride_p, y_stride_q,
@@ -91,7 +92,7 @@ def depthwise_conv2d_kernel(
 ):
     """One program computes BLOCK_NPQ pixels x BLOCK_K channels of y, each from C channels of x.
 
-    Its pixels are BLOCK_P x BLOCK_Q of BLOCK_NPQ / (BLOCK_P * BLOCK_Q) images, so that taps of
+    Its pixels are block_p x block_q of BLOCK_NPQ / (block_p * block_q) images, so that taps of
     neighbours meet in the cache; transposed, they share their residue, as in `conv2d_kernel`.
     KEEPS_PREACTIVATION stores what the activation is applied to, too, laid out as y.  A residual is
     added before the activation; it is laid out as y, or by its own `residual_strides` along
@@ -110,15 +111,15 @@ def depthwise_conv2d_kernel(
     pid_npq = tl.program_id(0) // num_k
     residue_h = 0
     residue_w = 0
-    num_p = tl.cdiv(P, BLOCK_P)
-    num_q = tl.cdiv(Q, BLOCK_Q)
+    num_p = tl.cdiv(P, block_p)
+    num_q = tl.cdiv(Q, block_q)
     if TRANSPOSED:
         residue_h = pid_npq % (stride_h * stride_w) // stride_w
         residue_w = pid_npq % stride_w
         pid_npq = pid_npq // (stride_h * stride_w)
         # those of the largest residue class, as on the host
-        num_p = tl.cdiv(tl.cdiv(P, stride_h), BLOCK_P)
-        num_q = tl.cdiv(tl.cdiv(Q, stride_w), BLOCK_Q)
+        num_p = tl.cdiv(tl.cdiv(P, stride_h), block_p)
+        num_q = tl.cdiv(tl.cdiv(Q, stride_w), block_q)
     first_r, num_r, _, origin_h, step_h = taps_of_axis(
         residue_h, P, R, stride_h, padding_h, dilation_h, tap_step_h, inverse_h, TRANSPOSED)
     first_s, num_s, _, origin_w, step_w = taps_of_axis(
@@ -130,10 +131,11 @@ def depthwise_conv2d_kernel(
         offs_k = offs_k.to(tl.int64)
         offs_npq = offs_npq.to(tl.int64)
     group = offs_k // K
-    block_n = BLOCK_NPQ // (BLOCK_P * BLOCK_Q)
-    n = pid_npq // (num_p * num_q) * block_n + offs_npq // (BLOCK_P * BLOCK_Q)
-    p = pid_npq // num_q % num_p * BLOCK_P + offs_npq // BLOCK_Q % BLOCK_P
-    q = pid_npq % num_q * BLOCK_Q + offs_npq % BLOCK_Q
+    block_n = BLOCK_NPQ // (block_p * block_q)
+    offs_n, offs_p, offs_q = pixels_of_tile(offs_npq, block_p, block_q)
+    n = pid_npq // (num_p * num_q) * block_n + offs_n
+    p = pid_npq // num_q % num_p * block_p + offs_p
+    q = pid_npq % num_q * block_q + offs_q
     x_h, p = pixels_of_axis(p, residue_h, origin_h, stride_h, TRANSPOSED)
     x_w, q = pixels_of_axis(q, residue_w, origin_w, stride_w, TRANSPOSED)
     mask_npq = (n < N) & (p < P) & (q < Q)
@@ -171,7 +173,7 @@ def depthwise_conv2d_kernel(
 @triton.jit
 def depthwise_conv2d_grad_weight_kernel(
     grad_y_ptr, x_ptr, partial_ptr,
-    H, W, GROUPS, K, R, S, N, P, Q, BLOCK_P, BLOCK_Q, STEPS,
+    H, W, GROUPS, K, R, S, N, P, Q, block_p, block_q, STEPS,
     grad_y_stride_n, grad_y_stride_k, grad_y_stride_p, grad_y_stride_q,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
@@ -205,10 +207,8 @@ def depthwise_conv2d_grad_weight_kernel(
     mask_rs = offs_rs < R * S
     taps_h = (offs_rs // S * dilation_h - padding_h)[:, None, None]
     taps_w = (offs_rs % S * dilation_w - padding_w)[:, None, None]
-    block_n = BLOCK_NPQ // (BLOCK_P * BLOCK_Q)
-    offs_n = offs_npq // (BLOCK_P * BLOCK_Q)
-    offs_p = offs_npq // BLOCK_Q % BLOCK_P
-    offs_q = offs_npq % BLOCK_Q
+    block_n = BLOCK_NPQ // (block_p * block_q)
+    offs_n, offs_p, offs_q = pixels_of_tile(offs_npq, block_p, block_q)
 
     grad_y_rows = offs_n * grad_y_stride_n + offs_p * grad_y_stride_p + offs_q * grad_y_stride_q
     rows, columns = tile_axes(grad_y_rows, offs_k * grad_y_stride_k, CHANNELS_LAST)
@@ -220,12 +220,12 @@ def depthwise_conv2d_grad_weight_kernel(
     rows, columns = tile_axes(offs_n * x_stride_n, offs_k // K * x_stride_c, CHANNELS_LAST)
     x_offsets = (rows + columns)[None, :, :] + x_h * x_stride_h + x_w * x_stride_w
 
-    num_p = tl.cdiv(P, BLOCK_P)
-    num_q = tl.cdiv(Q, BLOCK_Q)
+    num_p = tl.cdiv(P, block_p)
+    num_q = tl.cdiv(Q, block_q)
     begin = split * STEPS
     n = begin // (num_p * num_q) * block_n
-    p = begin // num_q % num_p * BLOCK_P
-    q = begin % num_q * BLOCK_Q
+    p = begin // num_q % num_p * block_p
+    q = begin % num_q * block_q
     if CHANNELS_LAST:
         acc = tl.zeros((BLOCK_RS, BLOCK_NPQ, BLOCK_K), dtype=ACC)
     else:
@@ -241,7 +241,7 @@ def depthwise_conv2d_grad_weight_kernel(
         corner = corner_offset(n, p * stride_h, q * stride_w, x_stride_n, x_stride_h, x_stride_w)
         x = tl.load(x_ptr + corner + x_offsets, mask=mask, other=0.0)
         acc += x.to(ACC) * grad_y.to(ACC)[None, :, :]
-        n, p, q = next_corner(n, p, q, P, Q, block_n, BLOCK_P, BLOCK_Q)
+        n, p, q = next_corner(n, p, q, P, Q, block_n, block_p, block_q)
     grad_w = tl.sum(acc, axis=1 if CHANNELS_LAST else 2)
     offsets = (split * GROUPS * K + offs_k)[None, :] * (R * S) + offs_rs[:, None]
     tl.store(partial_ptr + offsets, grad_w, mask=mask_rs[:, None] & mask_k[None, :])

@@ -16,6 +16,8 @@ from tritorch.kernels.tiles import grouped_programs
 # columns of ones that the rows of a are multiplied by to sum them: wgmma could do with 8, but for
 # those Triton 3.6 makes products of single warps, whose operands pass through registers
 SUMMED = tl.constexpr(16)
+# splits that are summed side by side: of few columns
+BLOCK_S = 32
 
 
 @triton.jit
@@ -273,29 +275,3 @@ def _store(acc, m, n, z, outputs, ACTIVATION: tl.constexpr, FILLS: tl.constexpr)
             y_desc.store([z + 1, m, n], zeros)
         y_desc.store([z + y_row, m, n], zeros)
         y_desc.store([z + y_row + 1, m, n], zeros)
-
-
-# of `matmul_tma_sum_kernel`: elements of the result, and partial sums that are read at once
-BLOCK = 64
-ROWS = 32
-
-
-@triton.jit
-def matmul_tma_sum_kernel(
-    x_ptr, y_ptr, NUMEL, SPLITS, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One program adds BLOCK elements of the SPLITS rows of x, and rounds once.
-
-    For many rows and few columns: ROWS partial sums run side by side, so that many loads are in
-    flight.  The order depends on SPLITS alone.
-    """
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < NUMEL
-    rows = tl.arange(0, ROWS)
-    acc = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for first in range(0, SPLITS, ROWS):
-        offsets = (first + rows).to(tl.int64)[:, None] * NUMEL + columns[None, :]
-        inside = (first + rows < SPLITS)[:, None] & mask[None, :]
-        acc += tl.load(x_ptr + offsets, mask=inside, other=0.0)
-    y = tl.sum(acc, axis=0)
-    tl.store(y_ptr + columns, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -83,6 +83,21 @@ def taps_of_axis(residue, P, taps, stride, padding, dilation, tap_step, inverse,
 
 
 @triton.jit
+def next_slice(i, j, c, num_s, C, BLOCK_C: tl.constexpr):
+    """Tap (i, j) and first channel c of the next slice: through the channels of a tap, then the
+    columns of taps, then their rows.
+    """
+    c += BLOCK_C
+    tap_ends = c >= C
+    c = tl.where(tap_ends, 0, c)
+    j += tap_ends.to(tl.int32)
+    row_ends = j == num_s
+    j = tl.where(row_ends, 0, j)
+    i += row_ends.to(tl.int32)
+    return i, j, c
+
+
+@triton.jit
 def pixels_of_axis(position, residue, origin, stride, TRANSPOSED: tl.constexpr):
     """The pixels that the first tap reads, which may lie outside the image, and those written."""
     if TRANSPOSED:
@@ -121,6 +136,13 @@ def store_pixels(
         tl.store(preactivation_ptr + (rows + columns), preactivation, mask=mask)
     y = activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + (rows + columns), y, mask=mask)
+
+
+@triton.jit
+def pixels_of_tile(offs_npq, block_p, block_q):
+    """Image, row and column of the pixels of a tile, counted from its corner."""
+    offs_n = offs_npq // (block_p * block_q)
+    return offs_n, offs_npq // block_q % block_p, offs_npq % block_q
 
 
 @triton.jit

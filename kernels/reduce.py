@@ -11,6 +11,8 @@ from tritorch.kernels.tiles import strided_offsets
 
 # elements of the result per program of the split sum
 BLOCK = 1024
+# partial sums that one program of the sum of many splits reads at once
+MANY_BLOCK = 2048
 
 CHANNEL_SUM_CONFIGS = (
     # channels along memory: a row of 64 channels is one to four 128-byte lines
@@ -101,3 +103,30 @@ def split_sum_kernel(
         tl.store(preactivation_ptr + index, acc.to(preactivation_ptr.dtype.element_ty), mask=mask)
     acc = activate(acc, ACTIVATION)
     tl.store(y_ptr + index, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def many_splits_sum_kernel(
+    x_ptr, y_ptr,
+    NUMEL, SPLITS,
+    size_1, size_2, size_3, size_4,
+    y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4,
+    BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One program adds BLOCK elements of the SPLITS rows of x, and rounds once.
+
+    BLOCK_S partial sums run side by side, so that many loads are in flight; the order depends on
+    SPLITS alone.
+    """
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < NUMEL
+    offs_s = tl.arange(0, BLOCK_S)
+    acc = tl.zeros((BLOCK_S, BLOCK), dtype=x_ptr.dtype.element_ty)
+    for first in range(0, SPLITS, BLOCK_S):
+        inside = (first + offs_s < SPLITS)[:, None] & mask[None, :]
+        rows = (first + offs_s).to(tl.int64)[:, None] * NUMEL
+        acc += tl.load(x_ptr + rows + index[None, :], mask=inside, other=0.0)
+    y = tl.sum(acc, axis=0)
+    offsets = strided_offsets(index.to(tl.int64), size_1, size_2, size_3, size_4,
+                              y_stride_0, y_stride_1, y_stride_2, y_stride_3, y_stride_4)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)

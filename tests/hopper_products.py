@@ -12,7 +12,7 @@ from tritorch.testing.detectors import detecting
 
 configs = matmul_tma.configs
 last = torch.channels_last
-KERNEL, SUM, PARTS = "matmul_tma_kernel", "matmul_tma_sum_kernel", "matmul_tma_parts_kernel"
+KERNEL, SUM, PARTS = "matmul_tma_kernel", "many_splits_sum_kernel", "matmul_tma_parts_kernel"
 
 
 @contextlib.contextmanager

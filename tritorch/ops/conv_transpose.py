@@ -256,8 +256,8 @@ def _cost(
 _KERNELS = (
     "conv.conv2d_kernel",
     "conv_weight.conv2d_grad_weight_kernel",
-    "conv_weight.conv2d_sum_weight_kernel",
     "reduce.channel_sum_kernel",
+    "reduce.many_splits_sum_kernel",
     "reduce.split_sum_kernel",
     "reorder.reorder_kernel",
 )

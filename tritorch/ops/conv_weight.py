@@ -22,7 +22,7 @@ from tritorch.ops.geometry import (
     strides,
     vector_unit,
 )
-from tritorch.ops.reduce import accumulator_dtype
+from tritorch.ops.reduce import accumulator_dtype, many_splits_sum
 from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("conv_weight")
@@ -54,21 +54,7 @@ def grad_weight(grad_output: Tensor, input: Tensor, output: Tensor, geometry: Ge
         partial_sums = run(grad_output, input, output)
     if partial_sums is not None:
         # with the channels last, as in the partial sums
-        to = output.movedim(1, -1)
-        _plan_sum(partial_sums.shape[0], to.shape, to.stride())(output, partial_sums, output)
-
-
-@launch.planned
-def _plan_sum(splits: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> launch.Prepared:
-    # padded to the axes of a volume
-    elements, padding = math.prod(shape), 5 - len(shape)
-    sizes, along = shape[1:] + (1,) * padding, strides + (0,) * padding
-    return launch.Prepared(
-        kernels.conv2d_sum_weight_kernel,
-        (math.ceil(elements / kernels.BLOCK),),
-        (elements, splits, *sizes, *along),
-        BLOCK=kernels.BLOCK,
-    )
+        many_splits_sum(partial_sums, output.movedim(1, -1), kernels.BLOCK_S)
 
 
 @launch.planned

@@ -147,7 +147,7 @@ register(
             "matmul.matmul_kernel",
             "matmul_tma.matmul_tma_kernel",
             "matmul_tma.matmul_tma_parts_kernel",
-            "matmul_tma.matmul_tma_sum_kernel",
+            "reduce.many_splits_sum_kernel",
             "reduce.split_sum_kernel",
             "reorder.reorder_kernel",
         ),

@@ -16,7 +16,7 @@ from torch import Tensor
 from tritorch import hardware, launch
 from tritorch.ops import stream_k
 from tritorch.ops.matmul_entries import Entries, View
-from tritorch.ops.reduce import accumulator_dtype, split_sum
+from tritorch.ops.reduce import accumulator_dtype, many_splits_sum, split_sum
 from tritorch.ops.stream_k import StreamK
 from tritorch.ops.strided import Layout, are_alike, dense
 
@@ -353,7 +353,7 @@ def _add_up(
     residual: Tensor | None,
 ) -> None:
     if plan.splits >= _MANY_SPLITS and bias is None and activation is None and residual is None:
-        _plan_sum(y.numel(), plan.splits)(y, partial, y)
+        many_splits_sum(partial, y.as_strided((y.numel(),), (1,)), kernels.BLOCK_S)
         return
     # as it lies in memory, whatever its dimensions are: a bias runs along the rows
     columns = plan.numbers[0]
@@ -363,14 +363,3 @@ def _add_up(
             raise RuntimeError("matmul: a residual of several matrices must lie as their product")
         residual = residual.as_strided(rows.shape, rows.stride())
     split_sum(partial, rows, bias, activation, preactivation, residual)
-
-
-@launch.planned
-def _plan_sum(elements: int, splits: int) -> launch.Prepared:
-    return launch.Prepared(
-        kernels.matmul_tma_sum_kernel,
-        (math.ceil(elements / kernels.BLOCK),),
-        (elements, splits),
-        ROWS=kernels.ROWS,
-        BLOCK=kernels.BLOCK,
-    )

@@ -46,6 +46,30 @@ def split_sum(
     run(output, partial, bias, output, preactivation, residual)
 
 
+def many_splits_sum(partial: Tensor, output: Tensor, block_s: int) -> None:
+    """As `split_sum`, `block_s` splits side by side, into an output of any strides whose elements
+    `partial` has in the order of its dimensions.
+    """
+    shape, strides = tuple(output.shape), output.stride()
+    _plan_many_splits_sum(partial.shape[0], shape, strides, block_s)(output, partial, output)
+
+
+@launch.planned
+def _plan_many_splits_sum(
+    splits: int, shape: tuple[int, ...], strides: tuple[int, ...], block_s: int
+) -> launch.Prepared:
+    elements, padding = math.prod(shape), strided.RANK - len(shape)
+    sizes, along = shape[1:] + (1,) * padding, strides + (0,) * padding
+    block = kernels.MANY_BLOCK // block_s
+    return launch.Prepared(
+        kernels.many_splits_sum_kernel,
+        (math.ceil(elements / block),),
+        (elements, splits, *sizes, *along),
+        BLOCK_S=block_s,
+        BLOCK=block,
+    )
+
+
 @launch.planned
 def _plan_split_sum(
     sizes: tuple[int, ...],

@@ -17,6 +17,7 @@ from tritorch import launch
 from tritorch.ops import conv_tma, conv_weight_tma, strided
 from tritorch.ops.conv_tma import Plan
 from tritorch.ops.geometry import Geometry
+from tritorch.ops.reduce import many_splits_sum
 from tritorch.ops.strided import Layout
 
 kernels = launch.kernels("stem")
@@ -169,19 +170,7 @@ def grad_weight(
     rows, columns = packed.taps
     sums = conv_weight_tma.partial_sums(plan, grad_output, _pack_images(input, packed))
     whole = output.new_empty((outputs, rows, columns, 2, 2, 4))
-    _plan_sum(whole.numel(), plan.splits)(output, sums, whole)
+    many_splits_sum(sums, whole.view(-1), weight_kernels.BLOCK_S)
     whole = whole.permute(0, 5, 1, 3, 2, 4).reshape(outputs, 4, 2 * rows, 2 * columns)
     first_h, first_w = (padding % 2 for padding in geometry.padding)
     output.copy_(whole[:, :c, first_h : first_h + r, first_w : first_w + s])
-
-
-@launch.planned
-def _plan_sum(elements: int, splits: int) -> launch.Prepared:
-    # a dense tensor is one of a single dimension
-    dense = (1, 1, 1, 1), (1, 0, 0, 0, 0)
-    return launch.Prepared(
-        weight_kernels.conv2d_sum_weight_kernel,
-        (math.ceil(elements / weight_kernels.BLOCK),),
-        (elements, splits, *dense[0], *dense[1]),
-        BLOCK=weight_kernels.BLOCK,
-    )
