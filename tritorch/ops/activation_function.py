@@ -70,13 +70,15 @@ def _activation_forward_(input: Tensor, activation: str, slope: float) -> None:
 
 
 def _launch_forward(x: Tensor, y: Tensor, activation: str, slope: float) -> None:
-    run = _plan("activation_forward_kernel", activation, None, x.shape, x.stride(), y.stride())
+    run = _plan(
+        kernels.activation_forward_kernel, activation, None, x.shape, x.stride(), y.stride()
+    )
     run(x, x, y, floats=(slope,))
 
 
 @launch.planned
 def _plan(
-    kernel: str,
+    kernel: Any,
     activation: str,
     order: int | None,
     shape: tuple[int, ...],
@@ -86,7 +88,7 @@ def _plan(
     along = [stride for one in nest.strides for stride in one]
     constants = {} if order is None else {"ORDER": order}
     return launch.Prepared(
-        getattr(kernels, kernel),
+        kernel,
         (math.ceil(nest.numel / kernels.BLOCK),),
         (nest.numel, *nest.sizes[1:], *along),
         ACTIVATION=activation,
@@ -115,7 +117,7 @@ def _activation_backward(
     grad_input = _grad_input(grad_output, saved, activation, slope, order)
     tensors = grad_output, saved, grad_input
     strides = [tensor.stride() for tensor in tensors]
-    run = _plan("activation_backward_kernel", activation, order, grad_output.shape, *strides)
+    run = _plan(kernels.activation_backward_kernel, activation, order, grad_output.shape, *strides)
     run(saved, *tensors, floats=(slope,))
     return grad_input
 

@@ -17,6 +17,7 @@ from tritorch.ops.windows import Window
 
 kernels = launch.kernels("pool")
 kernels3d = launch.kernels("pool3d")
+rows_kernels = launch.kernels("pool_rows")
 window_kernels = launch.kernels("windows")
 
 
@@ -61,7 +62,7 @@ def _plan_avg_pool(
     extents, stride, padding, _ = windows.split(window)
     divisor = divisor_override or 1
     means = {"COUNT_INCLUDE_PAD": count_include_pad, "HAS_DIVISOR": divisor_override is not None}
-    kernel = "avg_pool_rows_forward_kernel"
+    kernel = rows_kernels.avg_pool_rows_forward_kernel
     rows = pool_rows.forward(kernel, input, y, window, (divisor,), **means)
     if rows is not None:
         return rows

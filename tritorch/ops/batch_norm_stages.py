@@ -60,7 +60,9 @@ def batch_norm_elemt(
     `mean`, `var`, `weight` and `bias` are (C,); the output has the input's order of dimensions.
     """
     output = strided.empty_like(input)
-    walk = walk_of("batch_norm_forward_kernel", input, residual, output, activation=activation)
+    walk = walk_of(
+        kernels.batch_norm_forward_kernel, input, residual, output, activation=activation
+    )
     channels = map(_contiguous, (mean, var, weight, bias))
     walk.run(input, input, residual, *channels, output, None, floats=(eps,))
     return output
@@ -109,7 +111,12 @@ def batch_norm_elemt_bits(
     """
     output, bits = _bits_outputs(input)
     walk = walk_of(
-        "batch_norm_forward_kernel", input, residual, output, activation=activation, in_order=True
+        kernels.batch_norm_forward_kernel,
+        input,
+        residual,
+        output,
+        activation=activation,
+        in_order=True,
     )
     channels = map(_contiguous, (mean, var, weight, bias))
     walk.run(input, input, residual, *channels, output, bits, floats=(eps,))
@@ -157,7 +164,7 @@ def batch_norm_backward_reduce(
     in_bits = saved is not None and saved.dtype == torch.uint8
     tensors = grad_output, None if in_bits else saved, written, input
     walk = walk_of(
-        "batch_norm_backward_reduce_kernel", *tensors, activation=activation, in_order=in_bits
+        kernels.batch_norm_backward_reduce_kernel, *tensors, activation=activation, in_order=in_bits
     )
     partial = sums
     if walk.slices > 1:
@@ -200,7 +207,7 @@ def batch_norm_backward_elemt(
     """
     grad_input = grad_output.new_empty_strided(grad_output.shape, stride)
     walk = walk_of(
-        "batch_norm_grad_input_kernel",
+        kernels.batch_norm_grad_input_kernel,
         grad_output,
         input,
         grad_input,
@@ -221,7 +228,7 @@ class Walk(NamedTuple):
 
 
 def walk_of(
-    kernel: str,
+    kernel: Any,
     *tensors: Tensor | None,
     activation: str | None = None,
     count: int | None = None,
@@ -234,13 +241,14 @@ def walk_of(
 
 @launch.planned
 def _plan_walk(
-    kernel: str,
+    kernel: Any,
     activation: str | None,
     count: int | None,
     in_order: bool,
     *tensors: Layout | None,
 ) -> Walk:
-    reduces = kernel in ("batch_norm_stats_kernel", "batch_norm_backward_reduce_kernel")
+    is_stats = kernel is stats_kernels.batch_norm_stats_kernel
+    is_reduce = kernel is kernels.batch_norm_backward_reduce_kernel
     given = [tensor for tensor in tensors if tensor is not None]
     last = given[-1]
     channels = last.shape[1]
@@ -259,7 +267,7 @@ def _plan_walk(
     )
     blocks = math.ceil(channels / config.kwargs["BLOCK_C"])
     tiles = math.ceil(rows / config.kwargs["BLOCK_R"])
-    if reduces:
+    if is_stats or is_reduce:
         least = kernels.MIN_STEPS
         splits = reduce_kernels.num_splits(blocks, tiles, least, kernels.REDUCTIONS)
         steps = math.ceil(tiles / splits)
@@ -275,17 +283,15 @@ def _plan_walk(
     overrun = (steps + 1) * config.kwargs["BLOCK_R"]
     wide = rows + overrun >= 2**31 or any(strided.is_wide(t.shape, t.strides) for t in given)
     constants = {"INDEX_64": wide, "VECTOR_R": vector[0], "VECTOR_C": vector[1]}
-    family = stats_kernels
-    if kernel != "batch_norm_stats_kernel":
-        family = kernels
+    if not is_stats:
         constants["ACTIVATION"] = activation
-    if kernel in ("batch_norm_backward_reduce_kernel", "batch_norm_grad_input_kernel"):
+    if is_reduce or kernel is kernels.batch_norm_grad_input_kernel:
         constants["FROM_OUTPUT"] = activation is not None and needs_output(activation)
     # channels, rows, tiles of a program, and the loop nest over the rows without the outermost
     sizes = (channels, rows, steps, *nest.sizes[1:])
     numbers = (*sizes, *strides) if count is None else (*sizes, count, *strides)
     prepared = launch.Prepared(
-        getattr(family, kernel),
+        kernel,
         (blocks * slices,),
         numbers,
         config,

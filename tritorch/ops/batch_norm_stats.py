@@ -37,7 +37,7 @@ def batch_norm_stats(
 
 def _moments_of_slices(input: Tensor) -> Tensor:
     """Mean, sum of squared deviations and count of each channel of each slice, (slices, 3, C)."""
-    walk = walk_of("batch_norm_stats_kernel", input)
+    walk = walk_of(kernels.batch_norm_stats_kernel, input)
     dtype = accumulator_dtype(input.dtype)
     moments = input.new_empty((walk.slices, 3, input.shape[1]), dtype=dtype)
     walk.run(input, input, moments)

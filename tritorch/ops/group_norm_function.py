@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,6 @@ from tritorch.ops.strided import Layout
 kernels = launch.kernels("group_norm")
 norm_kernels = launch.kernels("batch_norm")
 reduce_kernels = launch.kernels("reduce")
-
-_STATS = "group_norm_stats_kernel"
-_FORWARD = "group_norm_forward_kernel"
-_REDUCE = "group_norm_backward_reduce_kernel"
-_GRAD_INPUT = "group_norm_grad_input_kernel"
 
 
 class _Walk(NamedTuple):
@@ -41,7 +36,7 @@ class _Reduction(NamedTuple):
     gather: launch.Prepared
 
 
-def _walk(kernel: str, num_groups: int, *tensors: Layout) -> _Walk:
+def _walk(kernel: Any, num_groups: int, *tensors: Layout) -> _Walk:
     (images, channels, *size), itemsize = tensors[-1].shape, tensors[-1].itemsize
     nest = strided.nest_of("group_norm", tuple(size), *(t.strides[2:] for t in tensors))
     vector = _vector(tensors, nest)
@@ -49,7 +44,7 @@ def _walk(kernel: str, num_groups: int, *tensors: Layout) -> _Walk:
     config = launch.config(kernels.group_norm_config, along_channels, nest.numel, itemsize)
     blocks = images * math.ceil(channels / config.kwargs["BLOCK_C"])
     tiles = math.ceil(nest.numel / config.kwargs["BLOCK_R"])
-    if kernel in (_STATS, _REDUCE):
+    if kernel in (kernels.group_norm_stats_kernel, kernels.group_norm_backward_reduce_kernel):
         steps = math.ceil(tiles / reduce_kernels.num_splits(blocks, tiles, kernels.MIN_STEPS))
     else:
         steps = min(tiles, norm_kernels.num_steps(blocks * tiles))
@@ -60,10 +55,10 @@ def _walk(kernel: str, num_groups: int, *tensors: Layout) -> _Walk:
     # two sums to a channel, and pixels of the last tiles that pass the end
     wide = math.prod(tensors[-1].shape) >= 2**30
     wide = wide or any(strided.is_wide(tensor.shape, tensor.strides) for tensor in tensors)
-    groups = () if kernel == _STATS else (num_groups,)
+    groups = () if kernel is kernels.group_norm_stats_kernel else (num_groups,)
     sizes = (channels, *groups, nest.numel, steps, slices, *nest.sizes[1:3])
     run = launch.Prepared(
-        getattr(kernels, kernel),
+        kernel,
         (blocks * slices,),
         (*sizes, *strides),
         config,
@@ -75,18 +70,18 @@ def _walk(kernel: str, num_groups: int, *tensors: Layout) -> _Walk:
 
 
 @launch.planned
-def _plan(kernel: str, num_groups: int, *tensors: Layout) -> launch.Prepared:
+def _plan(kernel: Any, num_groups: int, *tensors: Layout) -> launch.Prepared:
     return _walk(kernel, num_groups, *tensors).run
 
 
 @launch.planned
-def _plan_reduction(kernel: str, num_groups: int, *tensors: Layout) -> _Reduction:
+def _plan_reduction(kernel: Any, num_groups: int, *tensors: Layout) -> _Reduction:
     walk = _walk(kernel, num_groups, *tensors)
     images, channels = tensors[-1].shape[:2]
     groups = images * num_groups
     sizes = [groups, channels, num_groups, walk.pixels]
     constants = {"INDEX_64": walk.run.constants["INDEX_64"], "BLOCK_G": kernels.BLOCK_G}
-    if kernel == _STATS:
+    if kernel is kernels.group_norm_stats_kernel:
         gather = kernels.group_norm_gather_stats_kernel
         sizes.append(walk.steps)
         constants["BLOCK_R"] = walk.run.config.kwargs["BLOCK_R"]
@@ -145,13 +140,15 @@ def group_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, and mean and 1 / sqrt(var + eps) of each group."""
     output, mean, rstd = _outputs(input, num_groups, weight, bias, eps)
-    slices, run, gather = _plan_reduction(_STATS, num_groups, Layout.of(input))
+    slices, run, gather = _plan_reduction(
+        kernels.group_norm_stats_kernel, num_groups, Layout.of(input)
+    )
     # mean and sum of squared deviations of each slice
     statistics = mean.new_empty((input.shape[0], slices, 2, input.shape[1]))
     run(input, input, statistics)
     gather(input, statistics, mean, rstd, floats=(eps,))
     parameters = _contiguous(weight), _contiguous(bias)
-    run = _plan(_FORWARD, num_groups, Layout.of(input), Layout.of(output))
+    run = _plan(kernels.group_norm_forward_kernel, num_groups, Layout.of(input), Layout.of(output))
     run(input, input, *parameters, mean, rstd, output)
     return output, mean, rstd
 
@@ -194,7 +191,9 @@ def group_norm_backward(
     images, channels = input.shape[:2]
     weight = _contiguous(weight)
     read = Layout.of(grad_output), Layout.of(input)
-    slices, run, gather = _plan_reduction(_REDUCE, num_groups, *read)
+    slices, run, gather = _plan_reduction(
+        kernels.group_norm_backward_reduce_kernel, num_groups, *read
+    )
     sums = mean.new_empty((images * slices, 2, channels))
     run(input, grad_output, input, mean, rstd, sums)
     if of_parameters:
@@ -204,7 +203,7 @@ def group_norm_backward(
         return grad_input, grads
     means = mean.new_empty((images, num_groups, 2))
     gather(input, sums, weight, means)
-    run = _plan(_GRAD_INPUT, num_groups, *read, Layout.of(grad_input))
+    run = _plan(kernels.group_norm_grad_input_kernel, num_groups, *read, Layout.of(grad_input))
     run(input, grad_output, input, weight, mean, rstd, means, grad_input)
     return grad_input, grads
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,6 @@ from tritorch.ops.strided import Layout
 kernels = launch.kernels("layer_norm")
 reduce_kernels = launch.kernels("reduce")
 
-_STATS = "layer_norm_stats_kernel"
-_FORWARD = "layer_norm_forward_kernel"
-_REDUCE = "layer_norm_backward_reduce_kernel"
-_BACKWARD = "layer_norm_backward_kernel"
-
 
 class _Plan(NamedTuple):
     """How programs divide the rows."""
@@ -32,12 +27,12 @@ class _Plan(NamedTuple):
     run: launch.Prepared
 
 
-def _plan(kernel: str, normalized: int, *tensors: Tensor) -> _Plan:
+def _plan(kernel: Any, normalized: int, *tensors: Tensor) -> _Plan:
     return _plan_of(kernel, normalized, *map(Layout.of, tensors))
 
 
 @launch.planned
-def _plan_of(kernel: str, normalized: int, *tensors: Layout) -> _Plan:
+def _plan_of(kernel: Any, normalized: int, *tensors: Layout) -> _Plan:
     shape = tensors[0].shape
     split = len(shape) - normalized
     rows = strided.nest_in_order("layer_norm", shape[:split], *(t.strides[:split] for t in tensors))
@@ -51,9 +46,9 @@ def _plan_of(kernel: str, normalized: int, *tensors: Layout) -> _Plan:
     # of long rows, of as many tiles each
     row_slices = math.ceil(tiles_n / steps)
     below, beside = tiles_m, tiles_n
-    if kernel in (_STATS, _REDUCE):
+    if kernel in (kernels.layer_norm_stats_kernel, kernels.layer_norm_backward_reduce_kernel):
         beside = row_slices
-    elif kernel == _BACKWARD:
+    elif kernel is kernels.layer_norm_backward_kernel:
         steps = math.ceil(tiles_m / reduce_kernels.num_splits(tiles_n, tiles_m, 1))
         below = math.ceil(tiles_m / steps)
     # the rows and columns of the last tiles pass the end
@@ -63,15 +58,13 @@ def _plan_of(kernel: str, normalized: int, *tensors: Layout) -> _Plan:
     for along_rows, along_columns in zip(rows.strides, columns.strides, strict=True):
         strides += (*along_rows, *along_columns)
     constants = {"INDEX_64": wide, "VECTOR": _vector(rows, columns, tensors[0].itemsize)}
-    if kernel in (_FORWARD, _BACKWARD):
+    if kernel in (kernels.layer_norm_forward_kernel, kernels.layer_norm_backward_kernel):
         constants["BLOCK_S"] = kernels.BLOCK_S
     sizes = (rows.numel, columns.numel, steps, row_slices, *rows.sizes[1:], *columns.sizes[1:])
     return _Plan(
         (rows.numel, row_slices, 2) if tiles_n > 1 else None,
         below,
-        launch.Prepared(
-            getattr(kernels, kernel), (below * beside,), (*sizes, *strides), config, **constants
-        ),
+        launch.Prepared(kernel, (below * beside,), (*sizes, *strides), config, **constants),
     )
 
 
@@ -108,11 +101,11 @@ def layer_norm_forward(
     the row's.
     """
     output, mean, rstd = _outputs(input, normalized, weight, bias, eps)
-    plan = _plan(_FORWARD, normalized, input)
+    plan = _plan(kernels.layer_norm_forward_kernel, normalized, input)
     statistics = None
     if plan.row_sums is not None:
         statistics = mean.new_empty(plan.row_sums)
-        _plan(_STATS, normalized, input).run(input, input, statistics)
+        _plan(kernels.layer_norm_stats_kernel, normalized, input).run(input, input, statistics)
     parameters = _contiguous(weight), _contiguous(bias)
     plan.run(input, input, *parameters, statistics, output, mean, rstd, floats=(eps,))
     return output, mean, rstd
@@ -159,12 +152,14 @@ def layer_norm_backward(
     grad_input, grads = _grads(
         grad_output, input, normalized, weight, mean, rstd, of_input, of_parameters
     )
-    plan = _plan(_BACKWARD, normalized, grad_output, input)
+    plan = _plan(kernels.layer_norm_backward_kernel, normalized, grad_output, input)
     tensors = grad_output, input, _contiguous(weight), mean, rstd
     row_sums = None
     if plan.row_sums is not None and of_input:
         row_sums = mean.new_empty(plan.row_sums)
-        _plan(_REDUCE, normalized, grad_output, input).run(input, *tensors, row_sums)
+        _plan(kernels.layer_norm_backward_reduce_kernel, normalized, grad_output, input).run(
+            input, *tensors, row_sums
+        )
     partial = grads
     if of_parameters and plan.slices > 1:
         partial = mean.new_empty((plan.slices, *grads.shape))

@@ -72,7 +72,7 @@ def elementwise_loss_forward(
     partial = denominator.new_empty((2 if divides else 1, programs)) if reduced else result
     operands = (input, target, _expand(weight, input), _expand(pos_weight, input))
     _launch(
-        "elementwise_loss_forward_kernel",
+        kernels.elementwise_loss_forward_kernel,
         (*operands, partial),
         (*operands, None if reduced else result),
         (),
@@ -144,7 +144,7 @@ def elementwise_loss_backward(
     weights = (_expand(weight, input), _expand(pos_weight, input))
     operands = (input, target, *weights, grad_output, grad_grad)
     _launch(
-        "elementwise_loss_backward_kernel",
+        kernels.elementwise_loss_backward_kernel,
         (*operands, denominator, grad),
         (*operands, grad),
         (divisor,),
@@ -161,7 +161,7 @@ def _expand(weight: Tensor | None, input: Tensor) -> Tensor | None:
 
 
 def _launch(
-    kernel: str,
+    kernel: Any,
     pointers: Sequence[Tensor | None],
     walked: Sequence[Tensor | None],
     divisor: tuple[int, ...],
@@ -178,7 +178,7 @@ def _launch(
 
 @launch.planned
 def _plan(
-    kernel: str,
+    kernel: Any,
     constants: tuple[tuple[str, Any], ...],
     divisor: tuple[int, ...],
     shape: tuple[int, ...],
@@ -190,7 +190,7 @@ def _plan(
     strides = dict(zip(present, nest.strides, strict=True))
     along = (stride for i in range(len(walked)) for stride in strides.get(i, _NO_STRIDES))
     return launch.Prepared(
-        getattr(kernels, kernel),
+        kernel,
         (math.ceil(nest.numel / kernels.BLOCK),),
         (nest.numel, *divisor, *nest.sizes[1:], *along),
         kernels.ELEMENTWISE_CONFIG,

@@ -17,6 +17,7 @@ from tritorch.ops.windows import Window
 
 kernels = launch.kernels("pool")
 kernels3d = launch.kernels("pool3d")
+rows_kernels = launch.kernels("pool_rows")
 window_kernels = launch.kernels("windows")
 
 
@@ -58,7 +59,7 @@ def _plan_max_pool(
 ) -> launch.Prepared:
     size = y.shape[2:]
     kept: dict[str, Any] = {"HAS_TAPS": keep_taps, "HAS_INDICES": return_indices}
-    rows = pool_rows.forward("max_pool_rows_forward_kernel", input, y, window, **kept)
+    rows = pool_rows.forward(rows_kernels.max_pool_rows_forward_kernel, input, y, window, **kept)
     if rows is not None:
         return rows
     extents, *spacing = windows.split(window)

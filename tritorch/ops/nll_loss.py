@@ -67,7 +67,7 @@ def _forward(
     reduced = reduction != "none"
     strides = (input.stride(), target.stride())
     of_classes = (1 if weight is None else weight.stride(0), ignore_index)
-    run = _plan("nll_loss_forward_kernel", input.shape, strides, of_classes, reduced)
+    run = _plan(kernels.nll_loss_forward_kernel, input.shape, strides, of_classes, reduced)
     partial = total.new_empty((2, *run.grid)) if reduced else result
     run(input, input, target, weight, denominator, partial)
     if reduced:
@@ -78,7 +78,7 @@ def _forward(
 
 @launch.planned
 def _plan(
-    kernel: str,
+    kernel: Any,
     shape: tuple[int, ...],
     tensors: tuple[tuple[int, ...], ...],
     of_classes: tuple[int, int],
@@ -91,7 +91,7 @@ def _plan(
         strides += (tensor[1], *along) if len(tensor) == len(shape) else along
     constants = {} if reduced is None else {"REDUCED": reduced}
     return launch.Prepared(
-        getattr(kernels, kernel),
+        kernel,
         (math.ceil(nest.numel / kernels.BLOCK),),
         (nest.numel, shape[1], *nest.sizes[1:], *strides, *of_classes),
         INDEX_64=nest.wide,
@@ -128,7 +128,7 @@ def _backward(
     grad = _grad(grad_output, input, target, weight, denominator, ignore_index).zero_()
     strides = (target.stride(), grad_output.stride(), grad.stride())
     of_classes = (1 if weight is None else weight.stride(0), ignore_index)
-    run = _plan("nll_loss_backward_kernel", grad.shape, strides, of_classes)
+    run = _plan(kernels.nll_loss_backward_kernel, grad.shape, strides, of_classes)
     run(input, target, weight, grad_output, denominator, grad)
     return grad
 

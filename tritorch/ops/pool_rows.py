@@ -16,7 +16,7 @@ window_kernels = launch.kernels("windows")
 
 
 def forward(
-    kernel: str,
+    kernel: Any,
     input: Layout,
     y: Layout,
     window: Window,
@@ -28,7 +28,7 @@ def forward(
         return None
     sizes = (*_volume(input.shape[2:]), *_volume(y.shape[2:]), math.prod(y.shape))
     geometry = _geometry(window)
-    if kernel.startswith("avg"):
+    if kernel is kernels.avg_pool_rows_forward_kernel:
         # average pooling has no dilation
         geometry = {name: value for name, value in geometry.items() if "DILATION" not in name}
     return _prepared(kernel, sizes, numbers, input, y, **geometry, **constants)
@@ -58,7 +58,7 @@ def backward(
     )
     count = math.prod((*grad_input.shape[:2], *cells, counts[2]))
     return _prepared(
-        "pool_rows_backward_kernel",
+        kernels.pool_rows_backward_kernel,
         (*sizes, *counts, *cells, count),
         (divisor,),
         grad_input,
@@ -112,7 +112,7 @@ def _geometry(window: Window) -> dict[str, int]:
 
 
 def _prepared(
-    kernel: str,
+    kernel: Any,
     sizes: Sequence[int],
     numbers: Sequence[int],
     rows: Layout,
@@ -128,7 +128,7 @@ def _prepared(
         constants[f"STRIDE_{axis}"] for axis in "DHW"
     )
     return launch.Prepared(
-        getattr(kernels, kernel),
+        kernel,
         (programs,),
         (*sizes, *numbers),
         config,

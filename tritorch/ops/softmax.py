@@ -30,7 +30,7 @@ def _empty(input: Tensor, dtype: torch.dtype) -> Tensor:
 )
 def _softmax_forward(input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
     y = _empty(input, dtype)
-    _launch("softmax_forward_kernel", dim, log, input, y)
+    _launch(kernels.softmax_forward_kernel, dim, log, input, y)
     return y
 
 
@@ -43,11 +43,11 @@ def _softmax_backward(
     grad_output: Tensor, output: Tensor, dim: int, dtype: torch.dtype, log: bool
 ) -> Tensor:
     grad_input = _empty(output, dtype)
-    _launch("softmax_backward_kernel", dim, log, grad_output, output, grad_input)
+    _launch(kernels.softmax_backward_kernel, dim, log, grad_output, output, grad_input)
     return grad_input
 
 
-def _launch(kernel: str, dim: int, log: bool, *tensors: Tensor) -> None:
+def _launch(kernel: Any, dim: int, log: bool, *tensors: Tensor) -> None:
     if tensors[0].numel():
         strides = [tensor.stride() for tensor in tensors]
         _plan(kernel, dim, log, tensors[0].shape, *strides)(tensors[-1], *tensors)
@@ -55,7 +55,7 @@ def _launch(kernel: str, dim: int, log: bool, *tensors: Tensor) -> None:
 
 @launch.planned
 def _plan(
-    kernel: str, dim: int, log: bool, shape: tuple[int, ...], *of_tensors: tuple[int, ...]
+    kernel: Any, dim: int, log: bool, shape: tuple[int, ...], *of_tensors: tuple[int, ...]
 ) -> launch.Prepared:
     # a scalar has one value
     n = shape[dim] if shape else 1
@@ -77,7 +77,7 @@ def _plan(
     )
     steps = zip(along, nest.strides, strict=True)
     return launch.Prepared(
-        getattr(kernels, kernel),
+        kernel,
         (math.ceil(nest.numel / block_m),),
         (nest.numel, n, *nest.sizes[1:], *(i for step, along in steps for i in (step, *along))),
         config,
