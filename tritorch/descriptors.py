@@ -4,9 +4,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class View(NamedTuple):
+    """What a descriptor says of a tensor but where it is, outermost dimension first."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    # of one copy
+    block: tuple[int, ...]
+    # whether the last two dimensions are not in the kernel's order
+    transposed: bool = False
+
+    def at(self, tensor: Tensor) -> Any:
+        """The descriptor of what begins where the tensor does."""
+        return descriptor(tensor, self.shape, self.strides, self.block)
+
+    def is_describable(self, itemsize: int) -> bool:
+        """Whether there is one, of elements of so many bytes that begin on 16."""
+        # an expanded tensor has a stride of 0, which the hardware does not take
+        return all(self.strides) and describable(0, self.shape, self.strides, itemsize)
 
 
 def descriptor(

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritorch import descriptors, launch
+from tritorch import launch
+from tritorch.descriptors import View
 from tritorch.ops.activation_function import computes
 from tritorch.ops.conv_tma_taps import leaves_out
 from tritorch.ops.geometry import Geometry, Weight, oriented, split
@@ -24,21 +25,6 @@ _MIN_SLICES = 8
 _MAX_WASTE = 1.7
 # stands for the stride of an axis of size 1, which addresses nothing but which hardware checks
 _ANY_STRIDE = 16
-
-
-class View(NamedTuple):
-    """A descriptor without its address."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    block: tuple[int, ...]
-
-    def at(self, tensor: Tensor) -> Any:
-        return descriptors.descriptor(tensor, *self)
-
-    def is_describable(self, itemsize: int) -> bool:
-        # nor does the hardware take a stride of 0, which an expanded tensor has
-        return all(self.strides) and descriptors.describable(0, self.shape, self.strides, itemsize)
 
 
 class Plan(NamedTuple):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops.conv_tma import Plan, View, described_strides
+from tritorch.descriptors import View
+from tritorch.ops.conv_tma import Plan, described_strides
 from tritorch.ops.geometry import Geometry
 from tritorch.ops.reduce import accumulator_dtype
 from tritorch.ops.strided import Layout

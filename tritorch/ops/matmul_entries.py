@@ -1,13 +1,11 @@
-"""Operands of matrix products as tensors of three dimensions, and what descriptors say of them."""
+"""Operands of matrix products as tensors of three dimensions."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch import Tensor
-
-from tritorch import descriptors
+from tritorch.descriptors import View
 
 
 class Entries(NamedTuple):
@@ -45,20 +43,5 @@ class Entries(NamedTuple):
         over_width = over_width if width > 1 else 1
         over_height = over_height if height > 1 else 8 * math.ceil(width / 8)
         over_batch = over_batch if batch > 1 else height * over_height
-        strides = over_batch, over_height, over_width
-        if 0 in strides or not descriptors.describable(0, entries.shape, strides, itemsize):
-            return None
-        return View(entries.shape, strides, block, transposed)
-
-
-class View(NamedTuple):
-    """What a descriptor says of a tensor, outermost dimension first."""
-
-    shape: tuple[int, int, int]
-    strides: tuple[int, int, int]
-    block: tuple[int, int, int]
-    # whether the last two are not in the kernel's order
-    transposed: bool
-
-    def at(self, tensor: Tensor) -> Any:
-        return descriptors.descriptor(tensor, self.shape, self.strides, self.block)
+        view = View(entries.shape, (over_batch, over_height, over_width), block, transposed)
+        return view if view.is_describable(itemsize) else None

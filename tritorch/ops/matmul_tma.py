@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tritorch import hardware, launch
+from tritorch.descriptors import View
 from tritorch.ops import stream_k
-from tritorch.ops.matmul_entries import Entries, View
+from tritorch.ops.matmul_entries import Entries
 from tritorch.ops.reduce import accumulator_dtype, many_splits_sum, split_sum
 from tritorch.ops.stream_k import StreamK
 from tritorch.ops.strided import Layout, are_alike, dense

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tritorch import launch
-from tritorch.ops.matmul_entries import View
+from tritorch.descriptors import View
 
 kernels = launch.kernels("matmul_tma")
 configs = launch.kernels("matmul_tma_configs")
