@@ -56,7 +56,7 @@ _OF_FAMILY = {
     "depthwise": ["tests/test_residual.py"],
     "losses": ["tests/test_loss.py", "tests/test_cross_entropy.py"],
     "matmul": ["tests/test_residual.py"],
-    "batch_norm": ["tests/test_batch_norm.py"],
+    "batch_norm": ["tests/test_batch_norm.py", "tests/test_batch_norm_stages.py"],
     "sgd": ["tests/test_sgd.py", "tests/test_sgd_protocol.py"],
     "pool": ["tests/test_pool.py", "tests/test_adaptive_pool.py"],
     "reduce": ["tests/test_reduce.py"],
