@@ -171,11 +171,11 @@ def test_a_measured_configuration_is_taken_for_its_sizes_alone():
 def test_plans_that_are_remembered_are_asked_again_for_another_table():
     layout = Layout.of(torch.empty(64, 64))
     arguments = layout, layout, 0, None, None, False, "ieee", None
-    own = matmul_function._way(*arguments)[1].config
+    own = matmul_function._choose(*arguments)[1].config
     with launch.questions() as asked:
-        matmul_function._way(*arguments)
+        matmul_function._choose(*arguments)
     [(name, sizes)] = asked
     other = next(each for each in matmul_function.kernels.MATMUL_CONFIGS[4] if each is not own)
     with tuned.using({(name, sizes): other}):
-        assert matmul_function._way(*arguments)[1].config is other
-    assert matmul_function._way(*arguments)[1].config is own
+        assert matmul_function._choose(*arguments)[1].config is other
+    assert matmul_function._choose(*arguments)[1].config is own

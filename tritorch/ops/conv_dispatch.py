@@ -157,9 +157,9 @@ def _choose(
         choice = _choose(images[0], weight, images[1], *rest)
         return choice._replace(run=partial(reorder.convolve, choice.run))
     # with erf the tile of 64 filters has no registers left for its sums
-    crowded = epilogue.activation == "gelu" and y.shape[1] // geometry.groups <= 64
+    short_of_registers = epilogue.activation == "gelu" and y.shape[1] // geometry.groups <= 64
     if count and weight.shape[1] <= stem.MAX_CHANNELS:
-        if not crowded and not transposed:
+        if not short_of_registers and not transposed:
             # x is packed from any order
             copies = reorder.pays(products, precision, *written)
             into = reorder.channels_last(y) if copies else y
@@ -171,12 +171,12 @@ def _choose(
                 run = partial(stem.convolve, hopper, geometry)
                 return Choice(partial(reorder.results, run) if copies else run, hopper.parts)
     elif count:
-        asked = y, geometry, transposed, epilogue, count, crowded
+        asked = y, geometry, transposed, epilogue, count, short_of_registers
         found = _choose_descriptors(x, weight, *asked)
-        if found is None and _pays_to_turn(x, weight, transposed):
+        if found is None and _pays_to_copy(x, weight, transposed):
             found = _choose_descriptors(x, _outputs_last(weight), *asked)
             if found is not None:
-                found = found._replace(run=partial(_turned, found.run))
+                found = found._replace(run=partial(_with_outputs_last, found.run))
         if found is not None:
             return found
     plan = _plan_portable(x, weight, y, geometry, transposed, precision, epilogue)
@@ -191,7 +191,7 @@ def _choose_descriptors(
     transposed: bool,
     epilogue: Epilogue,
     count: int,
-    crowded: bool,
+    short_of_registers: bool,
 ) -> Choice | None:
     """A 1x1 convolution as one matrix product, else one product a tap; None if neither fits."""
     has_bias, residual = epilogue.bias_stride is not None, epilogue.residual
@@ -199,14 +199,14 @@ def _choose_descriptors(
     product = pointwise.plan_convolve(*given, has_bias, count, epilogue.moments, residual)
     if product is not None:
         return Choice(partial(matmul_tma.run, product), product.parts)
-    if crowded:
+    if short_of_registers:
         return None
     asked = count, residual, epilogue.activation, has_bias
     taps = conv_tma.plan_convolve(*given, *asked)
     return None if taps is None else Choice(partial(conv_tma.convolve, taps), taps.parts)
 
 
-def _pays_to_turn(x: Layout, weight: Layout, transposed: bool) -> bool:
+def _pays_to_copy(x: Layout, weight: Layout, transposed: bool) -> bool:
     """Whether descriptors may take a copy of the filters with another contiguous axis, and there
     are enough pixels to pay for it.
     """
@@ -220,7 +220,7 @@ def _outputs_last(weight: Layout) -> Layout:
     return Layout(weight.shape, (strides[-1], *strides[:-1]), weight.itemsize)
 
 
-def _turned(
+def _with_outputs_last(
     run: Callable[..., None], x: Tensor, weight: Tensor, *given: Tensor | str | None
 ) -> None:
     """`run` with a copy of the filters whose output channels are contiguous."""

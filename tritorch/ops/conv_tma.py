@@ -83,8 +83,8 @@ def plan_convolve(
         return None
     w, itemsize = oriented(weight, geometry.groups, transposed), x.itemsize
     # with erf the largest tile has no registers left for a bias either
-    crowded = residual is not None or (has_bias and activation == "gelu")
-    cut = _cut(x, w, y, geometry, transposed, activation, crowded)
+    short_of_registers = residual is not None or (has_bias and activation == "gelu")
+    cut = _cut(x, w, y, geometry, transposed, activation, short_of_registers)
     if cut is None:
         return None
     config, blocks, splits = cut.config, cut.blocks, cut.splits
@@ -160,9 +160,9 @@ def _cut(
     geometry: Geometry,
     transposed: bool,
     activation: str | None,
-    crowded: bool,
+    short_of_registers: bool,
 ) -> _Cut | None:
-    """None where no tile fits; `crowded`: the epilogue takes registers from it."""
+    """None where no tile fits; `short_of_registers`: the epilogue takes registers from it."""
     # transposed, pixels of different residues are reached by different taps
     n, _, *image = y.shape
     steps_each = geometry.stride if transposed else (1, 1)
@@ -171,7 +171,7 @@ def _cut(
     config = _config(w, pixels, residues, geometry, transposed, x.itemsize)
     if config is None:
         return None
-    if crowded:
+    if short_of_registers:
         config = configs.for_residual(config, computes(activation), x.itemsize)
     block_k, block_npq, block_c = (config.kwargs[f"BLOCK_{axes}"] for axes in ("K", "NPQ", "C"))
     # a tile may not reach into the channels of the next group, or of the next pixel of a pair

@@ -141,7 +141,7 @@ def _launch(
 ) -> None:
     operands = (a, b, y) if residual is None else (a, b, y, residual)
     precision = launch.input_precision(a.dtype, "matmul")
-    way = _way(
+    chosen = _choose(
         Layout.of(a),
         Layout.of(b),
         matmul_tma.processors(precision, *operands),
@@ -151,12 +151,13 @@ def _launch(
         precision,
         None if residual is None else Layout.of(residual),
     )
-    if isinstance(way, _Turned):
-        of_a, of_b, way = way
-        a, b = reorder.turned(a.mT).mT if of_a else a, reorder.turned(b) if of_b else b
-    if isinstance(way, matmul_tma.Plan):
-        return matmul_tma.run(way, a, b, y, bias, activation, preactivation, None, residual)
-    splits, run = way
+    if isinstance(chosen, _OfCopies):
+        a = reorder.columns_first(a.mT).mT if chosen.a else a
+        b = reorder.columns_first(b) if chosen.b else b
+        chosen = chosen.plan
+    if isinstance(chosen, matmul_tma.Plan):
+        return matmul_tma.run(chosen, a, b, y, bias, activation, preactivation, None, residual)
+    splits, run = chosen
     if splits == 1:
         return run(y, a, b, bias, y, preactivation, residual)
     partial = y.new_empty((splits, y.numel()), dtype=accumulator_dtype(y.dtype))
@@ -164,7 +165,7 @@ def _launch(
     split_sum(partial, y, bias, activation, preactivation, residual)
 
 
-class _Turned(NamedTuple):
+class _OfCopies(NamedTuple):
     """A plan for operands of which these are first copied to be contiguous along the inner axis."""
 
     a: bool
@@ -173,7 +174,7 @@ class _Turned(NamedTuple):
 
 
 @launch.planned
-def _way(
+def _choose(
     a: Layout,
     b: Layout,
     processors: int,
@@ -182,18 +183,20 @@ def _way(
     keeps_preactivation: bool,
     precision: str,
     residual: Layout | None,
-) -> matmul_tma.Plan | _Turned | tuple[int, launch.Prepared]:
+) -> matmul_tma.Plan | _OfCopies | tuple[int, launch.Prepared]:
     """The first kernel that takes operands of these layouts."""
     if processors:
         hopper = matmul_tma.plan_matmul(a, b, processors, residual)
         if hopper is not None:
             return hopper
-        if a.itemsize > 2 and (turned := _turned(a, b, processors, residual)) is not None:
-            return turned
+        if a.itemsize > 2 and (copies := _plan_copies(a, b, processors, residual)) is not None:
+            return copies
     return _plan(a, b, bias_stride, activation, keeps_preactivation, precision, residual)
 
 
-def _turned(a: Layout, b: Layout, processors: int, residual: Layout | None) -> _Turned | None:
+def _plan_copies(
+    a: Layout, b: Layout, processors: int, residual: Layout | None
+) -> _OfCopies | None:
     """A plan for the Hopper kernel on copies of float32 operands; None where they would not pay."""
     of_a, of_b = a.stride(-1) != 1, b.stride(-2) != 1
     copied = [one for one, copies in ((a, of_a), (b, of_b)) if copies]
@@ -205,7 +208,7 @@ def _turned(a: Layout, b: Layout, processors: int, residual: Layout | None) -> _
         return None
     given = strided.dense(a) if of_a else a, _columns_first(b) if of_b else b
     plan = matmul_tma.plan_matmul(*given, processors, residual)
-    return None if plan is None else _Turned(of_a, of_b, plan)
+    return None if plan is None else _OfCopies(of_a, of_b, plan)
 
 
 def _columns_first(b: Layout) -> Layout:
@@ -228,8 +231,8 @@ def _plan(
     batch = a.shape[0] if len(a.shape) == 3 else 1
     (m, k), n = a.shape[-2:], b.shape[-1]
     sizes = m, n, k, batch, a.itemsize
-    crowded = residual is not None or computes(activation)
-    config = launch.config(kernels.matmul_config, *sizes, crowded)
+    epilogue_computes = residual is not None or computes(activation)
+    config = launch.config(kernels.matmul_config, *sizes, epilogue_computes)
     block_m, block_n, block_k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
     tiles = math.ceil(m / block_m) * math.ceil(n / block_n)
     steps = math.ceil(k / block_k)

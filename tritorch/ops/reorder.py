@@ -110,7 +110,7 @@ def _like(images: Tensor) -> Tensor:
     return images.new_empty_strided(images.shape, strides)
 
 
-def turned(matrices: Tensor) -> Tensor:
+def columns_first(matrices: Tensor) -> Tensor:
     """A copy of a matrix, or of a batch of them, in which a column's elements are neighbours."""
     copy = matrices.new_empty((*matrices.shape[:-2], *matrices.shape[:-3:-1])).mT
     batches = (matrices, copy) if matrices.dim() > 2 else (matrices[None], copy[None])

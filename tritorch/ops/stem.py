@@ -152,11 +152,13 @@ def plan_grad_weight(
     # rows of taps as columns, of which a program may take several at once
     view = packed.view(input.shape[0], grad_output.shape[3])
     filters = packed.filters(output.shape[0])
-    return conv_weight_tma.plan(_turned(grad_output), _turned(view), _turned(filters), _UNIT)
+    return conv_weight_tma.plan(
+        _rows_as_columns(grad_output), _rows_as_columns(view), _rows_as_columns(filters), _UNIT
+    )
 
 
-def _turned(layout: Layout) -> Layout:
-    """Rows as columns."""
+def _rows_as_columns(layout: Layout) -> Layout:
+    """The same pixels, H and W exchanged."""
     (n, c, h, w), (along_n, along_c, along_h, along_w) = layout.shape, layout.strides
     return Layout((n, c, w, h), (along_n, along_c, along_w, along_h), layout.itemsize)
 
