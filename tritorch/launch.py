@@ -22,7 +22,7 @@ from tritorch import backend, bound, hardware, tuned
 from tritorch.testing import dry, interpreter
 
 # programs along the second and the third axis of a grid, of which CUDA takes no more
-_MAX_BEHIND = 65535
+_MAX_GRID_YZ = 65535
 
 # whether calls of layouts seen before are repeated, without the way through every line of their op
 repeats = os.environ.get("TRITORCH_REPEATS", "1") != "0"
@@ -310,10 +310,10 @@ class Prepared:
             ValueError: the grid is larger than CUDA takes.
         """
         name = self.kernel.__name__
-        if any(size > _MAX_BEHIND for size in self.grid[1:]):
+        if any(size > _MAX_GRID_YZ for size in self.grid[1:]):
             raise ValueError(
                 f"launch: {name} has a grid of {self.grid}, of which CUDA takes at most "
-                f"{_MAX_BEHIND} along the second and the third axis"
+                f"{_MAX_GRID_YZ} along the second and the third axis"
             )
         for names in _recorders:
             names.append(name)

@@ -259,9 +259,9 @@ class _Plan(NamedTuple):
 def _plan(module: Module) -> _Plan | str | None:
     """What becomes of a module's forward, or why it cannot be recorded; None without layers."""
     layers = dict(_layers(module))
-    if not layers or _written(module).forward is Module.forward:
-        return None
     written: Any = _written(module)
+    if not layers or written.forward is Module.forward:
+        return None
     try:
         graph = record(module, written)
     # whatever a forward raises that is given no tensors
