@@ -235,3 +235,21 @@ def test_peer_defect_3_channels_last_gradient(name, device):
     (actual,) = torch.autograd.grad(y, x, grad)
     (expected,) = torch.autograd.grad(REFERENCES[name](x), x, grad)
     assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_program_of_any_sizes_has_it_twice(name, device):
+    """torch.compile makes inputs of such programs of numbers too."""
+    leaves = [torch.randn(shape, device=device).requires_grad_() for shape in ((2, 3), (3, 3))]
+
+    def program(x, weight):
+        y = ops.linear(FUNCTIONS[name](x), weight)
+        return ops.linear(FUNCTIONS[name](y), weight, activation=name)
+
+    torch.compiler.reset()
+    compiled = torch.compile(program, fullgraph=True, backend="aot_eager", dynamic=True)
+    found = []
+    for run in (compiled, program):
+        y = run(*leaves)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+    assert_close(*found)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritorch import backend, binding, checks
 from tritorch.ops import strided
-from tritorch.ops.activation_function import Activation, keeps_input
+from tritorch.ops.activation_function import Activation, keeps_input, slope_of
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
 from tritorch.repeats.decorator import repeated
 
@@ -96,7 +96,7 @@ def _call(
     input: Tensor,
     *options: Any,
     activation: str | None = None,
-    slope: float = 0.01,
+    slope: float | None = None,
     inplace: bool = False,
 ) -> Tensor:
     """The kernels' result, or that of `reference(input, *options)` where they do not take it."""
@@ -111,7 +111,7 @@ def _call(
     # what a Function writes into torch.compile cannot follow, a copy it can
     copies = inplace and torch.compiler.is_compiling()
     inplace = inplace and not copies
-    activation = activation or op
+    activation, slope = activation or op, slope_of(slope)
     original = None
     differentiates = input.requires_grad and torch.is_grad_enabled()
     if inplace and differentiates and keeps_input(activation, slope):

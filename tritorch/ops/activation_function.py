@@ -35,10 +35,17 @@ _CURVED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def needs_output(activation: str, slope: float = 0.01) -> bool:
+def slope_of(given: float | None) -> float:
+    """That of leaky_relu, given or not."""
+    # a number that is a default is an input of torch.compile's dynamic programs, made within the
+    # Function that reads it first and unknown to the next
+    return 0.01 if given is None else given
+
+
+def needs_output(activation: str, slope: float | None = None) -> bool:
     """Whether `ActivationBackward` takes the activation's output, and not its input."""
     # a negative slope gives one output to two inputs
-    return activation in _FROM_OUTPUT and slope >= 0
+    return activation in _FROM_OUTPUT and (slope is None or slope >= 0)
 
 
 def keeps_input(activation: str, slope: float) -> bool:
@@ -179,9 +186,10 @@ class ActivationBackward(torch.autograd.Function):
         grad_output: Tensor,
         saved: Tensor,
         activation: str,
-        slope: float = 0.01,
+        slope: float | None = None,
         order: int = 1,
     ) -> Tensor:
+        slope = slope_of(slope)
         ctx.activation, ctx.slope, ctx.order = activation, slope, order
         ctx.save_for_backward(saved, grad_output if activation in _CURVED else None)
         grad_input: Tensor = _activation_backward(grad_output, saved, activation, slope, order)
