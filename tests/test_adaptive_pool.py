@@ -153,3 +153,14 @@ def test_a_hook_writes_into_the_gradient_of_a_global_mean(device):
         module.AdaptiveAvgPool2d(1)(layer(leaf)).sum().backward()
         grads.append(leaf.grad)
     assert_close(*grads)
+
+
+@pytest.mark.parametrize("function", ["adaptive_avg_pool2d", "adaptive_max_pool2d"])
+def test_windows_of_any_image_compile(function, device):
+    """Images of other sizes than the first make them open to torch.compile."""
+    torch.compiler.reset()
+    pool = getattr(ops, function)
+    compiled = torch.compile(pool, fullgraph=True, backend="aot_eager")
+    for height, width in ((5, 7), (6, 4), (8, 9), (2, 3)):
+        x = torch.randn(1, 2, height, width, device=device)
+        assert_close(*(results(one, x, (4, 6)) for one in (compiled, pool)))

@@ -106,15 +106,14 @@ def _mean(input: Tensor, size: Sequence[int]) -> Tensor:
     batched = input.dim() == len(size) + 2
     images = input if batched else input[None]
     pixels = images.shape[2:]
-    window = windows.adaptive(pixels, size)
     output: Tensor
     if max(size) == 1:
         output = binding.apply(SpatialMean, images)
-    elif windows.is_adaptive(window):
+    elif windows.divide(pixels, size):
+        output = avg_pool_function.avg_pool(images, windows.adaptive(pixels, size), size)
+    else:
         channels_last = is_channels_last(images)
         output = binding.apply(AdaptiveAvgPool, images, size, channels_last, False)
-    else:
-        output = avg_pool_function.avg_pool(images, window, size)
     return output if batched else output[0]
 
 

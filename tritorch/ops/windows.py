@@ -186,7 +186,7 @@ def adaptive(sizes: Sequence[int], counts: Sequence[int]) -> Window:
 
     Source: `start_index` and `end_index` of torch.
     """
-    if not any(size % count for size, count in zip(sizes, counts, strict=True)):
+    if divide(sizes, counts):
         extents = tuple(size // count for size, count in zip(sizes, counts, strict=True))
         stride = extents
     else:
@@ -195,10 +195,19 @@ def adaptive(sizes: Sequence[int], counts: Sequence[int]) -> Window:
     return (*extents, *stride, *(0,) * len(extents), *(1,) * len(extents))
 
 
+def divide(sizes: Sequence[int], counts: Sequence[int]) -> bool:
+    """Whether so many windows are alike."""
+    return not any(size % count for size, count in zip(sizes, counts, strict=True))
+
+
 def largest(size: int, count: int) -> int:
     """Pixels of the largest of `count` windows over `size` pixels."""
+    # torch.compile knows no math.gcd of sizes that a program leaves open
+    common, rest = count, size % count
+    while rest:
+        common, rest = rest, common % rest
     # a window starts at most count - gcd parts of a pixel after the pixel's start
-    return -(-(size + count - math.gcd(size, count)) // count)
+    return -(-(size + count - common) // count)
 
 
 def is_adaptive(window: Window) -> bool:
