@@ -172,6 +172,21 @@ def test_one_program_serves_every_size_of_batch(case, device):
     assert programs.frame_count <= 2
 
 
+@pytest.mark.parametrize("layer", ["BCELoss", "BCEWithLogitsLoss", "Linear"])
+def test_a_vector_of_a_layer_meets_a_size_that_is_open(layer, device):
+    """Its own size is a number for torch.compile, and that of the input a symbol."""
+    x, target = (torch.rand(4, 3, device=device) for _ in range(2))
+    if layer == "Linear":
+        made, call = nn.Linear(3, 5), (x,)
+        made.bias = torch.nn.Parameter(torch.randn(4, 5))
+    else:
+        made, call = getattr(nn, layer)(weight=torch.rand(3)), (x, target)
+    made.to(device)
+    torch.compiler.reset()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert_close(compiled(*call), made(*call))
+
+
 @cases([case for case in ONE_OF_EACH if case.layer not in RANDOM])
 def test_an_exported_program_takes_any_batch(case, device):
     # torch.export asks all of cuDNN for one answer; of float64 it means nothing, and the fixture

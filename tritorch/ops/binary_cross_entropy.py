@@ -140,7 +140,7 @@ def _check(
         if weight is None:
             continue
         sizes = zip(reversed(weight.shape), reversed(input.shape), strict=False)
-        if weight.dim() > input.dim() or any(a not in (1, b) for a, b in sizes):
+        if weight.dim() > input.dim() or any(a != 1 and a != b for a, b in sizes):
             checks.fail(
                 RuntimeError,
                 op,

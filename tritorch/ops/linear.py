@@ -109,7 +109,7 @@ def _check_linear(
         return "a bias of a vector"
     result = (*input.shape[:-1], weight.shape[0])
     sizes = zip(reversed(bias.shape), reversed(result), strict=False)
-    if bias.dim() > len(result) or any(a not in (1, b) for a, b in sizes):
+    if bias.dim() > len(result) or any(a != 1 and a != b for a, b in sizes):
         checks.fail(
             RuntimeError,
             "linear",
