@@ -253,6 +253,27 @@ def test_forward_mode_goes_through_compiled_programs(device):
     assert_close(compiled(input), expected)
 
 
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "jacrev": torch.func.jacrev,
+    "vmap of grad": lambda scalar: torch.func.vmap(torch.func.grad(scalar)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_go_through_compiled_programs(transform, device):
+    """Which are not to differentiate a kernel as if it were a constant."""
+    input, weight = torch.randn(2, 3, device=device), torch.randn(4, 3, device=device)
+
+    def scalar(x, of=nn):
+        return of.functional.silu(of.functional.linear(x, weight)).square().sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(transform(scalar), fullgraph=True, backend="aot_eager")
+    expected = transform(lambda x: scalar(x, torch.nn))(input)
+    assert_close(compiled(input), expected)
+
+
 @cases(ONE_OF_EACH)
 def test_meta_tensors_have_torchs_shapes(case):
     shapes = []

@@ -167,8 +167,7 @@ def _reason(tensors: tuple[Tensor | None, ...]) -> str | None:
     # the kernels know no tangents
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    # the compiler traces functorch's transforms itself and never asks this question of a wrapped
-    # tensor
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    # neither do transforms know what kernels differentiate, nor the compiler that traces them
+    if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     return None
