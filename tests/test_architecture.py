@@ -49,7 +49,7 @@ ROOMS = (
         "an op imports torch, the core and its siblings; binding alone registers ops with torch",
         may="__future__ collections dataclasses functools math typing torch tritorch.backend"
         " tritorch.binding tritorch.checks tritorch.descriptors tritorch.hardware tritorch.launch"
-        " tritorch.ops tritorch.registry tritorch.repeats.decorator",
+        " tritorch.ops tritorch.registry tritorch.repeats.decorator tritorch.subclasses",
         never="torch.library",
         unused="torch.library",
     ),
@@ -60,7 +60,7 @@ ROOMS = (
         unused="torch.library",
     ),
     Room(
-        "tritorch/registry.py tritorch/backend.py tritorch/checks.py",
+        "tritorch/registry.py tritorch/backend.py tritorch/checks.py tritorch/subclasses.py",
         "a leaf knows no op and no triton",
         may="stdlib torch",
         unused="torch.library",
@@ -112,7 +112,7 @@ ROOMS = (
     Room(
         "tritorch/repeats/*.py",
         "what is repeated under autograd knows no op",
-        may="stdlib torch tritorch.binding tritorch.launch tritorch.repeats",
+        may="stdlib torch tritorch.binding tritorch.launch tritorch.repeats tritorch.subclasses",
         unused="torch.library",
     ),
     Room(

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -185,6 +186,36 @@ def test_a_vector_of_a_layer_meets_a_size_that_is_open(layer, device):
     torch.compiler.reset()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager", dynamic=True)
     assert_close(compiled(*call), made(*call))
+
+
+class Heard(torch.Tensor):
+    """Calls every function that it hears of."""
+
+    functions: ClassVar[list[object]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.functions.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@cases([case for case in ONE_OF_EACH if case.layer not in RANDOM])
+def test_a_subclass_hears_of_no_more_than_of_torchs_and_may_write_into_its_result(case, device):
+    results, heard = [], []
+    for module in (torch.nn, nn):
+        layer, (x, *others) = make_layer(module, case, device), make_call(case, device)
+        input = (x * 1).as_subclass(Heard)
+        Heard.functions.clear()
+        output = layer(input, *others)
+        heard.append(len(Heard.functions))
+        output = output[0] if isinstance(output, tuple) else output
+        assert type(output) is Heard
+        found = output.as_subclass(torch.Tensor).clone()
+        results.append([found, *torch.autograd.grad(found.sum(), [x], retain_graph=True)])
+        output.mul_(2.0)
+        assert_close(output.as_subclass(torch.Tensor), 2.0 * found)
+    assert heard[1] <= heard[0]
+    assert_close(*results)
 
 
 @cases([case for case in ONE_OF_EACH if case.layer not in RANDOM])

@@ -13,6 +13,7 @@ from torch import Tensor
 from tritorch import backend, binding, checks, launch
 from tritorch.ops import strided
 from tritorch.registry import Cost, Maker, OpSpec, Reject, Sample, register
+from tritorch.subclasses import overridable
 
 kernels = launch.kernels("dropout")
 
@@ -147,6 +148,7 @@ class Dropout(torch.autograd.Function):
         return binding.apply(Dropout, grad_output, seed, ctx.p, ctx.order), None, None, None, None
 
 
+@overridable
 def dropout(
     input: Tensor,
     p: float = 0.5,

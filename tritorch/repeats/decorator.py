@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from tritorch import launch
+from tritorch import launch, subclasses
 from tritorch.repeats import composed, seen
 
 _Given = ParamSpec("_Given")
@@ -34,14 +34,15 @@ def repeated(op: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
             or seen.listens()
             or (key := seen.key_of(given)) is None
         ):
-            return op(*arguments, **named)
+            result: _Result = subclasses.call(call, op, arguments, named)
+            return result
         gradients = seen.gradients(given)
         key = (*key, gradients, torch.is_inference_mode_enabled(), *named)
         if _has_autocast():
             # what it casts to is of no argument's dtype
             key += (*_autocast(), *launch.precisions())
         calls = without_gradient if gradients is None else with_gradient
-        result: _Result = calls(key, arguments, named)
+        result = calls(key, arguments, named)
         return result
 
     return call
