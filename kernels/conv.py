@@ -161,9 +161,9 @@ def conv2d_kernel(
     w_stride_group, w_stride_r, w_stride_s = in_units(
         UNIT, INDEX_64, w_stride_group, w_stride_r, w_stride_s)
     if TRANSPOSED:
-        w_stride_c *= UNIT
+        w_stride_c = in_units(UNIT, INDEX_64, w_stride_c, 0, 0)[0]
     else:
-        w_stride_k *= UNIT
+        w_stride_k = in_units(UNIT, INDEX_64, w_stride_k, 0, 0)[0]
     if depth is not None:
         (D, T, Z, x_stride_d, w_stride_t, y_stride_z,
          stride_d, padding_d, dilation_d, tap_step_d, inverse_d) = depth

@@ -41,7 +41,7 @@ CONV2D_GRAD_WEIGHT_GATHER_CONFIGS = {
 }
 
 # splits that are summed side by side
-BLOCK_S = 8
+SPLITS_AT_ONCE = 8
 
 
 def conv2d_grad_weight_config(k, crs, itemsize):

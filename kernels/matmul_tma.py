@@ -17,7 +17,7 @@ from tritorch.kernels.tiles import grouped_programs
 # those Triton 3.6 makes products of single warps, whose operands pass through registers
 SUMMED = tl.constexpr(16)
 # splits that are summed side by side: of few columns
-BLOCK_S = 32
+SPLITS_AT_ONCE = 32
 
 
 @triton.jit

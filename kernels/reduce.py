@@ -118,6 +118,7 @@ def many_splits_sum_kernel(
     BLOCK_S partial sums run side by side, so that many loads are in flight; the order depends on
     SPLITS alone.
     """
+    # below 2^31 here, where 64 bits would take the registers of the loads in flight
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < NUMEL
     offs_s = tl.arange(0, BLOCK_S)

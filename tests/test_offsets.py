@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import tritorch.ops  # noqa: F401  declares the specs
-from tritorch import backend
+from tritorch import backend, ops
 from tritorch.ops import stem
 from tritorch.ops.geometry import Geometry
 from tritorch.registry import Maker, specs
@@ -184,3 +184,15 @@ def test_pixels_packed_from_an_image_that_passes_32_bits(dim, device):
     with backend.use("triton"):
         found, expected = (stem._pack_images(one, packed) for one in (far_apart(x, dim), x))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
+def test_filters_whose_stride_itself_passes_32_bits(op, device):
+    """The launch is given the stride in units, which fits, of eight channels."""
+    make = Maker(torch.float16, device, op)
+    order = {"memory_format": torch.channels_last}
+    x, weight = make(1, 8, 4, 4).contiguous(**order), make(8, 8, 1, 1).contiguous(**order)
+    far = memory(7 * REACH + 8, torch.float16, torch.device(device).type)
+    far = far.as_strided(weight.shape, (REACH, 1, 1, 1)).copy_(weight)
+    with backend.use("triton"), backend.strict():
+        check([getattr(ops, op)(x, far)], [getattr(ops, op)(x, weight)])

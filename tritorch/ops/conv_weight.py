@@ -54,7 +54,7 @@ def grad_weight(grad_output: Tensor, input: Tensor, output: Tensor, geometry: Ge
         partial_sums = run(grad_output, input, output)
     if partial_sums is not None:
         # with the channels last, as in the partial sums
-        many_splits_sum(partial_sums, output.movedim(1, -1), kernels.BLOCK_S)
+        many_splits_sum(partial_sums, output.movedim(1, -1), kernels.SPLITS_AT_ONCE)
 
 
 @launch.planned

@@ -354,7 +354,7 @@ def _add_up(
     residual: Tensor | None,
 ) -> None:
     if plan.splits >= _MANY_SPLITS and bias is None and activation is None and residual is None:
-        many_splits_sum(partial, y.as_strided((y.numel(),), (1,)), kernels.BLOCK_S)
+        many_splits_sum(partial, y.as_strided((y.numel(),), (1,)), kernels.SPLITS_AT_ONCE)
         return
     # as it lies in memory, whatever its dimensions are: a bias runs along the rows
     columns = plan.numbers[0]

@@ -61,6 +61,8 @@ def _plan_many_splits_sum(
     elements, padding = math.prod(shape), strided.RANK - len(shape)
     sizes, along = shape[1:] + (1,) * padding, strides + (0,) * padding
     block = kernels.MANY_BLOCK // block_s
+    # so many fill every GPU without splits
+    assert elements + block <= 2**31, elements
     return launch.Prepared(
         kernels.many_splits_sum_kernel,
         (math.ceil(elements / block),),

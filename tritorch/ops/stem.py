@@ -172,7 +172,7 @@ def grad_weight(
     rows, columns = packed.taps
     sums = conv_weight_tma.partial_sums(plan, grad_output, _pack_images(input, packed))
     whole = output.new_empty((outputs, rows, columns, 2, 2, 4))
-    many_splits_sum(sums, whole.view(-1), weight_kernels.BLOCK_S)
+    many_splits_sum(sums, whole.view(-1), weight_kernels.SPLITS_AT_ONCE)
     whole = whole.permute(0, 5, 1, 3, 2, 4).reshape(outputs, 4, 2 * rows, 2 * columns)
     first_h, first_w = (padding % 2 for padding in geometry.padding)
     output.copy_(whole[:, :c, first_h : first_h + r, first_w : first_w + s])
