@@ -4,7 +4,8 @@ A table is a JSON file: `rows` of `function` (that chooses, such as "matmul_conf
 it was asked with), and the configuration as `kwargs`, `num_warps`, `num_stages` and `maxnreg`, or
 `kwargs` alone and null where the kernel's own choice was best, which is none; what else a row holds
 is said in `tritorch.bench.tuned_table`.  `path` says which file of the user's a GPU has, and
-`installed` which of ours, whose rows count where the user's has none.
+`installed` which of ours, whose rows count where the user's has none.  A process with GPUs of
+several kinds takes none.
 """
 
 from __future__ import annotations
@@ -168,20 +169,35 @@ def _of_this_machine() -> Mapping[Key, Any] | None:
 @functools.cache
 def _of_visible_gpus(named: str | None) -> Mapping[Key, Any]:
     """Of the file that TRITORCH_TUNED names, if any, read once: some plans ask in every call."""
-    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    kinds = {(gpu.name, f"{gpu.major}.{gpu.minor}", gpu.multi_processor_count) for gpu in found}
-    if len(kinds) > 1:
-        # one plan serves the GPUs of a process, and a tile of one may not fit into another
-        names = ", ".join(sorted(name for name, *_ in kinds))
-        warnings.warn(
-            f"tuned: GPUs of several kinds ({names}): no measured configuration is taken;"
-            " CUDA_VISIBLE_DEVICES leaves those of one kind",
-            UserWarning,
-            stacklevel=2,
-        )
+    if reason := several_kinds():
+        warnings.warn(f"tuned: {reason}", UserWarning, stacklevel=2)
         return {}
-    [kind] = kinds
+    [kind] = _kinds()
     return of(*kind)
+
+
+def several_kinds() -> str | None:
+    """Why no table is taken in this process, if it has GPUs of several kinds: one plan serves all
+    of them, and a tile of one may not fit into another.
+    """
+    kinds = _kinds()
+    if len(kinds) < 2:
+        return None
+    names = ", ".join(f"{name} with {count} multiprocessors" for name, _, count in kinds)
+    return (
+        f"GPUs of several kinds ({names}): no measured configuration is taken; "
+        "CUDA_VISIBLE_DEVICES leaves those of one kind"
+    )
+
+
+def _kinds() -> list[tuple[str, str, int]]:
+    """Name, capability and multiprocessors of the GPUs of this process; of those that are older
+    than the kernels, which a screen may need, only if there are no others.
+    """
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = [gpu for gpu in gpus if gpu.major >= 8] or gpus
+    found = {(gpu.name, f"{gpu.major}.{gpu.minor}", gpu.multi_processor_count) for gpu in gpus}
+    return sorted(found)
 
 
 def _of_user(file: Path) -> Mapping[Key, Any]:

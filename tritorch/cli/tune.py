@@ -65,6 +65,8 @@ def tune(
     if device is None:
         console.print("tune: there is no GPU to measure on")
         sys.exit(_UNABLE)
+    if reason := tuned.several_kinds():
+        console.print(f"tune: {reason}", style="yellow", markup=False)
     file = out if out is not None else tuned.path()
     plan = timing.Plan(seconds=seconds, precision=0.005)
     answers: list[Answer] = []
