@@ -14,7 +14,7 @@ NEWEST_COMPILE = tests/test_dry.py tests/test_launch.py tests/test_gpu_limits.py
 # what another Triton does not change: layers, autograd, repeated calls, addresses, all over the same kernels
 NOT_OF_TRITON = $(patsubst %,--ignore-glob=tests/test_%.py,compiled_writes course docs fuse* memory models moduleinfo \
 	nn nodes* offsets opinfo repeats* replay transforms twins)
-# processes of one test run: a core each, of which eight are enough; or a number
+# processes of one test run: one for each core that this process may use, eight at most; or a number
 JOBS ?= auto
 # where what a GPU says is written
 RESULTS ?= bench/results
@@ -43,14 +43,14 @@ test: $(INSTALLED) ## every rung that needs no GPU; one alone: make test-referen
 
 # a process either interprets kernels or compiles them, so each rung is a pytest run of its own
 $(RUNGS:%=test-%): test-%: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung $* -n $(JOBS) --maxprocesses 8 $(IGNORED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung $* -n $(JOBS) $(if $(filter auto,$(JOBS)),--maxprocesses 8) $(IGNORED)
 
 test-newest: ## the interpreter's rung of kernels, and the compiler on sm_90, with the newest Triton, in .venv-newest
 	@$(MAKE) --no-print-directory --keep-going VENV=.venv-newest TRITON=$(NEWEST_TRITON) \
 		IGNORED="$(NOT_OF_TRITON)" test-interpret newest-compile
 
 newest-compile: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung compile -n $(JOBS) --maxprocesses 8 $(NEWEST_COMPILE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rung compile -n $(JOBS) $(if $(filter auto,$(JOBS)),--maxprocesses 8) $(NEWEST_COMPILE)
 
 test-python%: ## the reference rung with another Python, in a .venv of its own: make test-python3.10
 	@$(MAKE) --no-print-directory VENV=.venv-python$* PYTHON=python$* test-reference
