@@ -60,7 +60,8 @@ ROOMS = (
         unused="torch.library",
     ),
     Room(
-        "tritorch/registry.py tritorch/backend.py tritorch/checks.py tritorch/subclasses.py",
+        "tritorch/registry.py tritorch/backend.py tritorch/checks.py tritorch/protocols.py"
+        " tritorch/subclasses.py",
         "a leaf knows no op and no triton",
         may="stdlib torch",
         unused="torch.library",
@@ -68,8 +69,8 @@ ROOMS = (
     Room(
         "tritorch/launch.py",
         "launch knows no op, and imports triton when the first kernel is launched",
-        may="stdlib torch tritorch.backend tritorch.bound tritorch.hardware tritorch.tuned"
-        " tritorch.testing.dry tritorch.testing.interpreter",
+        may="stdlib torch tritorch.backend tritorch.bound tritorch.hardware"
+        " tritorch.protocols tritorch.testing.dry tritorch.testing.interpreter tritorch.tuned",
         lazily="triton",
         unused="torch.library",
     ),

@@ -16,7 +16,7 @@ from tests.repeating import LEVELS, often
 from tests.repeating import images as images
 from tests.repeating import kernels_only as kernels_only
 from tests.repeating import repeated as repeated
-from tritorch import launch, ops
+from tritorch import backend, launch, ops
 from tritorch.registry import Maker, specs
 from tritorch.repeats import decorator, seen, watched
 from tritorch.testing import calls, detectors
@@ -305,7 +305,7 @@ print(len(count), "torch._dynamo" in sys.modules, "sympy" in sys.modules)
 
 
 def test_repeats_are_switched_off(repeated, images):
-    with mock.patch.object(launch, "repeats", False):
+    with mock.patch.object(backend, "REPEATING", False):
         often(lambda: ops.relu(images))
     assert repeated == []
     # what is asked again may be repeated
@@ -314,12 +314,12 @@ def test_repeats_are_switched_off(repeated, images):
     assert torch.equal(repeated[-1], expected)
 
 
-@pytest.mark.parametrize(("value", "expected"), [(None, "True"), ("1", "True"), ("0", "False")])
-def test_the_environment_switches_repeats_off(value, expected):
+@pytest.mark.parametrize("value", [None, "1", "yes", "0", "off", ""])
+def test_the_environment_switches_repeats_off(value):
     environment = {n: v for n, v in os.environ.items() if n != "TRITORCH_REPEATS"}
     if value is not None:
         environment["TRITORCH_REPEATS"] = value
-    program = "from tritorch import launch; print(launch.repeats)"
+    program = "from tritorch import backend; print(backend.REPEATING)"
     ran = subprocess.run(
         [sys.executable, "-c", program],
         env=environment,
@@ -328,7 +328,7 @@ def test_the_environment_switches_repeats_off(value, expected):
         text=True,
         check=True,
     )
-    assert ran.stdout.strip() == expected
+    assert ran.stdout.strip() == str(value in (None, "1", "yes"))
 
 
 def test_blocks_of_several_threads_end_in_any_order():
@@ -340,3 +340,28 @@ def test_blocks_of_several_threads_end_in_any_order():
     second.__exit__(None, None, None)
     assert names == []
     assert others == ["activation_forward_kernel"]
+
+
+def test_blocks_of_several_threads_end_at_once():
+    errors = []
+
+    def open_and_close():
+        try:
+            for _ in range(2000):
+                with launch.recorded():
+                    pass
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=open_and_close) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    assert launch._recorders == []

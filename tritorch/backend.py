@@ -20,7 +20,10 @@ from torch.autograd import forward_ad
 Choice = Literal["auto", "triton", "reference"]
 
 # read once: Triton itself looks at the variable only while it is imported
-INTERPRETING: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+_YES = ("1", "true", "on", "yes")
+INTERPRETING: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in _YES
+# whether calls of layouts seen before are repeated, without the way through every line of their op
+REPEATING: bool = os.environ.get("TRITORCH_REPEATS", "1").lower() in _YES
 HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
 
 _DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))

@@ -9,23 +9,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from tritorch import backend, bound, hardware, tuned
+from tritorch.protocols import Composer, Watcher
 from tritorch.testing import dry, interpreter
 
 # programs along the second and the third axis of a grid, of which CUDA takes no more
 _MAX_GRID_YZ = 65535
-
-# whether calls of layouts seen before are repeated, without the way through every line of their op
-repeats = os.environ.get("TRITORCH_REPEATS", "1") != "0"
 
 _Item = TypeVar("_Item")
 
@@ -33,31 +30,6 @@ _overrides: dict[str, Any] = {}
 _recorders: list[list[str]] = []
 _choices: list[list[tuple[str, Any]]] = []
 _questions: list[list[tuple[str, tuple[int, ...]]]] = []
-
-
-class Watcher(Protocol):
-    """Hears of what a call does besides what torch hears of."""
-
-    def launches(
-        self, prepared: Prepared, on: Tensor, tensors: tuple[Any, ...], floats: tuple[float, ...]
-    ) -> None:
-        """Of a launch, which is left to the watcher."""
-
-    def writes(self, tensors: tuple[Tensor, ...]) -> None:
-        """Of tensors whose versions have counted a write."""
-
-
-class Composer(Protocol):
-    """Hears of what a call with a gradient is composed of."""
-
-    def apply(self, function: type[Any], arguments: tuple[Any, ...]) -> Any:
-        """Of a node, which is left to the composer."""
-
-    def cast(self, tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
-        """Of a cast, likewise."""
-
-    def writes(self, tensors: tuple[Tensor, ...]) -> None:
-        """Of tensors whose versions have counted a write."""
 
 
 class _Thread(threading.local):
@@ -69,6 +41,8 @@ class _Thread(threading.local):
 
 thread = _Thread()
 _interpreting = threading.RLock()
+# of the lists of `choices`, `questions` and `recorded`
+_blocks = threading.Lock()
 # how many detectors see every allocation and launch
 detectors = 0
 
@@ -156,12 +130,14 @@ def override(name: str, forced: Any) -> Iterator[None]:
 def _collected(open_blocks: list[list[_Item]]) -> Iterator[list[_Item]]:
     """A list that is in `open_blocks` inside the block."""
     items: list[_Item] = []
-    open_blocks.append(items)
+    with _blocks:
+        open_blocks.append(items)
     try:
         yield items
     finally:
         # the last one may be that of another thread, and lists of the same items are equal
-        del open_blocks[next(at for at, other in enumerate(open_blocks) if other is items)]
+        with _blocks:
+            open_blocks[:] = [other for other in open_blocks if other is not items]
 
 
 @contextlib.contextmanager
@@ -196,6 +172,24 @@ def planned(plan: Callable[..., _Plan]) -> Callable[..., _Plan]:
     return planned
 
 
+def planned_by_kernel(plan: Callable[..., _Plan]) -> Callable[..., _Plan]:
+    """As `planned`, of a plan whose first argument is a kernel: Triton would hash its source."""
+    by_kernel: dict[int, Callable[..., _Plan]] = {}
+
+    @functools.wraps(plan)
+    def planned(kernel: Any, *arguments: Any) -> _Plan:
+        if _asks_again():
+            return plan(kernel, *arguments)
+        remembered = by_kernel.get(id(kernel))
+        if remembered is None:
+            # which holds the kernel, so that no other can have its address
+            own = functools.partial(plan, kernel)
+            remembered = by_kernel[id(kernel)] = functools.lru_cache(maxsize=4096)(own)
+        return remembered(*arguments)
+
+    return planned
+
+
 def _asks_again() -> bool:
     return bool(_overrides or _choices or _questions or tuned.forced is not None)
 
@@ -207,7 +201,7 @@ def circumstances() -> tuple[Any, ...] | None:
     """
     if (
         detectors
-        or not repeats
+        or not backend.REPEATING
         or _recorders
         or _asks_again()
         or _is_watched()

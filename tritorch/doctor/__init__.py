@@ -189,7 +189,7 @@ def caches() -> Iterator[Answer]:
 
 def settings() -> Iterator[Answer]:
     """Variables of the environment that change what kernels do."""
-    found = {k: v for k, v in sorted(os.environ.items()) if k.startswith("TRITON_")}
+    found = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("TRITON_", "TRITORCH_"))}
     if not found:
         return
     text = " ".join(f"{name}={value}" for name, value in found.items())

@@ -77,13 +77,12 @@ def _activation_forward_(input: Tensor, activation: str, slope: float) -> None:
 
 
 def _launch_forward(x: Tensor, y: Tensor, activation: str, slope: float) -> None:
-    run = _plan(
-        kernels.activation_forward_kernel, activation, None, x.shape, x.stride(), y.stride()
-    )
+    kernel = kernels.activation_forward_kernel
+    run = _plan(kernel, activation, None, x.shape, x.stride(), y.stride())
     run(x, x, y, floats=(slope,))
 
 
-@launch.planned
+@launch.planned_by_kernel
 def _plan(
     kernel: Any,
     activation: str,

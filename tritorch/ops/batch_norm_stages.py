@@ -239,7 +239,7 @@ def walk_of(
     return _plan_walk(kernel, activation, count, in_order, *layouts)
 
 
-@launch.planned
+@launch.planned_by_kernel
 def _plan_walk(
     kernel: Any,
     activation: str | None,

@@ -69,12 +69,12 @@ def _walk(kernel: Any, num_groups: int, *tensors: Layout) -> _Walk:
     return _Walk(slices, steps, nest.numel, run)
 
 
-@launch.planned
+@launch.planned_by_kernel
 def _plan(kernel: Any, num_groups: int, *tensors: Layout) -> launch.Prepared:
     return _walk(kernel, num_groups, *tensors).run
 
 
-@launch.planned
+@launch.planned_by_kernel
 def _plan_reduction(kernel: Any, num_groups: int, *tensors: Layout) -> _Reduction:
     walk = _walk(kernel, num_groups, *tensors)
     images, channels = tensors[-1].shape[:2]

@@ -31,7 +31,7 @@ def _plan(kernel: Any, normalized: int, *tensors: Tensor) -> _Plan:
     return _plan_of(kernel, normalized, *map(Layout.of, tensors))
 
 
-@launch.planned
+@launch.planned_by_kernel
 def _plan_of(kernel: Any, normalized: int, *tensors: Layout) -> _Plan:
     shape = tensors[0].shape
     split = len(shape) - normalized

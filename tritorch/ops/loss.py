@@ -176,7 +176,7 @@ def _launch(
     run(input, *pointers, floats=(threshold,))
 
 
-@launch.planned
+@launch.planned_by_kernel
 def _plan(
     kernel: Any,
     constants: tuple[tuple[str, Any], ...],

@@ -76,7 +76,7 @@ def _forward(
     return result, total
 
 
-@launch.planned
+@launch.planned_by_kernel
 def _plan(
     kernel: Any,
     shape: tuple[int, ...],

@@ -53,7 +53,7 @@ def _launch(kernel: Any, dim: int, log: bool, *tensors: Tensor) -> None:
         _plan(kernel, dim, log, tensors[0].shape, *strides)(tensors[-1], *tensors)
 
 
-@launch.planned
+@launch.planned_by_kernel
 def _plan(
     kernel: Any, dim: int, log: bool, shape: tuple[int, ...], *of_tensors: tuple[int, ...]
 ) -> launch.Prepared:

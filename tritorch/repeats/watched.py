@@ -313,7 +313,8 @@ def _allocator(device: torch.device) -> Callable[..., Tensor]:
     # those of the programs that torch.compile writes take half as long, and allocate on the current
     # device, which is the one of the launches
     if device.type == "cpu" or (device.type == "cuda" and not backend.INTERPRETING):
-        allocate = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+        guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+        allocate = getattr(guards, f"_empty_strided_{device.type}", None)
     return allocate or functools.partial(_empty_strided, device)
 
 
