@@ -104,6 +104,25 @@ def test_another_configuration_is_another_launch(launches):
     assert len(seen) == len(kernels.MATMUL_CONFIGS[4])
 
 
+def test_a_plan_is_of_one_kernel():
+    made = []
+
+    @launch.planned_by_kernel
+    def plan(kernel, size):
+        made.append((kernel, size))
+        return len(made)
+
+    # whose hash no plan asks for
+    class Unhashable(list):
+        pass
+
+    one, other = Unhashable(), Unhashable()
+    assert [plan(one, 1), plan(other, 1), plan(one, 1), plan(one, 2)] == [1, 2, 1, 3]
+    with launch.override("matmul_config", None):
+        assert plan(one, 1) == 4
+    assert plan(one, 1) == 1
+
+
 def test_floats_share_one_launch(launches):
     x = torch.ones(4, 3, 5, 5)
     statistics = torch.zeros(3), torch.ones(3)

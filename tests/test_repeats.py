@@ -304,6 +304,14 @@ print(len(count), "torch._dynamo" in sys.modules, "sympy" in sys.modules)
     assert done.stdout.split() == ["2", "False", "False"]
 
 
+def test_memory_is_torchs_where_the_compilers_function_is_gone(repeated, images, monkeypatch):
+    monkeypatch.delattr(torch._C._dynamo.guards, f"_empty_strided_{images.device.type}")
+    monkeypatch.setattr(watched, "_allocator", watched._allocator.__wrapped__)
+    result = often(lambda: ops.relu(images))
+    assert repeated
+    assert torch.equal(result, images.clamp(min=0))
+
+
 def test_repeats_are_switched_off(repeated, images):
     with mock.patch.object(backend, "REPEATING", False):
         often(lambda: ops.relu(images))
