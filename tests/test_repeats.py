@@ -215,6 +215,20 @@ def test_a_thread_watches_its_own_calls(images):
     assert len(repeat.steps) == 2
 
 
+def at_once(call, arguments, interval):
+    """Calls of one argument each in threads that take turns after so many seconds."""
+    threads = [threading.Thread(target=call, args=(one,)) for one in arguments]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(interval)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_threads_call_at_once(images):
     """Each has its own results, of the interpreter too, which has one state for all of them."""
 
@@ -223,16 +237,8 @@ def test_threads_call_at_once(images):
 
     inputs = [images + i for i in range(4)]
     expected = {id(x): ops.silu(ops.relu(x)) for x in inputs}
-    found, threads = [], [threading.Thread(target=calls, args=(x,)) for x in inputs]
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
+    found = []
+    at_once(calls, inputs, interval=1e-5)
     assert found == [True] * 12
 
 
@@ -353,23 +359,14 @@ def test_blocks_of_several_threads_end_in_any_order():
 def test_blocks_of_several_threads_end_at_once():
     errors = []
 
-    def open_and_close():
+    def open_and_close(times):
         try:
-            for _ in range(2000):
+            for _ in range(times):
                 with launch.recorded():
                     pass
         except Exception as error:
             errors.append(error)
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=open_and_close) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once(open_and_close, [2000] * 4, interval=1e-6)
     assert errors == []
     assert launch._recorders == []
