@@ -362,8 +362,8 @@ def test_blocks_of_several_threads_end_at_once():
     def open_and_close(times):
         try:
             for _ in range(times):
-                with launch.recorded():
-                    pass
+                with launch.recorded() as names:
+                    assert any(other is names for other in launch._recorders)
         except Exception as error:
             errors.append(error)
 
