@@ -357,16 +357,14 @@ def test_blocks_of_several_threads_end_in_any_order():
 
 
 def test_blocks_of_several_threads_end_at_once():
-    errors = []
+    kept = []
 
     def open_and_close(times):
-        try:
-            for _ in range(times):
-                with launch.recorded() as names:
-                    assert any(other is names for other in launch._recorders)
-        except Exception as error:
-            errors.append(error)
+        for _ in range(times):
+            with launch.recorded() as names:
+                kept.append(any(other is names for other in launch._recorders))
 
     at_once(open_and_close, [2000] * 4, interval=1e-6)
-    assert errors == []
+    # a thread that raised has fewer
+    assert kept == [True] * 8000
     assert launch._recorders == []
