@@ -362,7 +362,7 @@ def test_blocks_of_several_threads_end_at_once():
     def open_and_close(times):
         for _ in range(times):
             with launch.recorded() as names:
-                kept.append(any(other is names for other in launch._recorders))
+                kept.append(any(other is names for other in tuple(launch._recorders)))
 
     at_once(open_and_close, [2000] * 4, interval=1e-6)
     # a thread that raised has fewer

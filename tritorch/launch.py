@@ -41,7 +41,8 @@ class _Thread(threading.local):
 
 thread = _Thread()
 _interpreting = threading.RLock()
-# of the lists of `choices`, `questions` and `recorded`
+# of the lists of `choices`, `questions` and `recorded`, which are read as tuples: a list that
+# shrinks meanwhile would be read with gaps
 _blocks = threading.Lock()
 # how many detectors see every allocation and launch
 detectors = 0
@@ -90,10 +91,10 @@ def config(choose: Callable[..., Any], *sizes: int) -> Any:
     else:
         own = choose(*sizes)
         chosen = tuned.find(name, sizes, own or entry_of(choose)) or own
-    for questions in _questions:
+    for questions in tuple(_questions):
         questions.append((name, sizes))
     if chosen is not None:
-        for record in _choices:
+        for record in tuple(_choices):
             record.append((name, chosen))
     return chosen
 
@@ -309,7 +310,7 @@ class Prepared:
                 f"launch: {name} has a grid of {self.grid}, of which CUDA takes at most "
                 f"{_MAX_GRID_YZ} along the second and the third axis"
             )
-        for names in _recorders:
+        for names in tuple(_recorders):
             names.append(name)
         launch, options = self.kernel[self.grid], hardware.options(self.config, self.constants)
         if backend.INTERPRETING:
